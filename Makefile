@@ -1,0 +1,43 @@
+# Two commands on a fresh clone: `make demo` and `make test`. Both set up .venv first; the second time
+# that is only a look at a stamp file. Choose the Python for .venv with `make PYTHON=/path/to/python3.11`.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+# The script runs under any python3 and looks for the Python 3.11 that it needs by itself.
+RUNNER := $(shell command -v python3 || command -v python3.11 || command -v python || echo python3)
+# -I and -S: start quickly, and untouched by PYTHONPATH or by what is installed.
+SETUP = $(RUNNER) -IS tests/engines/setup_env.py $(if $(PYTHON),--python "$(PYTHON)")
+PY := .venv/bin/python
+
+.PHONY: help setup demo test lint types clean-env
+
+help:
+	@echo "make demo       run kvhook on a real vLLM engine (CPU) and show what it saw"
+	@echo "make test       run all tests, those on the real engine among them"
+	@echo "make lint       ruff: check and formatting"
+	@echo "make types      mypy --strict"
+	@echo "make setup      only make .venv (2.5 GB: vLLM's CPU build, pinned); the others do it by themselves"
+	@echo "make clean-env  remove .venv"
+	@echo
+	@echo "PYTHON=/path/to/python3.11 chooses the Python for .venv."
+	@echo "ARGS='...' is handed on, as in: make test ARGS='-m \"not engine\" -q'"
+
+setup:
+	@$(SETUP)
+
+demo: setup
+	@.venv/bin/kvhook demo $(ARGS)
+
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: setup
+	$(PY) -m mypy --strict
+
+clean-env:
+	rm -rf .venv
