@@ -1,0 +1,146 @@
+"""The one table of what kvhook records: every field's name, type, unit and meaning.
+
+Ring layout, trace columns, exports, help texts and documentation are derived from here; a field that is not in
+this table does not exist. Names are vLLM's current ones.
+
+A trace is a row of equally long *slots*. Each slot holds one record of one kind: a step, a finished request, a
+list of values that belongs to a step (its single TTFTs, say), or, in trace files only, a piece of metadata.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: Record kinds, as stored in a slot's ``kind`` word.
+STEP, REQUEST, VALUES, META = 1, 2, 3, 4
+
+#: How a column is to be read: identity, clock, flag, something that happened in the step, or a state at its end.
+ID, TIME, FLAG, COUNTER, GAUGE = "id", "time", "flag", "counter", "gauge"
+
+
+class Field(NamedTuple):
+    """One column.
+
+    ``type`` is ``"i8"`` or ``"f8"`` (stored as is) or ``"enum"`` (stored as an ``i8`` code, read as text).
+    ``role``: ``counter`` columns hold what happened in this step and may be summed; ``gauge`` columns hold a state
+    at the end of the step and may not. In a step without stats counters are 0 and gauges are -1 (``i8``) or NaN.
+    """
+
+    name: str
+    type: str
+    role: str
+    unit: str
+    meaning: str
+
+
+STEP_FIELDS: tuple[Field, ...] = (
+    Field("step", "i8", ID, "", "number of the step, from 0, per engine"),
+    Field("engine_index", "i8", ID, "", "vLLM's index of the engine core (data-parallel rank) behind the record"),
+    Field("t_start_ns", "i8", TIME, "ns", "start of LLMEngine.step, monotonic clock"),
+    Field("t_end_ns", "i8", TIME, "ns", "end of LLMEngine.step, monotonic clock"),
+    Field("has_scheduler_stats", "i8", FLAG, "0/1", "1 if the step brought the scheduler's stats"),
+    Field("has_iteration_stats", "i8", FLAG, "0/1", "1 if the step brought iteration stats (outputs came back)"),
+    Field("num_running_reqs", "i8", GAUGE, "requests", "requests in the running batch"),
+    Field("num_waiting_reqs", "i8", GAUGE, "requests", "requests that wait, the deferred ones included"),
+    Field("num_skipped_waiting_reqs", "i8", GAUGE, "requests", "the deferred part of the waiting requests"),
+    Field("num_kv_blocks", "i8", GAUGE, "blocks", "KV blocks that can be used (num_gpu_blocks less the null block)"),
+    Field("num_kv_blocks_used", "i8", GAUGE, "blocks", "KV blocks in use: kv_cache_usage x num_kv_blocks"),
+    Field("prefix_cache_requests", "i8", COUNTER, "requests", "new requests that looked into the prefix cache"),
+    Field("prefix_cache_queries", "i8", COUNTER, "tokens", "prompt tokens that were looked up"),
+    Field("prefix_cache_hits", "i8", COUNTER, "tokens", "prompt tokens that were found"),
+    Field("prefix_cache_preempted_requests", "i8", COUNTER, "requests", "re-admitted requests that looked it up again"),
+    Field("prefix_cache_preempted_queries", "i8", COUNTER, "tokens", "tokens looked up by re-admitted requests"),
+    Field("prefix_cache_preempted_hits", "i8", COUNTER, "tokens", "tokens found by re-admitted requests"),
+    Field("prefix_cache_reset", "i8", COUNTER, "0/1", "1 if the prefix cache was reset before this step"),
+    Field("connector_prefix_cache_queries", "i8", COUNTER, "tokens", "tokens asked of the KV connector"),
+    Field("connector_prefix_cache_hits", "i8", COUNTER, "tokens", "tokens the KV connector had"),
+    Field("num_prompt_tokens", "i8", COUNTER, "tokens", "prompt tokens whose prefill finished in this step"),
+    Field("num_prompt_tokens_computed", "i8", COUNTER, "tokens", "the part of them that was computed"),
+    Field("num_prompt_tokens_cached", "i8", COUNTER, "tokens", "the part of them that came from a cache"),
+    Field("num_prompt_tokens_external", "i8", COUNTER, "tokens", "the part of the cached ones a KV transfer brought"),
+    Field("num_generation_tokens", "i8", COUNTER, "tokens", "tokens generated"),
+    Field("num_preempted_reqs", "i8", COUNTER, "requests", "requests preempted: their KV blocks were taken away"),
+    Field("num_finished_reqs", "i8", COUNTER, "requests", "requests finished"),
+    Field("num_corrupted_reqs", "i8", COUNTER, "requests", "finished requests whose logits held NaN"),
+    Field("ttft_count", "i8", COUNTER, "values", "times to first token in this step"),
+    Field("itl_count", "i8", COUNTER, "values", "inter-token latencies in this step"),
+    Field("num_drafts", "i8", COUNTER, "drafts", "speculative drafts"),
+    Field("num_draft_tokens", "i8", COUNTER, "tokens", "tokens drafted"),
+    Field("num_accepted_tokens", "i8", COUNTER, "tokens", "drafted tokens accepted"),
+    Field("mm_cache_queries", "i8", COUNTER, "items", "multi-modal items looked up in the processor cache"),
+    Field("mm_cache_hits", "i8", COUNTER, "items", "multi-modal items found there"),
+    Field("num_evicted_blocks_sampled", "i8", COUNTER, "blocks", "evictions among the blocks that vLLM samples"),
+    Field("num_swapped_reqs", "i8", GAUGE, "requests", "requests swapped out to the CPU (V0)"),
+    Field("kvhook_ns", "i8", GAUGE, "ns", "what kvhook itself took in an earlier step; measured now and then, else -1"),
+    Field("kv_cache_usage", "f8", GAUGE, "0-1", "share of the usable KV blocks in use at the end of the step"),
+    Field("cpu_kv_cache_usage", "f8", GAUGE, "0-1", "share of the CPU swap space in use (V0)"),
+    Field("v0_prefix_cache_hit_rate", "f8", GAUGE, "0-1", "V0's own running hit rate, over blocks, not tokens"),
+    Field("ttft_sum", "f8", COUNTER, "s", "sum of the times to first token"),
+    Field("ttft_max", "f8", COUNTER, "s", "largest of them"),
+    Field("itl_sum", "f8", COUNTER, "s", "sum of the inter-token latencies"),
+    Field("itl_min", "f8", COUNTER, "s", "smallest of them; equal to itl_max in most steps: the batch moves together"),
+    Field("itl_max", "f8", COUNTER, "s", "largest of them"),
+)
+
+REQUEST_FIELDS: tuple[Field, ...] = (
+    Field("request", "i8", ID, "", "number of the finished request, from 0, in the order of finishing, per engine"),
+    Field("request_id", "i8", ID, "", "vLLM's request id where it is a number (LLM counts its prompts), else -1"),
+    Field("step", "i8", ID, "", "step in which it finished"),
+    Field("finish_reason", "enum", ID, "", "stop, length, abort, error or repetition"),
+    Field("num_prompt_tokens", "i8", COUNTER, "tokens", "length of the prompt"),
+    Field("num_generation_tokens", "i8", COUNTER, "tokens", "tokens generated"),
+    Field("num_cached_tokens", "i8", COUNTER, "tokens", "prompt tokens that came from a cache at first admission"),
+    Field("num_preemptions", "i8", COUNTER, "times", "how often it was preempted"),
+    Field("max_tokens", "i8", ID, "tokens", "the request's max_tokens, -1 if it had none"),
+    Field("queued_time", "f8", TIME, "s", "from queued to first scheduled"),
+    Field("prefill_time", "f8", TIME, "s", "from first scheduled to first token"),
+    Field("decode_time", "f8", TIME, "s", "from first to last token"),
+    Field("inference_time", "f8", TIME, "s", "from first scheduled to last token"),
+    Field("e2e_latency", "f8", TIME, "s", "from arrival to the end"),
+    Field("time_to_first_token", "f8", TIME, "s", "from arrival to first token"),
+    Field("mean_time_per_output_token", "f8", TIME, "s", "decode_time / (generated tokens - 1), 0 for one token"),
+)
+
+#: Head of a VALUES record; behind it come the values themselves (``f8``) to the end of the slot.
+VALUES_FIELDS: tuple[Field, ...] = (
+    Field("step", "i8", ID, "", "step the values belong to"),
+    Field("series", "i8", ID, "", "which list: an index into VALUE_SERIES"),
+    Field("count", "i8", ID, "values", "how many values this slot holds"),
+)
+
+#: Head of a META record (trace files only); behind it come ``nbytes`` of JSON.
+META_FIELDS: tuple[Field, ...] = (
+    Field("part", "i8", ID, "", "number of this piece, from 0"),
+    Field("parts", "i8", ID, "", "number of pieces"),
+    Field("nbytes", "i8", ID, "bytes", "bytes of JSON in this piece"),
+)
+
+#: Lists of single values kept beside the steps. A list is stored when the step record alone does not tell it:
+#: one value is its sum, equal values are min = max; only what is left takes slots of its own.
+VALUE_SERIES = ("time_to_first_token", "inter_token_latency")
+
+#: Codes of ``finish_reason``, in the order of vLLM's FinishReason. Newer reasons keep their number as text.
+FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
+
+#: Kind of record -> its code and its fields.
+KINDS: dict[str, tuple[int, tuple[Field, ...]]] = {
+    "step": (STEP, STEP_FIELDS),
+    "request": (REQUEST, REQUEST_FIELDS),
+    "values": (VALUES, VALUES_FIELDS),
+    "meta": (META, META_FIELDS),
+}
+
+
+def stored(fields: tuple[Field, ...]) -> tuple[Field, ...]:
+    """The fields in the order in which a slot holds them: 8-byte integers first, then floats."""
+    return tuple(f for f in fields if f.type != "f8") + tuple(f for f in fields if f.type == "f8")
+
+
+def blank(field: Field) -> str:
+    """What a column holds in a step that brought no stats, as Python source.
+
+    Nothing was counted (0), or the state is not known (-1, or NaN); never a number that looks like one.
+    """
+    if field.role == GAUGE:
+        return "nan" if field.type == "f8" else "-1"
+    return "0.0" if field.type == "f8" else "0"
