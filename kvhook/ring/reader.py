@@ -1,0 +1,173 @@
+"""Lossy readers of a ring file: they look, and neither the writer nor the file knows."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvhook.errors import TraceFormatError
+from kvhook.ring.layout import BODY_AT, CLOSED, CRC_AT, HEAD_WORD, MAX_HEADER, SCHEMA_AT, STAMP_AT, STATE_WORD
+from kvhook.ring.layout import Header, parse_header
+from kvhook.ring.place import is_alive
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    #: Raw slots, shape (records, slot bytes). Bytes and not a structured array: numpy does not promise to copy
+    #: the padding of structured ones.
+    Slots = npt.NDArray[np.uint8]
+    Bools = npt.NDArray[np.bool_]
+
+
+class Batch(NamedTuple):
+    """What one `poll` brought: whole slots in order, and how many records were missed among and before them."""
+
+    slots: Slots
+    lost: int
+
+
+def slot_head(slots: Slots) -> npt.NDArray[np.void]:
+    """The head of each raw slot, without copying: a structured array of ``stamp, crc, n, kind, engine``."""
+    import numpy as np
+
+    head = {
+        "names": ["stamp", "crc", "n", "kind", "engine"],
+        "formats": ["<u8", "<u8", "<i8", "<i4", "<i4"],
+        "offsets": [STAMP_AT, CRC_AT, BODY_AT, BODY_AT + 8, BODY_AT + 12],
+        "itemsize": slots.shape[1],
+    }
+    return slots.view(np.dtype(head))[:, 0]  # type: ignore[call-overload, no-any-return]
+
+
+def sound(slots: Slots, first: int, *, crc: bool) -> Bools:
+    """Which of these slots hold, whole, the records numbered from `first` on."""
+    import numpy as np
+
+    head = slot_head(slots)
+    n = np.arange(first, first + len(slots))
+    good: Bools = (head["stamp"] == (2 * n + 2).astype(np.uint64)) & (head["n"] == n)
+    if crc:
+        for i in good.nonzero()[0]:
+            good[i] = zlib.crc32(slots[i, BODY_AT:].tobytes()) == head["crc"][i]
+    return good
+
+
+class RingReader:
+    """Reads a ring while it is written, from this or any other process, and after its writer has died.
+
+    Args:
+        path: the ring file. Opened read-only; links are not followed.
+        start: the first record wanted; what is no longer in the ring then counts as lost. ``None``: the oldest
+            record that the ring still holds, nothing counts as lost.
+
+    Raises:
+        TraceFormatError: not a ring, damaged, or of a layout this kvhook does not read.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, start: int | None = None) -> None:
+        import numpy as np
+
+        self.path = path
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            size = os.fstat(fd).st_size
+            if size < SCHEMA_AT:
+                raise TraceFormatError(f"{path} is too short for a kvhook ring ({size} bytes): it holds no header")
+            self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        finally:
+            os.close(fd)
+        self.header: Header = parse_header(self._map[:MAX_HEADER], size, str(path))
+        if not self.header.capacity:
+            raise TraceFormatError(f"{path} is a trace, not a ring; open it with kvhook.open()")
+        self._words = memoryview(self._map).cast("Q")
+        shape = (self.header.capacity, self.header.layout.slot_bytes)
+        self._slots = np.ndarray(shape, np.uint8, buffer=self._map, offset=self.header.header_bytes)
+        self.cursor = max(0, self.head - self.header.capacity + 1) if start is None else start
+        #: Records missed so far: overwritten before they were read, or damaged.
+        self.lost = 0
+
+    @property
+    def head(self) -> int:
+        """Records published so far."""
+        return self._words[HEAD_WORD]
+
+    @property
+    def closed(self) -> bool:
+        """Whether the writer said that it is done. A writer that was killed never says so: see `writer_alive`."""
+        return self._words[STATE_WORD] == CLOSED
+
+    @property
+    def writer_alive(self) -> bool:
+        """Whether the process that made this ring still runs."""
+        return is_alive(self.header.pid, self.header.process_start)
+
+    def poll(self, most: int = 1 << 30, *, final: bool = False) -> Batch:
+        """The records published since the last poll, whole and in order.
+
+        Args:
+            most: at most so many records; the rest comes with the next poll.
+            final: the writer is known to be dead. Then the slot behind the head is looked at as well: its record
+                may be whole with only the head not yet moved.
+        """
+        import numpy as np
+
+        capacity = self.header.capacity
+        head = self.head
+        first = max(self.cursor, head - capacity + 1)
+        stop = max(first, min(head, first + most))
+        copy = self._copy(first, stop)
+        # A record is sound if its stamp says so and the writer cannot have come round to its slot meanwhile.
+        good = self._sound(copy, first)
+        good[: max(0, self.head - capacity + 1 - first)] = False
+        if not good.all():
+            # Where the processor reorders loads a fresh record may look unfinished for a moment: look once more.
+            self._look_again(copy, good, first)
+            copy = copy[good]
+        lost = stop - self.cursor - len(copy)
+        self.cursor = stop
+        if final and stop == head:
+            behind = self._copy(head, head + 1)
+            if self._sound(behind, head).all():
+                copy = np.concatenate([copy, behind])
+                self.cursor = head + 1
+        self.lost += lost
+        return Batch(copy, lost)
+
+    def close(self) -> None:
+        """Let go of the file. Arrays from earlier polls stay valid: they are copies. Closing twice is fine."""
+        if hasattr(self, "_slots"):
+            self._words.release()
+            del self._slots
+            self._map.close()
+
+    def __enter__(self) -> RingReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _copy(self, first: int, stop: int) -> Slots:
+        import numpy as np
+
+        capacity = self.header.capacity
+        a = first & (capacity - 1)
+        b = a + stop - first
+        if b <= capacity:
+            return self._slots[a:b].copy()
+        return np.concatenate([self._slots[a:], self._slots[: b - capacity]])
+
+    def _sound(self, slots: Slots, first: int) -> Bools:
+        return sound(slots, first, crc=self.header.crc)
+
+    def _look_again(self, copy: Slots, good: Bools, first: int) -> None:
+        for i in (~good).nonzero()[0]:
+            n = first + int(i)
+            again = self._copy(n, n + 1)
+            if self._sound(again, n).all() and n > self.head - self.header.capacity:
+                copy[i] = again[0]
+                good[i] = True
