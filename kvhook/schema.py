@@ -76,6 +76,7 @@ STEP_FIELDS: tuple[Field, ...] = (
     Field("cpu_kv_cache_usage", "f8", GAUGE, "0-1", "share of the CPU swap space in use (V0)"),
     Field("v0_prefix_cache_hit_rate", "f8", GAUGE, "0-1", "V0's own running hit rate, over blocks, not tokens"),
     Field("ttft_sum", "f8", COUNTER, "s", "sum of the times to first token"),
+    Field("ttft_min", "f8", COUNTER, "s", "smallest of them"),
     Field("ttft_max", "f8", COUNTER, "s", "largest of them"),
     Field("itl_sum", "f8", COUNTER, "s", "sum of the inter-token latencies"),
     Field("itl_min", "f8", COUNTER, "s", "smallest of them; equal to itl_max in most steps: the batch moves together"),
@@ -115,8 +116,8 @@ META_FIELDS: tuple[Field, ...] = (
     Field("nbytes", "i8", ID, "bytes", "bytes of JSON in this piece"),
 )
 
-#: Lists of single values kept beside the steps. A list is stored when the step record alone does not tell it:
-#: one value is its sum, equal values are min = max; only what is left takes slots of its own.
+#: Lists of single values kept beside the steps. A list takes slots of its own only when the step record does not
+#: tell it already: one or two values are its min and max, equal ones are min = max.
 VALUE_SERIES = ("time_to_first_token", "inter_token_latency")
 
 #: Codes of ``finish_reason``, in the order of vLLM's FinishReason. Newer reasons keep their number as text.

@@ -6,7 +6,7 @@ state of the two functions lives in the local variables of ``bind``)::
 
     def bind(publish_record, pack_step, pack_request, pack_values, clock):
         n = step = ... = 0
-        def record(scheduler_stats=None, iteration_stats=None, mm_cache_stats=None, engine_idx=0): ...
+        def record(scheduler_stats=None, iteration_stats=None, mm_cache_stats=None, engine_idx=0, **_): ...
         def publish(t_start_ns, t_end_ns): ...
         return record, publish
 """
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from kvhook.adapters.table import Adapter, Read, attributes, has_field, lookup
 from kvhook.ring.layout import Layout, make_layout
+from kvhook.ring.writer import Publish
 from kvhook.schema import (
     REQUEST,
     REQUEST_FIELDS,
@@ -40,9 +41,19 @@ PublishStep = Callable[[int, int], None]
 MEASURE_EVERY = 8
 
 #: Columns that the publisher knows by itself, whatever the vLLM.
-OWN_COLUMNS = ("step", "engine_index", "t_start_ns", "t_end_ns", "has_scheduler_stats", "has_iteration_stats", "kvhook_ns")
+OWN_COLUMNS = (
+    "step",
+    "engine_index",
+    "t_start_ns",
+    "t_end_ns",
+    "has_scheduler_stats",
+    "has_iteration_stats",
+    "kvhook_ns",
+)
 #: Which flag says that an object came.
 FLAGS = {"sched": "has_scheduler_stats", "iteration": "has_iteration_stats"}
+#: The fact that the hook on finished requests is in place.
+FINISHED_HOOK = "finished_hook"
 #: Columns of a series of values begin with this.
 PREFIXES = dict(zip(VALUE_SERIES, ("ttft", "itl"), strict=True))
 
@@ -54,13 +65,11 @@ class Compiled(NamedTuple):
     layout: Layout
     absent: dict[str, dict[str, str]]
 
-    def bind(
-        self, publish_record: Callable[[bytes], int], engine: int, clock: Callable[[], int]
-    ) -> tuple[Record, PublishStep]:
+    def bind(self, publish_record: Publish, engine: int, clock: Callable[[], int]) -> tuple[Record, PublishStep]:
         """Make the two functions of the step path.
 
         Args:
-            publish_record: stores a packed record and gives the next record's number (`RingWriter.publish`).
+            publish_record: stores a packed record (`RingWriter.publish`).
             engine: number of the engine in this process, stored in each slot.
             clock: monotonic nanoseconds.
         """
@@ -95,7 +104,7 @@ def compile_publisher(adapter: Adapter, facts: Mapping[str, Any]) -> Compiled:
             "request": tuple(f for f in REQUEST_FIELDS if f.name in plan.requests),
         }
     )
-    return Compiled(_Source(plan, layout).text(), layout, plan.absent())
+    return Compiled(_Source(plan, layout).text(), layout, plan.absent)
 
 
 def number(value: Any) -> int:
@@ -118,48 +127,51 @@ class _Plan:
                 if not source.optional and not source.expression:
                     raise
         self.sources = {s.name: s for s in adapter.sources if s.name in self.classes}
-        self.lists = self._live(adapter.values)
-        self.finished = self.choose(adapter.finished)[0]
-        self.steps = self._own_columns() | self._live(adapter.steps)
-        if self.facts.get("num_kv_blocks"):
-            blocks = str(int(self.facts["num_kv_blocks"]))
-            self.steps["num_kv_blocks"] = blocks
-            if "kv_cache_usage" in self.steps:
-                self.steps["num_kv_blocks_used"] = f"int(kv_cache_usage * {blocks} + 0.5) if sched is not None else -1"
-        self.requests = {}
+        # column -> why it is missing: from this vLLM, then it is not stored, or only from this engine, then it is
+        # stored blank. All engines of a process have one slot layout, so that one trace can hold them.
+        self.absent: dict[str, dict[str, str]] = {"step": {}, "request": {}}
+        self.lists = {r.column: e for r in adapter.values if (e := self._choose(r))}
+        self.finished = self._choose(adapter.finished)
+        self.steps = self._own_columns() | self._live("step", STEP_FIELDS, adapter.steps)
+        self._count_blocks()
+        self.requests: dict[str, str] = {}
         if self.finished:
-            self.requests = {"request": "request_number", "step": "step"} | self._live(adapter.requests)
+            self.requests = {"request": "request_number", "step": "step"}
+            self.requests |= self._live("request", REQUEST_FIELDS, adapter.requests)
+        for kind, fields, live in (("step", STEP_FIELDS, self.steps), ("request", REQUEST_FIELDS, self.requests)):
+            for name in (f.name for f in fields if f.name not in live):
+                self.absent[kind].setdefault(name, f"vLLM's {adapter.name} engine has no such number")
 
-    def choose(self, read: Read) -> tuple[str, str]:
-        """The first expression that resolves, or "", and then why none does."""
-        if read.needs and not self.facts.get(read.needs):
-            return "", read.absent if read.needs == "finished_hook" else f"needs {read.needs}=True"
-        for expression in read.expressions:
-            if self._resolves(expression):
-                return expression, ""
-        return "", read.absent or f"this vLLM has no {' or '.join(read.expressions)}"
+    def _choose(self, read: Read) -> str:
+        """The first expression that resolves, or ""."""
+        return next((e for e in read.expressions if self._resolves(e)), "")
 
-    def absent(self) -> dict[str, dict[str, str]]:
-        """Per kind of record the columns that are missing, each with its reason."""
-        return {
-            "step": self._missing(STEP_FIELDS, self.adapter.steps, self.steps),
-            "request": self._missing(REQUEST_FIELDS, self.adapter.requests, self.requests),
-        }
+    def _live(self, kind: str, fields: Iterable[Field], table: Iterable[Read]) -> dict[str, str]:
+        blanks = {f.name: blank(f) for f in fields}
+        live = {}
+        for read in table:
+            expression = self._choose(read)
+            if not expression:
+                self.absent[kind][read.column] = read.absent or f"this vLLM has no {' or '.join(read.expressions)}"
+                continue
+            if read.needs and not self.facts.get(read.needs):
+                self.absent[kind][read.column] = (
+                    read.absent if read.needs == FINISHED_HOOK else f"needs {read.needs}=True"
+                )
+                expression = blanks[read.column]
+            live[read.column] = expression
+        return live
 
-    def _missing(self, fields: Iterable[Field], table: Iterable[Read], live: Mapping[str, str]) -> dict[str, str]:
-        reads = {r.column: r for r in table}
-        reasons = {}
-        for name in (f.name for f in fields if f.name not in live):
-            if name in reads:
-                reasons[name] = self.choose(reads[name])[1]
-            elif name.startswith("num_kv_blocks"):
-                reasons[name] = "this vLLM does not say how many KV blocks it has"
-            else:
-                reasons[name] = f"vLLM's {self.adapter.name} engine has no such number"
-        return reasons
-
-    def _live(self, table: Iterable[Read]) -> dict[str, str]:
-        return {r.column: e for r in table if (e := self.choose(r)[0])}
+    def _count_blocks(self) -> None:
+        """The columns that need the number of KV blocks, which is a fact about the engine."""
+        blocks = int(self.facts.get("num_kv_blocks") or 0)
+        usage = blocks and "kv_cache_usage" in self.steps
+        self.steps["num_kv_blocks"] = str(blocks or -1)
+        self.steps["num_kv_blocks_used"] = (
+            f"int(kv_cache_usage * {blocks} + 0.5) if sched is not None else -1" if usage else "-1"
+        )
+        for column in ("num_kv_blocks", "num_kv_blocks_used") if not usage else ():
+            self.absent["step"][column] = "this vLLM does not say how many KV blocks it has"
 
     def _own_columns(self) -> dict[str, str]:
         own = {name: name for name in OWN_COLUMNS}
@@ -186,7 +198,9 @@ class _Source:
         self.plan, self.layout = plan, layout
         self.fields = {f.name: f for f in STEP_FIELDS}
         # objects that vLLM hands over, as against those that hang on another, and the items of the finished list
-        self.roots = [s.name for s in plan.sources.values() if not s.expression and s.name != plan.adapter.finished.column]
+        self.roots = [
+            s.name for s in plan.sources.values() if not s.expression and s.name != plan.adapter.finished.column
+        ]
         # columns read from vLLM's objects, with the objects that each needs
         self.reads = {
             column: {name for name, _ in attributes(expression)}
@@ -202,7 +216,7 @@ class _Source:
         self.add(1, "n = step = request_number = engine_index = 0")
         self.add(1, "kvhook_ns = -1")
         self.add(1, f"{' = '.join(self.roots)} = None\n")
-        self.add(1, "def record(scheduler_stats=None, iteration_stats=None, mm_cache_stats=None, engine_idx=0):")
+        self.add(1, "def record(scheduler_stats=None, iteration_stats=None, mm_cache_stats=None, engine_idx=0, **_):")
         self.add(2, f"nonlocal {roots}, engine_index")
         self.add(2, "sched = scheduler_stats")
         self.add(2, "iteration = iteration_stats")
@@ -219,7 +233,7 @@ class _Source:
         if self.plan.finished:
             self.requests()
         cells = ", ".join(self.cell(c.name) for c in self.layout.columns["step"])
-        self.add(2, f"n = publish_record(pack_step(n, {STEP}, ENGINE, {cells}))")
+        self.add(2, f"n = publish_record(n, pack_step(n, {STEP}, ENGINE, {cells}))")
         self.add(2, "kvhook_ns = -1")
         self.add(2, f"if not step % {MEASURE_EVERY}:")
         self.add(3, "kvhook_ns = clock() - t_end_ns")
@@ -254,7 +268,9 @@ class _Source:
             if self.reads[column] == {root}:
                 self.add(3, f"{column} = {self.plan.steps[column]}")
         for child in children:
-            self.child(child.name, child.expression, [c for c in columns if child.name in self.reads[c]], child.optional)
+            self.child(
+                child.name, child.expression, [c for c in columns if child.name in self.reads[c]], child.optional
+            )
 
     def child(self, name: str, expression: str, columns: list[str], optional: bool) -> None:
         """The columns read from an object that hangs on another."""
@@ -285,8 +301,6 @@ class _Source:
         """
         prefix = PREFIXES[series]
         low, high, count, total = (f"{prefix}_{what}" for what in ("min", "max", "count", "sum"))
-        # with the smallest in the record, two values are told by it and the largest
-        told = 2 if low in self.plan.steps else 1
         self.add(2, f"values = {expression} if iteration is not None else ()")
         self.add(2, "if values:")
         self.add(3, "values = sorted(values)")
@@ -295,12 +309,9 @@ class _Source:
         self.add(3, f"{high} = values[-1]")
         self.add(3, f"if {low} == {high}:")
         self.add(4, f"{total} = {high} * {count}")
-        if told == 1:
-            self.add(4, f"if {count} > 1:")
-            self.add(5, f"publish_values({VALUE_SERIES.index(series)}, values)")
         self.add(3, "else:")
         self.add(4, f"{total} = sum(values)")
-        self.add(4, f"if {count} > {told}:")
+        self.add(4, f"if {count} > 2:")
         self.add(5, f"publish_values({VALUE_SERIES.index(series)}, values)")
         self.add(2, "else:")
         self.add(3, f"{count} = 0")
@@ -315,7 +326,7 @@ class _Source:
         self.add(3, f"chunk = values[i : i + {room}]")
         self.add(3, "count = len(chunk)")
         self.add(3, f"chunk += [0.0] * ({room} - count)")
-        self.add(3, f"n = publish_record(pack_values(n, {VALUES}, ENGINE, step, series, count, *chunk))\n")
+        self.add(3, f"n = publish_record(n, pack_values(n, {VALUES}, ENGINE, step, series, count, *chunk))\n")
 
     def requests(self) -> None:
         """One record per finished request, before the step's own: who sees the step sees its requests."""
@@ -323,7 +334,7 @@ class _Source:
         cells = ", ".join(self.plan.requests[c.name] for c in self.layout.columns["request"])
         self.add(2, f"finished = {self.plan.finished} if iteration is not None else ()")
         self.add(2, f"for {item} in finished:")
-        self.add(3, f"n = publish_record(pack_request(n, {REQUEST}, ENGINE, {cells}))")
+        self.add(3, f"n = publish_record(n, pack_request(n, {REQUEST}, ENGINE, {cells}))")
         self.add(3, "request_number += 1")
 
 

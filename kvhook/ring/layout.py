@@ -225,9 +225,11 @@ def _writer(schema: bytes) -> str:
         return "another kvhook"
 
 
-def _column(cells: list[Any], slot_bytes: int) -> Column:
+def _column(cells: Any, slot_bytes: int) -> Column:
     column = Column(*cells)
-    name, kind, offset = column.name, column.type, column.offset
+    name: Any = column.name
+    kind: Any = column.type
+    offset: Any = column.offset
     if not isinstance(name, str) or kind not in ("<i8", "<f8") or not isinstance(offset, int):
         raise ValueError(name)
     if offset % 8 or not FIELDS_AT <= offset <= slot_bytes - 8:

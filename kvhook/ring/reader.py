@@ -9,8 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvhook.errors import TraceFormatError
-from kvhook.ring.layout import BODY_AT, CLOSED, CRC_AT, HEAD_WORD, MAX_HEADER, SCHEMA_AT, STAMP_AT, STATE_WORD
-from kvhook.ring.layout import Header, parse_header
+from kvhook.ring.layout import (
+    BODY_AT,
+    CLOSED,
+    CRC_AT,
+    HEAD_WORD,
+    MAX_HEADER,
+    SCHEMA_AT,
+    STAMP_AT,
+    STATE_WORD,
+    Header,
+    parse_header,
+)
 from kvhook.ring.place import is_alive
 
 if TYPE_CHECKING:
@@ -40,7 +50,7 @@ def slot_head(slots: Slots) -> npt.NDArray[np.void]:
         "offsets": [STAMP_AT, CRC_AT, BODY_AT, BODY_AT + 8, BODY_AT + 12],
         "itemsize": slots.shape[1],
     }
-    return slots.view(np.dtype(head))[:, 0]  # type: ignore[call-overload, no-any-return]
+    return slots.view(np.dtype(head))[:, 0]  # type: ignore[call-overload]
 
 
 def sound(slots: Slots, first: int, *, crc: bool) -> Bools:

@@ -21,8 +21,8 @@ from kvhook.ring.layout import (
 )
 from kvhook.ring.place import create_file, process_start
 
-#: Stores one record that was packed by `Layout.struct_of` and begins with its number; gives the next number.
-Publish = Callable[[bytes], int]
+#: ``publish(n, record)`` stores record number n, packed by `Layout.struct_of`, and gives the next number, n + 1.
+Publish = Callable[[int, bytes], int]
 
 
 class RingWriter:
@@ -94,11 +94,10 @@ class RingWriter:
         memory, words, mask, slot = self.map, self.words, self.capacity - 1, self.layout.slot_bytes
         first, body_at, body, head_word = self.header_bytes, BODY_AT, slot - BODY_AT, HEAD_WORD
         crc, crc32 = self.crc, zlib.crc32
-        n = 0
 
-        # The order of these stores is the protocol; ring/layout.py says why each is as it is.
-        def publish(record: bytes) -> int:
-            nonlocal n
+        # The order of these stores is the protocol; ring/layout.py says why each is as it is. The caller counts, in
+        # one place: a Ctrl-C in here then costs one record, and never leaves two counters that disagree.
+        def publish(n: int, record: bytes) -> int:
             at = first + (n & mask) * slot
             word = at >> 3
             words[word] = n + n + 1

@@ -1,0 +1,47 @@
+"""See, step by step, what vLLM's KV cache does.
+
+    import kvhook
+    session = kvhook.install()      # before LLM(...); nothing else in the program changes
+    llm = LLM(...)
+    llm.generate(...)
+    print(session.summary())
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from kvhook.errors import KvhookError
+    from kvhook.session import Session, attach, install, uninstall
+    from kvhook.trace import Trace
+    from kvhook.trace import open_trace as open
+
+__all__ = ["KvhookError", "Session", "Trace", "__version__", "attach", "install", "open", "uninstall"]
+
+# Loaded when first asked for: `import kvhook` itself costs a millisecond, and neither numpy nor wrapt.
+_WHERE = {
+    "KvhookError": ("kvhook.errors", "KvhookError"),
+    "Session": ("kvhook.session", "Session"),
+    "Trace": ("kvhook.trace", "Trace"),
+    "attach": ("kvhook.session", "attach"),
+    "install": ("kvhook.session", "install"),
+    "open": ("kvhook.trace", "open_trace"),
+    "uninstall": ("kvhook.session", "uninstall"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'kvhook' has no attribute {name!r}")
+    import importlib
+
+    module, attribute = _WHERE[name]
+    value = globals()[name] = getattr(importlib.import_module(module), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,110 @@
+"""One engine's recorder: its facts, its ring, and the two functions of the step path."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kvhook.adapters.compiler import FINISHED_HOOK, Compiled, compile_publisher
+from kvhook.adapters.table import Adapter, read_path, vllm_version
+from kvhook.ring.place import RING_SUFFIX, process_start
+from kvhook.ring.writer import RingWriter
+
+#: Processors that may reorder stores: there each record carries a crc, since Python has no memory fence.
+NEEDS_CRC = platform.machine().lower() not in ("x86_64", "amd64", "i686", "i386")
+
+
+class Recorder:
+    """Records one engine into one ring.
+
+    Args:
+        number: number of the engine in this process, from 0.
+        adapter: the tables that fit this vLLM.
+        facts: what is known of the engine: see `engine_facts`.
+        directory: where the ring goes.
+        slots: its capacity, a power of two.
+        clock: monotonic nanoseconds.
+
+    Raises:
+        OSError: the ring cannot be made.
+        LookupError: vLLM's classes are not where the adapter says.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        adapter: Adapter,
+        facts: Mapping[str, Any],
+        directory: Path,
+        slots: int,
+        clock: Callable[[], int],
+    ) -> None:
+        self.number = number
+        self.compiled: Compiled = compile_publisher(adapter, facts)
+        self.meta: dict[str, Any] = {
+            "engine": number,
+            "adapter": adapter.name,
+            **process_facts(),
+            **facts,
+            "absent": self.compiled.absent,
+        }
+        pid = os.getpid()
+        for attempt in itertools.count():
+            # the start time in the name: in containers every program may be process 1
+            name = f"{pid}-{process_start(pid)}-{number}{f'-{attempt}' if attempt else ''}{RING_SUFFIX}"
+            try:
+                self.ring = RingWriter(directory / name, self.compiled.layout, slots, self.meta, crc=NEEDS_CRC)
+                break
+            except FileExistsError:
+                if attempt > 99:
+                    raise
+        self.record, self.publish = self.compiled.bind(self.ring.publish, number, clock)
+        self._closing = threading.Lock()
+
+    def close(self) -> None:
+        """Mark the ring closed; what it holds can still be read. Closing twice is fine."""
+        with self._closing:
+            self.ring.close()
+
+
+def process_facts() -> dict[str, Any]:
+    """What there is to know about the process that records."""
+    import kvhook
+
+    return {
+        "kvhook": kvhook.__version__,
+        "vllm": vllm_version(),
+        "python": platform.python_version(),
+        "pid": os.getpid(),
+        "program": os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "",
+    }
+
+
+def engine_facts(adapter: Adapter, config: Any) -> dict[str, Any]:
+    """What vLLM's configuration tells about an engine: model, block size, number of blocks...
+
+    Args:
+        config: a VllmConfig. A part of it that this vLLM does not have is None in the answer; nothing raises.
+    """
+    facts = {name: _plain(read_path(config, path)) for name, path in adapter.facts.items()}
+    blocks = facts.get("num_gpu_blocks")
+    # vLLM keeps one block, the null block, for itself; kv_cache_usage is over the others
+    facts["num_kv_blocks"] = blocks - 1 if isinstance(blocks, int) and blocks > 1 else None
+    facts.setdefault(FINISHED_HOOK, False)
+    return facts
+
+
+def _plain(value: Any) -> Any:
+    """A configuration value as JSON can hold it: enums, dtypes and devices differ from release to release."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    try:
+        return str(getattr(value, "value", value))
+    except Exception:
+        return None
