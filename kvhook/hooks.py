@@ -277,7 +277,8 @@ def disarm() -> None:
         if kept:
             _patches[name] = kept[::-1]
         else:
-            del _patches[name], _found[name]
+            del _patches[name]
+    _found.clear()
 
 
 def resolve(adapter: Adapter) -> tuple[dict[str, Target], list[str]]:
@@ -297,7 +298,7 @@ def resolve(adapter: Adapter) -> tuple[dict[str, Target], list[str]]:
 
 def patched() -> dict[str, dict[str, Target]]:
     """Adapter -> the targets that are patched at this moment, by role."""
-    return {name: dict(targets) for name, targets in _found.items() if name in _patches}
+    return {name: dict(targets) for name, targets in _found.items()}
 
 
 def _on_import(module: Any) -> None:
@@ -324,15 +325,15 @@ def _on_import(module: Any) -> None:
 
 
 def _apply(adapter: Adapter, found: dict[str, Target]) -> None:
-    """Patch every target, or none."""
-    if adapter.name in _patches:
-        _found[adapter.name] = found
-        return
+    """Patch every target, or none. What is still patched from before (below somebody else's wrapper) stays."""
+    kept = _patches.get(adapter.name, [])
     patches: list[Patch] = []
     try:
         for target in found.values():
             module, _, name = target.path.partition(":")
             parent, attribute, original = wrapt.resolve_path(sys.modules[module], name)
+            if any(p.parent is parent and p.attribute == attribute for p in kept):
+                continue
             wrapper = wrapt.FunctionWrapper(original, ROLES[target.role])
             inherited = attribute not in vars(parent)
             setattr(parent, attribute, wrapper)
@@ -341,7 +342,7 @@ def _apply(adapter: Adapter, found: dict[str, Target]) -> None:
         for patch in reversed(patches):
             _restore(patch)
         raise
-    _patches[adapter.name] = patches
+    _patches[adapter.name] = kept + patches
     _found[adapter.name] = found
 
 
