@@ -1,10 +1,10 @@
 """See, step by step, what vLLM's KV cache does.
 
-    import kvhook
-    session = kvhook.install()      # before LLM(...); nothing else in the program changes
-    llm = LLM(...)
-    llm.generate(...)
-    print(session.summary())
+import kvhook
+session = kvhook.install()      # before LLM(...); nothing else in the program changes
+llm = LLM(...)
+llm.generate(...)
+print(session.summary())
 """
 
 from __future__ import annotations

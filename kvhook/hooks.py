@@ -214,8 +214,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 def _quiet_manager(manager_class: Any) -> Any:
     """A manager of vLLM's own type with no logger in it: what asks for its type still gets it."""
-    manager = type("KvhookStatLoggerManager", (_QuietManager, manager_class), {})
-    made = manager.__new__(manager)
+    made: Any = object.__new__(type("KvhookStatLoggerManager", (_QuietManager, manager_class), {}))
     made.engine_indexes = [0]
     made.hand_over_to(_nothing)
     return made

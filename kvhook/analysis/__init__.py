@@ -1,0 +1,1 @@
+"""Pure functions over recorded arrays: arrays in, numbers out. Nothing here reads files or knows vLLM."""

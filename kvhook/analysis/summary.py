@@ -1,0 +1,210 @@
+"""A run in numbers, and those numbers as a table that a person wants to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvhook.analysis.distribution import Distribution, distribution
+
+if TYPE_CHECKING:
+    from kvhook.trace import Trace
+
+    Table = npt.NDArray[np.void]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """One run in numbers. Times in seconds unless the name says otherwise; what cannot be known is None.
+
+    A mean over steps counts each step once, however long it took; per-second figures are per second spent *inside*
+    ``LLMEngine.step``, so that a pause between two calls of ``generate`` does not dilute them.
+    """
+
+    #: vLLM and model behind the run
+    vllm: str
+    model: str
+    engines: int
+
+    steps: int
+    steps_without_stats: int
+    #: from the start of the first step to the end of the last
+    wall_time: float
+    time_in_steps: float
+    step_time: Distribution
+
+    #: KV blocks that can be used, of all engines together
+    num_kv_blocks: int | None
+    block_size: int | None
+    kv_cache_usage_mean: float | None
+    kv_cache_usage_p95: float | None
+    kv_cache_usage_peak: float | None
+
+    #: False where prefix caching was off: then there is no hit rate, rather than one of 0
+    prefix_caching: bool | None
+    prefix_cache_queries: int | None
+    prefix_cache_hits: int | None
+    #: hits / queries of this run; None without queries
+    prefix_cache_hit_rate: float | None
+    prefix_cache_preempted_queries: int | None
+    prefix_cache_preempted_hits: int | None
+    #: the share of all hit tokens that re-admitted (preempted) requests had on coming back: not among the hits above
+    preempted_share_of_hits: float | None
+
+    num_prompt_tokens: int | None
+    num_prompt_tokens_computed: int | None
+    num_prompt_tokens_cached: int | None
+    num_generation_tokens: int | None
+    prompt_tokens_per_second: float | None
+    generation_tokens_per_second: float | None
+
+    num_running_reqs_mean: float | None
+    num_running_reqs_peak: int | None
+    num_waiting_reqs_mean: float | None
+    num_waiting_reqs_peak: int | None
+    num_preempted_reqs: int | None
+    num_finished_reqs: int
+    finished_by_reason: dict[str, int]
+
+    time_to_first_token: Distribution
+    inter_token_latency: Distribution
+    mean_time_per_output_token: Distribution
+    e2e_latency: Distribution
+
+    #: kvhook's own cost per step in ns: sampled, plus `hook_call_ns` for the wrapped call itself
+    kvhook_ns_p50: float | None
+    kvhook_ns_p99: float | None
+    #: kvhook's share of the time inside steps
+    kvhook_share: float | None
+
+    #: records that were overwritten or damaged before they were read
+    records_lost: int
+    #: records that fell out of a bounded history
+    records_dropped: int
+    #: column -> why this vLLM cannot fill it
+    absent: dict[str, str]
+    #: what failed inside kvhook, if anything did
+    faults: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain dictionaries, numbers and None: what ``json.dumps`` takes. NaN becomes None."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def __str__(self) -> str:
+        from kvhook.analysis.summary_text import as_text
+
+        return as_text(self)
+
+
+def summarize(trace: Trace, engine: int | None = None) -> Summary:
+    """Reduce a trace to its summary.
+
+    Args:
+        trace: the run.
+        engine: only this engine of it; all of them together otherwise.
+    """
+    steps, requests = trace.steps(engine), trace.requests(engine)
+    meta = trace.meta
+    engines = [e for e in meta["engines"] if engine is None or e["engine"] == engine]
+    with_stats = steps[steps["has_scheduler_stats"] == 1]
+    seconds = (steps["t_end_ns"] - steps["t_start_ns"]) / 1e9
+    inside = float(seconds.sum())
+    usage = _column(with_stats, "kv_cache_usage")
+    caching = [e.get("enable_prefix_caching") for e in engines]
+    prefix_on = None if None in caching or not caching else any(caching)
+    queries, hits = _total(steps, "prefix_cache_queries"), _total(steps, "prefix_cache_hits")
+    again_queries = _total(steps, "prefix_cache_preempted_queries")
+    again = _total(steps, "prefix_cache_preempted_hits")
+    prompt, generated = _total(steps, "num_prompt_tokens"), _total(steps, "num_generation_tokens")
+    running, waiting = _column(with_stats, "num_running_reqs"), _column(with_stats, "num_waiting_reqs")
+    reasons, reason_counts = np.unique(requests["finish_reason"], return_counts=True)
+    cost = _cost(steps, max((e.get("hook_call_ns") or 0 for e in engines), default=0))
+    blocks = [e["num_kv_blocks"] for e in engines if e.get("num_kv_blocks")]
+    return Summary(
+        vllm=str(meta["vllm"]),
+        model=str(engines[0].get("model") or "") if engines else "",
+        engines=len(engines),
+        steps=len(steps),
+        steps_without_stats=len(steps) - len(with_stats),
+        wall_time=float(steps["t_end_ns"].max() - steps["t_start_ns"].min()) / 1e9 if len(steps) else 0.0,
+        time_in_steps=inside,
+        step_time=distribution(seconds),
+        num_kv_blocks=sum(blocks) if blocks else None,
+        block_size=next((e["block_size"] for e in engines if e.get("block_size")), None),
+        kv_cache_usage_mean=float(usage.mean()) if len(usage) else None,
+        kv_cache_usage_p95=float(np.quantile(usage, 0.95)) if len(usage) else None,
+        kv_cache_usage_peak=float(usage.max()) if len(usage) else None,
+        prefix_caching=prefix_on,
+        prefix_cache_queries=queries,
+        prefix_cache_hits=hits,
+        prefix_cache_hit_rate=_ratio(hits, queries),
+        prefix_cache_preempted_queries=again_queries,
+        prefix_cache_preempted_hits=again,
+        preempted_share_of_hits=_ratio(again, None if again is None or hits is None else hits + again),
+        num_prompt_tokens=prompt,
+        num_prompt_tokens_computed=_total(steps, "num_prompt_tokens_computed"),
+        num_prompt_tokens_cached=_total(steps, "num_prompt_tokens_cached"),
+        num_generation_tokens=generated,
+        prompt_tokens_per_second=_ratio(prompt, inside),
+        generation_tokens_per_second=_ratio(generated, inside),
+        num_running_reqs_mean=float(running.mean()) if len(running) else None,
+        num_running_reqs_peak=int(running.max()) if len(running) else None,
+        num_waiting_reqs_mean=float(waiting.mean()) if len(waiting) else None,
+        num_waiting_reqs_peak=int(waiting.max()) if len(waiting) else None,
+        num_preempted_reqs=_total(steps, "num_preempted_reqs"),
+        num_finished_reqs=len(requests),
+        finished_by_reason=dict(zip(reasons.tolist(), reason_counts.tolist(), strict=True)),
+        time_to_first_token=distribution(*trace.latencies("time_to_first_token", engine)),
+        inter_token_latency=distribution(*trace.latencies("inter_token_latency", engine)),
+        mean_time_per_output_token=_time_per_output_token(requests),
+        e2e_latency=distribution(_column(requests, "e2e_latency")),
+        kvhook_ns_p50=float(np.median(cost)) if len(cost) else None,
+        kvhook_ns_p99=float(np.quantile(cost, 0.99)) if len(cost) else None,
+        kvhook_share=_ratio(float(cost.mean()) * len(steps) / 1e9 if len(cost) else None, inside),
+        records_lost=int(meta["records_lost"]) + int(meta["damaged"]),
+        records_dropped=int(meta["records_dropped"]),
+        absent=dict(meta["absent"]),
+        faults=dict(meta.get("faults", {})),
+    )
+
+
+def _column(table: Table, name: str) -> npt.NDArray[np.float64]:
+    """A column as floats, empty if this vLLM does not fill it."""
+    if name not in (table.dtype.names or ()):
+        return np.empty(0)
+    return table[name].astype(np.float64)
+
+
+def _total(table: Table, name: str) -> int | None:
+    return int(table[name].sum()) if name in (table.dtype.names or ()) else None
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def _time_per_output_token(requests: Table) -> Distribution:
+    """Of requests that generated more than one token: the first one is prefill (vLLM's own definition)."""
+    several = requests[requests["num_generation_tokens"] > 1] if len(requests) else requests
+    values = _column(several, "mean_time_per_output_token")
+    if not len(values) and "decode_time" in (requests.dtype.names or ()):
+        values = several["decode_time"] / (several["num_generation_tokens"] - 1)
+    return distribution(values)
+
+
+def _cost(steps: Table, call_ns: int) -> npt.NDArray[np.float64]:
+    """kvhook's cost per step, of the steps in which it was measured."""
+    cost = _column(steps, "kvhook_ns")
+    return cost[cost >= 0] + call_ns
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Distribution):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value

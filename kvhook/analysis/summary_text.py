@@ -1,0 +1,140 @@
+"""A `Summary` as text: what a person wants to know first comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from kvhook.analysis.distribution import Distribution
+
+if TYPE_CHECKING:
+    from kvhook.analysis.summary import Summary
+
+_WIDTH = 16
+
+
+def as_text(s: Summary) -> str:
+    """The whole summary, some thirty lines of at most 100 characters."""
+    return "\n".join(_lines(s))
+
+
+def _lines(s: Summary) -> Iterator[str]:
+    of = f" of {s.engines} engines" if s.engines > 1 else ""
+    yield f"vLLM {s.vllm or '?'}{f', {s.model}' if s.model else ''}: {s.steps:,} steps{of} in {seconds(s.wall_time)}"
+    if not s.steps:
+        yield _row("no steps yet", "install kvhook before LLM(...), then call llm.generate(...)")
+        return
+    share = f" ({s.time_in_steps / s.wall_time:.0%} of it inside steps)" if s.wall_time else ""
+    yield _row("step time", f"p50 {seconds(s.step_time.p50)}, p99 {seconds(s.step_time.p99)}{share}")
+    if s.steps_without_stats:
+        yield _row("", f"{s.steps_without_stats:,} steps brought no stats")
+    yield ""
+    yield _row("KV cache", _usage(s))
+    yield _row("prefix cache", _prefix(s))
+    if s.prefix_cache_preempted_queries:
+        yield _row(
+            "",
+            f"re-admitted requests: {s.prefix_cache_preempted_hits:,} of {s.prefix_cache_preempted_queries:,} tokens "
+            f"hit, {percent(s.preempted_share_of_hits)} of all hits",
+        )
+    yield _row("prompt tokens", _prompt(s))
+    yield _row("generated", f"{count(s.num_generation_tokens)} tokens, {rate(s.generation_tokens_per_second)}")
+    yield ""
+    if s.num_running_reqs_peak is not None:
+        yield _row("running", f"mean {s.num_running_reqs_mean:.1f}, peak {s.num_running_reqs_peak:,}")
+        yield _row("waiting", f"mean {s.num_waiting_reqs_mean:.1f}, peak {s.num_waiting_reqs_peak:,}")
+    yield _row("preemptions", count(s.num_preempted_reqs))
+    reasons = ", ".join(f"{name} {n:,}" for name, n in sorted(s.finished_by_reason.items()))
+    yield _row("finished", f"{s.num_finished_reqs:,} requests{f' ({reasons})' if reasons else ''}")
+    yield ""
+    yield f"  {'latency':{_WIDTH}}{'count':>9}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}"
+    yield _latency("first token", s.time_to_first_token)
+    yield _latency("inter-token", s.inter_token_latency)
+    yield _latency("per out. token", s.mean_time_per_output_token)
+    yield _latency("end to end", s.e2e_latency)
+    yield ""
+    yield _row("kvhook", _cost(s))
+    yield _row("lost", _lost(s))
+    for where, error in s.faults.items():
+        yield _row("fault", f"{where}: {error}")
+
+
+def _usage(s: Summary) -> str:
+    if s.kv_cache_usage_peak is None:
+        return f"not known: {s.absent.get('kv_cache_usage', 'no step brought stats')}"
+    size = f" of {s.num_kv_blocks:,} blocks" if s.num_kv_blocks else ""
+    tokens = f" of {s.block_size} tokens" if s.num_kv_blocks and s.block_size else ""
+    return (
+        f"peak {percent(s.kv_cache_usage_peak)}, p95 {percent(s.kv_cache_usage_p95)}, "
+        f"mean {percent(s.kv_cache_usage_mean)}{size}{tokens}"
+    )
+
+
+def _prefix(s: Summary) -> str:
+    if s.prefix_caching is False:
+        return "off (enable_prefix_caching=False): no hit rate"
+    if s.prefix_cache_queries is None:
+        return f"not known: {s.absent.get('prefix_cache_queries', 'no reason given')}"
+    if s.prefix_cache_hit_rate is None:
+        return "no look-ups yet"
+    return (
+        f"hit rate {percent(s.prefix_cache_hit_rate)} of this run: {s.prefix_cache_hits:,} of "
+        f"{s.prefix_cache_queries:,} tokens"
+    )
+
+
+def _prompt(s: Summary) -> str:
+    if s.num_prompt_tokens_computed is None:
+        return f"{count(s.num_prompt_tokens)}, {rate(s.prompt_tokens_per_second)}"
+    return (
+        f"{count(s.num_prompt_tokens)}: {count(s.num_prompt_tokens_computed)} computed, "
+        f"{count(s.num_prompt_tokens_cached)} cached; {rate(s.prompt_tokens_per_second)}"
+    )
+
+
+def _cost(s: Summary) -> str:
+    if s.kvhook_ns_p50 is None or s.kvhook_ns_p99 is None:
+        return "cost not measured yet"
+    return (
+        f"cost per step p50 {s.kvhook_ns_p50 / 1e3:.1f} us, p99 {s.kvhook_ns_p99 / 1e3:.1f} us; "
+        f"{percent(s.kvhook_share, 3)} of the time inside steps"
+    )
+
+
+def _lost(s: Summary) -> str:
+    dropped = f"; {s.records_dropped:,} dropped from the bounded history" if s.records_dropped else ""
+    return f"{s.records_lost:,} records{dropped}"
+
+
+def _row(name: str, text: str) -> str:
+    return f"  {name:{_WIDTH}}{text}"
+
+
+def _latency(name: str, d: Distribution) -> str:
+    cells = "".join(f"{seconds(v):>10}" for v in (d.mean, d.p50, d.p90, d.p99, d.max))
+    return f"  {name:{_WIDTH}}{d.count:>9,}{cells}"
+
+
+def seconds(value: float) -> str:
+    """A time with three digits and the unit that suits it; ``-`` for NaN."""
+    if value != value:
+        return "-"
+    for factor, unit in ((1e-6, "us"), (1e-3, "ms")):
+        if abs(value) < 999.5 * factor:
+            return f"{value / factor:.3g} {unit}" if value else "0 s"
+    return f"{value:.3g} s" if value < 100 else f"{value:,.0f} s"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as per cent; ``-`` for None."""
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def count(value: int | None) -> str:
+    """A number with thousands separated; ``not known`` for None."""
+    return "not known" if value is None else f"{value:,}"
+
+
+def rate(value: float | None) -> str:
+    """Tokens per second inside steps."""
+    return "-" if value is None else f"{value:,.0f} per second in steps"
