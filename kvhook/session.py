@@ -113,6 +113,11 @@ class Session:
         return self.trace().meta
 
     @property
+    def rings(self) -> list[Path]:
+        """The ring file of each engine so far: what other processes read live, and what is left after a crash."""
+        return [recorder.ring.path for recorder in self._recorders.values()]
+
+    @property
     def faults(self) -> dict[str, int]:
         """What failed inside kvhook, and how often. Empty in a healthy run."""
         return dict(self._guard.faults)

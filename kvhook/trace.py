@@ -86,7 +86,7 @@ class Trace:
         values = [low[equal], low[pair], high[pair]]
         counts = [count[equal], np.ones(2 * pair.sum(), np.int64)]
         for slots, layout in self._slots(VALUES, engine):
-            fields = _fields(slots, layout.columns["values"])
+            fields = fields_of(slots, layout.columns["values"])
             mine = fields["series"] == VALUE_SERIES.index(series)
             first = FIELDS_AT + 8 * len(layout.columns["values"])
             room = layout.values_per_slot
@@ -139,7 +139,7 @@ class Trace:
         out = np.empty(len(slots), types)
         out["engine"] = slot_head(slots)["engine"]
         stored = {c.name for c in layout.columns[kind]}
-        fields = _fields(slots, layout.columns[kind])
+        fields = fields_of(slots, layout.columns[kind])
         blanks = {f.name: float(blank(f)) for f in KINDS[kind][1]}
         for c in columns:
             if c.name not in stored:
@@ -183,7 +183,7 @@ class Trace:
                     self._numbers[int(engine)] = min(low, int(n.min())), max(high, int(n.max())), count + len(n)
 
     def _take_meta(self, slot: Slots, engine: int, layout: Layout, pieces: dict[int, list[bytes]]) -> None:
-        fields = _fields(slot[None], layout.columns["meta"])[0]
+        fields = fields_of(slot[None], layout.columns["meta"])[0]
         begin = FIELDS_AT + 8 * len(layout.columns["meta"])
         parts = pieces.setdefault(engine, [])
         if fields["part"] != len(parts):
@@ -309,7 +309,7 @@ def _whole(slots: Slots) -> npt.NDArray[np.bool_]:
     return good
 
 
-def _fields(slots: Slots, columns: Sequence[Column]) -> npt.NDArray[np.void]:
+def fields_of(slots: Slots, columns: Sequence[Column]) -> npt.NDArray[np.void]:
     """The columns of raw slots, without copying."""
     shape: Any = {
         "names": [c.name for c in columns],

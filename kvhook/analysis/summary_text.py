@@ -20,7 +20,9 @@ def as_text(s: Summary) -> str:
 
 def _lines(s: Summary) -> Iterator[str]:
     of = f" of {s.engines} engines" if s.engines > 1 else ""
-    yield f"vLLM {s.vllm or '?'}{f', {s.model}' if s.model else ''}: {s.steps:,} steps{of} in {seconds(s.wall_time)}"
+    # of a path the last part says enough; of a hub's name all of it is wanted
+    model = s.model.rsplit("/", 1)[-1] if s.model.startswith("/") else s.model
+    yield f"vLLM {s.vllm or '?'}{f', {model}' if model else ''}: {s.steps:,} steps{of} in {seconds(s.wall_time)}"
     if not s.steps:
         yield _row("no steps yet", "install kvhook before LLM(...), then call llm.generate(...)")
         return

@@ -1,0 +1,7 @@
+"""``python -m kvhook`` is ``kvhook``."""
+
+import sys
+
+from kvhook.cli import main
+
+sys.exit(main())

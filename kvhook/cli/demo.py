@@ -1,0 +1,101 @@
+"""``kvhook demo``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvhook.demo import engine
+from kvhook.demo.live import LiveLines, bar
+from kvhook.demo.workload import BLOCK_SIZE, NUM_GPU_BLOCKS, rounds
+from kvhook.errors import KvhookError
+
+if TYPE_CHECKING:
+    from kvhook.session import Session
+
+
+class Verb:
+    """Run a real vLLM on a tiny model and show what its KV cache does.
+
+    Three rounds of requests: system prompts the cache has not seen, the same ones again, and more long answers than
+    the cache can hold. The whole run is recorded in a trace.
+    """
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.add_argument("--out", type=Path, metavar="FILE.kvh", help="the trace (default: a new kvhook-demo.kvh)")
+        parser.add_argument("--model", type=Path, metavar="DIR", help="another model, instead of the tiny one")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Run it."""
+        import kvhook
+
+        engine.require_vllm()
+        for name, value in engine.ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        out = args.out or _unused(Path("kvhook-demo.kvh"))
+        log = out.with_suffix(".log")
+        session = kvhook.install(trace=out)
+        try:
+            _run(session, args.model, out, log)
+        finally:
+            kvhook.uninstall()
+        return 0
+
+
+def _run(session: Session, model: Path | None, out: Path, log: Path) -> None:
+    from kvhook.demo.model import make_tiny_model, tiny_model_dir
+
+    with engine.messages_to(log):
+        if model is None:
+            model = make_tiny_model(tiny_model_dir())
+        with engine.progress("loading vLLM and a tiny Llama with random weights"):
+            llm = engine.load(model)
+    from vllm import SamplingParams
+
+    print(f"the KV cache: {NUM_GPU_BLOCKS - 1} usable blocks of {BLOCK_SIZE} tokens")
+    if not session.rings:
+        raise KvhookError(f"this engine is not recorded: {session.faults or 'its vLLM is not one kvhook knows'}")
+    with LiveLines(session.rings[-1], lambda line: print(f"  {line}", flush=True)) as live:
+        for number, one in enumerate(rounds(), 1):
+            live.flush()
+            requests = sum(len(batch) for batch in one.batches)
+            print(f"\nround {number}: {one.title}, {requests} requests\n  ({one.shows})", flush=True)
+            params = SamplingParams(max_tokens=one.max_tokens, temperature=0, ignore_eos=True)
+            with engine.messages_to(log):
+                for batch in one.batches:
+                    llm.generate(batch, params, use_tqdm=False)
+    print(f"\n{session.summary()}\n")
+    _print_progression(session)
+    session.close()
+    print(
+        f"\nThe trace is in {out} ({out.stat().st_size / 1e6:.1f} MB), vLLM's own messages in {log}. Next:\n"
+        f"  kvhook summary {out}              the table above, again\n"
+        f"  kvhook export {out} demo.csv      steps and requests for a spreadsheet\n"
+        f'  python -c "import kvhook; print(kvhook.open({str(out)!r}).steps())"\n'
+        "and in your own program, before LLM(...):\n"
+        "  session = kvhook.install()"
+    )
+
+
+def _print_progression(session: Session) -> None:
+    from kvhook.analysis.progression import progression
+
+    print("the prefix cache over the run: hit rate so far, and what was looked up on the way")
+    for part in progression(session.steps(), parts=20):
+        if part.queries:
+            rate = part.hit_rate_so_far or 0.0
+            looked_up = f"{part.hits:5,} of {part.queries:5,} tokens hit"
+            print(f"  up to step {part.last_step:4}  {bar(rate)} {100 * rate:5.1f} %   {looked_up}")
+
+
+def _unused(path: Path) -> Path:
+    """This name, or one with a number, that no file has yet."""
+    for n in count(2):
+        if not path.exists():
+            return path
+        path = path.with_stem(f"kvhook-demo-{n}")
+    raise AssertionError
