@@ -102,6 +102,11 @@ class Session:
         """The run so far as a `kvhook.Trace`. Later steps are not in it."""
         from kvhook.trace import open_files
 
+        if self._pid != os.getpid():
+            raise KvhookError(
+                f"this session belongs to process {self._pid}, of which this one is a fork; it is not recorded. "
+                "kvhook.install() makes a session of its own"
+            )
         if not self._closed:
             self._spool.drain()
         more = {"faults": dict(self._guard.first), "hook_call_ns": self._hook_ns}
@@ -226,7 +231,7 @@ def install(
     """
     global _current
     with _lock:
-        if _current is None:
+        if _current is None or _current._pid != os.getpid():
             session = Session(ring_dir=ring_dir, ring_slots=ring_slots, history=history, trace=trace)
             atexit.register(_at_exit, session)
             _warn_if_slow()
