@@ -34,7 +34,6 @@ import numpy as np
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import kvhook
@@ -66,6 +65,7 @@ def make_engine(size: str, max_num_seqs: int) -> Any:
     if SIZES[size] is None:
         from kvhook.demo.model import make_tiny_model, tiny_model_dir
 
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # without it the first step on a CPU takes a minute
         return LLM(model=str(make_tiny_model(tiny_model_dir())), enforce_eager=True, block_size=32, **common)
     folder = Path(tempfile.mkdtemp())
     config = dict(

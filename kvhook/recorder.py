@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import platform
@@ -13,11 +14,15 @@ from typing import Any
 
 from kvhook.adapters.compiler import FINISHED_HOOK, Compiled, compile_publisher
 from kvhook.adapters.table import Adapter, read_path, vllm_version
-from kvhook.ring.place import RING_SUFFIX, process_start
+from kvhook.ring.place import RING_SUFFIX, pid_namespace, process_start
 from kvhook.ring.writer import RingWriter
+from kvhook.rings import prune
 
 #: Processors that may reorder stores: there each record carries a crc, since Python has no memory fence.
 NEEDS_CRC = platform.machine().lower() not in ("x86_64", "amd64", "i686", "i386")
+
+#: Every ring of a process has a number of its own, also after another session.
+_serials = itertools.count()
 
 
 class Recorder:
@@ -54,16 +59,15 @@ class Recorder:
             **facts,
             "absent": self.compiled.absent,
         }
+        with contextlib.suppress(Exception):  # a tidy directory is worth no engine
+            prune(directory)
         pid = os.getpid()
-        for attempt in itertools.count():
+        for serial in _serials:
             # the start time in the name: in containers every program may be process 1
-            name = f"{pid}-{process_start(pid)}-{number}{f'-{attempt}' if attempt else ''}{RING_SUFFIX}"
-            try:
+            name = f"{pid}-{process_start(pid)}-{serial}{RING_SUFFIX}"
+            with contextlib.suppress(FileExistsError):
                 self.ring = RingWriter(directory / name, self.compiled.layout, slots, self.meta, crc=NEEDS_CRC)
                 break
-            except FileExistsError:
-                if attempt > 99:
-                    raise
         self.record, self.publish = self.compiled.bind(self.ring.publish, number, clock)
         self._closing = threading.Lock()
 
@@ -82,6 +86,7 @@ def process_facts() -> dict[str, Any]:
         "vllm": vllm_version(),
         "python": platform.python_version(),
         "pid": os.getpid(),
+        "pid_namespace": pid_namespace(),
         "program": os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "",
     }
 

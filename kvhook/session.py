@@ -17,7 +17,8 @@ from kvhook.errors import KvhookError, StatsOffError
 from kvhook.guard import Guard
 from kvhook.recorder import Recorder, engine_facts
 from kvhook.ring.layout import MAX_CAPACITY
-from kvhook.ring.place import find_directory, process_start
+from kvhook.ring.place import find_directory, history_root, process_start
+from kvhook.rings import HISTORY_PREFIX, prune_histories
 from kvhook.spool import TRACE_SUFFIX, Spool
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ RING_SLOTS = 8192
 HISTORY = "1GiB"
 #: A slot with every column of the schema takes less than this; used to try out the ring's directory.
 _MOST_SLOT_BYTES = 512
-HISTORY_PREFIX = "kvhook-history-"
 
 _lock = threading.RLock()
 _current: Session | None = None
@@ -110,7 +110,11 @@ class Session:
         if not self._closed:
             self._spool.drain()
         more = {"faults": dict(self._guard.first), "hook_call_ns": self._hook_ns}
-        return open_files(self._spool.paths(), self._name(), more)
+        try:
+            paths, opened, counts = self._spool.open()
+        except OSError as error:
+            raise KvhookError(f"what was recorded is gone: {error.filename}: {error.strerror}") from None
+        return open_files(paths, self._name(), more, counts, opened)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -196,6 +200,7 @@ class Session:
         if self._history_dir is None:
             pid = os.getpid()
             prefix = f"{HISTORY_PREFIX}{pid}-{process_start(pid)}-"
+            prune_histories(history_root())
             self._history_dir = Path(tempfile.mkdtemp(prefix=prefix, dir=history_root()))
         return self._history_dir / f"{number:06}{TRACE_SUFFIX}"
 
@@ -293,13 +298,6 @@ def parse_size(size: int | str) -> int:
     number, unit, rest = match.groups()
     factor = 1000 if rest.lower() == "b" else 1024
     return int(float(number) * factor ** " kmgt".index(unit.lower() or " "))
-
-
-def history_root() -> Path:
-    """Where the temporary history goes: on disk. ``/tmp`` is memory on many systems, ``/var/tmp`` is not."""
-    if not os.environ.get("TMPDIR") and os.access("/var/tmp", os.W_OK | os.X_OK):
-        return Path("/var/tmp")
-    return Path(tempfile.gettempdir())
 
 
 def _power_of_two(slots: Any) -> int:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvhook.ring.layout import CLOSED, HEAD_WORD, STATE_WORD, Layout, pack_header
-from kvhook.ring.place import create_file, process_start
+from kvhook.ring.place import create_file, pid_namespace, process_start
 from kvhook.ring.reader import RingReader
 from kvhook.schema import META
 
 if TYPE_CHECKING:
     from kvhook.recorder import Recorder
+    from kvhook.ring.layout import Header
     from kvhook.ring.reader import Slots
 
 TRACE_SUFFIX = ".kvh"
@@ -27,6 +31,7 @@ INTERVAL = 0.2
 SEGMENTS = 8
 
 _WORD = struct.Struct("<Q")
+_WRITING, _THEN = "writing the trace", "records are counted as lost until it can be written again"
 
 
 class TraceWriter:
@@ -41,8 +46,13 @@ class TraceWriter:
         self.layout = layout
         header = trace_header(layout, meta)
         self._fd = create_file(path)
+        try:
+            _write(self._fd, memoryview(header), 0)
+        except OSError:
+            os.close(self._fd)
+            path.unlink(missing_ok=True)
+            raise
         self.header_bytes = self.size = len(header)
-        os.pwrite(self._fd, header, 0)
 
     @property
     def slots(self) -> int:
@@ -53,42 +63,81 @@ class TraceWriter:
         """Append raw slots.
 
         Raises:
-            OSError: they were not written, or not all; the file still ends with the last whole batch.
+            OSError: not all were written; `slots` counts those that are in the file, and it ends with a whole one.
         """
+        if not os.fstat(self._fd).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "the file or its directory has been removed", str(self.path))
         data = slots.ravel().data  # a view where the slots are contiguous, as they come from the ring
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._fd, data[done:], self.size + done)
-        self.size += done
+        before = self.size
+        try:
+            _write(self._fd, data, before)
+            self.size = before + len(data)
+        except OSError:
+            there = os.fstat(self._fd).st_size
+            self.size = max(before, there - (there - self.header_bytes) % self.layout.slot_bytes)
+            raise
 
     def append_meta(self, engine: int, meta: dict[str, Any]) -> None:
         """Append a piece of metadata about an engine; what comes later in the file counts."""
         self.append(pack_meta(self.layout, engine, meta))
 
+    def descriptor(self) -> int:
+        """A descriptor of its own for somebody who wants to read the file, which may have lost its name.
+
+        Raises:
+            OSError: it is closed, and no longer there.
+        """
+        return os.dup(self._fd) if self._fd >= 0 else os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+
     def close(self) -> None:
-        """Mark the file complete and close it. Closing twice is fine."""
-        if self._fd >= 0:
-            os.pwrite(self._fd, _WORD.pack(self.slots), 8 * HEAD_WORD)
-            os.pwrite(self._fd, _WORD.pack(CLOSED), 8 * STATE_WORD)
-            os.close(self._fd)
-            self._fd = -1
+        """Mark the file complete and close it. Closing twice is fine.
+
+        Raises:
+            OSError: it could not be marked; it is closed, and can be read as it is.
+        """
+        if self._fd < 0:
+            return
+        fd, self._fd = self._fd, -1
+        try:
+            os.pwrite(fd, _WORD.pack(self.slots), 8 * HEAD_WORD)
+            os.pwrite(fd, _WORD.pack(CLOSED), 8 * STATE_WORD)
+        finally:
+            os.close(fd)
 
 
-def trace_header(layout: Layout, meta: dict[str, Any], *, closed: bool = False) -> bytes:
-    """The header of a new trace file."""
+def _write(fd: int, data: memoryview, at: int) -> None:
+    """Write all of it: a full disk may take a part, and then the next call says why."""
+    done = 0
+    while done < len(data):
+        written = os.pwrite(fd, data[done:], at + done)
+        if not written:
+            raise OSError(errno.EIO, "nothing more could be written")
+        done += written
+
+
+def trace_header(layout: Layout, meta: dict[str, Any], *, like: Header | None = None, closed: bool = False) -> bytes:
+    """The header of a new trace file.
+
+    Args:
+        layout: of its slots.
+        meta: facts for the header.
+        like: the header of the run that is written again: its process and its clocks are taken over.
+        closed: the file is complete with what is written now.
+    """
+    pid = os.getpid()
     header = bytearray(
         pack_header(
             layout,
             meta,
             capacity=0,
-            pid=os.getpid(),
-            process_start=process_start(os.getpid()),
-            clocks=(time.monotonic_ns(), time.time_ns()),
+            pid=like.pid if like else pid,
+            process_start=like.process_start if like else process_start(pid),
+            clocks=(like.monotonic_ns, like.realtime_ns) if like else (time.monotonic_ns(), time.time_ns()),
             crc=False,
         )
     )
     if closed:
-        header[8 * STATE_WORD : 8 * STATE_WORD + 8] = _WORD.pack(CLOSED)
+        _WORD.pack_into(header, 8 * STATE_WORD, CLOSED)
     return bytes(header)
 
 
@@ -103,8 +152,9 @@ def pack_meta(layout: Layout, engine: int, meta: dict[str, Any]) -> Slots:
     raw = bytearray()
     for part in range(parts):
         piece = text[part * room : (part + 1) * room]
-        raw += _WORD.pack(2 * part + 2) + _WORD.pack(0)
-        raw += pack(part, META, engine, part, parts, len(piece), piece)
+        body = pack(part, META, engine, part, parts, len(piece), piece)
+        # facts steer how all the rest is read, and there are few of them: they always carry a crc
+        raw += _WORD.pack(2 * part + 2) + _WORD.pack(zlib.crc32(body)) + body
     return np.frombuffer(raw, np.uint8).reshape(parts, layout.slot_bytes)
 
 
@@ -140,32 +190,50 @@ class Spool:
         self._made = 0
         #: Records that were overwritten in the ring before the spool came, per engine.
         self.overrun: dict[int, int] = {}
-        #: Records that could not be written (disk full, directory gone).
-        self.unwritten = 0
+        #: Records that could not be written (disk full, directory gone), per engine.
+        self.unwritten: dict[int, int] = {}
+        #: Records that the spool has come to, per engine.
+        self.published: dict[int, int] = {}
+        #: Engines whose facts are still to be written to the file that is in use.
+        self._owed: set[int] = set()
         #: Records that fell out of a bounded history.
         self.dropped = 0
 
     def add(self, recorder: Recorder) -> None:
-        """Begin to drain an engine's ring. The thread is started with the first one."""
+        """Begin to drain an engine's ring. The thread is started with the first one.
+
+        Raises:
+            OSError: the ring has vanished.
+        """
+        number = recorder.number
         with self._lock:
-            self._engines[recorder.number] = _Engine(recorder, RingReader(recorder.ring.path, 0))
-            self._metas[recorder.number] = recorder.meta
-            self.overrun[recorder.number] = 0
+            self._engines[number] = _Engine(recorder, RingReader(recorder.ring.path, 0))
+            self._metas[number] = recorder.meta
+            self.overrun[number] = self.unwritten[number] = self.published[number] = 0
+            self._owed.add(number)
             try:
-                self._file_for(recorder.ring.layout).append_meta(recorder.number, recorder.meta)
+                self._settle(number, self._file_for(recorder.ring.layout))
             except OSError as error:
-                self._fault("writing the trace", error, "records are counted as lost until it can be written again")
+                self._fault(_WRITING, error, _THEN)
             if self._thread is None and not self._stopped:
                 self._thread = threading.Thread(target=self._run, name="kvhook-spool", daemon=True)
                 self._thread.start()
 
     def remove(self, number: int) -> None:
-        """Drain an engine for the last time."""
+        """Drain an engine for the last time, and put its count of records into the file."""
         with self._lock:
-            engine = self._engines.pop(number, None)
-            if engine is not None:
+            engine = self._engines.get(number)
+            if engine is None:
+                return
+            try:
                 self._drain(engine)
-                engine.reader.close()
+                self._file_for(engine.recorder.ring.layout).append_meta(number, self._counts(number))
+            except OSError as error:
+                self._fault(_WRITING, error, _THEN)
+            except Exception as error:
+                self._fault("draining the ring", error, "what was not drained yet is counted as lost")
+            del self._engines[number]
+            engine.reader.close()
 
     def drain(self) -> int:
         """Bring the files up to now; gives the number of records that were taken over."""
@@ -176,6 +244,23 @@ class Spool:
         """The files, oldest first."""
         with self._lock:
             return [f.path for f in self._files]
+
+    def open(self) -> tuple[list[Path], list[int], dict[int, dict[str, int]]]:
+        """The files, oldest first, a descriptor of each, and how many records of each engine came and were lost.
+
+        Raises:
+            OSError: a file is no longer there.
+        """
+        with self._lock:
+            opened: list[int] = []
+            try:
+                for file in self._files:
+                    opened.append(file.descriptor())
+            except OSError:
+                for fd in opened:
+                    os.close(fd)
+                raise
+            return [f.path for f in self._files], opened, {number: self._counts(number) for number in self.published}
 
     def close(self) -> None:
         """Drain, stop the thread, and complete the files. Closing twice is fine."""
@@ -206,16 +291,36 @@ class Spool:
             pause = INTERVAL if taken < smallest // 8 else 0.0 if taken > smallest // 2 else INTERVAL / 20
 
     def _drain(self, engine: _Engine) -> int:
+        number = engine.recorder.number
         batch = engine.reader.poll()
-        self.overrun[engine.recorder.number] += batch.lost
-        if not len(batch.slots):
+        self.overrun[number] += batch.lost
+        self.published[number] = engine.reader.cursor
+        count = len(batch.slots)
+        if not count:
             return 0
+        file, before = None, -1
         try:
-            self._file_for(engine.recorder.ring.layout).append(batch.slots)
+            file = self._file_for(engine.recorder.ring.layout)
+            self._settle(number, file)
+            before = file.slots
+            file.append(batch.slots)
         except OSError as error:
-            self.unwritten += len(batch.slots)
-            self._fault("writing the trace", error, "records are counted as lost until it can be written again")
-        return len(batch.slots)
+            self.unwritten[number] += count - (file.slots - before if file and before >= 0 else 0)
+            self._fault(_WRITING, error, _THEN)
+        return count
+
+    def _settle(self, number: int, file: TraceWriter) -> None:
+        """Write the facts about an engine that could not be written so far."""
+        if number in self._owed:
+            file.append_meta(number, self._metas[number])
+            self._owed.discard(number)
+
+    def _counts(self, number: int) -> dict[str, int]:
+        return {
+            "records_published": self.published[number],
+            "records_overrun": self.overrun[number],
+            "records_unwritten": self.unwritten[number],
+        }
 
     def _file_for(self, layout: Layout) -> TraceWriter:
         """The file that takes slots of this layout at this moment."""
@@ -227,16 +332,18 @@ class Spool:
         while sum(f.size for f in self._files) > self._limit - self._limit // SEGMENTS:
             oldest = self._files.pop(0)
             self.dropped += oldest.slots
-            oldest.close()
+            with contextlib.suppress(OSError):
+                oldest.close()
             oldest.path.unlink(missing_ok=True)
         return self._new_file(layout)
 
     def _new_file(self, layout: Layout) -> TraceWriter:
         meta = {key: value for key, value in next(iter(self._metas.values())).items() if key in ("kvhook", "vllm")}
-        file = TraceWriter(self._new_path(self._made), layout, meta)
+        file = TraceWriter(self._new_path(self._made), layout, meta | {"pid_namespace": pid_namespace()})
         self._made += 1
         self._files.append(file)
-        for number, facts in self._metas.items():
+        self._owed |= {number for number, e in self._engines.items() if e.recorder.ring.layout == layout}
+        for number in sorted(self._owed):
             if number in self._engines and self._engines[number].recorder.ring.layout == layout:
-                file.append_meta(number, facts)
+                self._settle(number, file)
         return file

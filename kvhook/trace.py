@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,29 @@ import numpy as np
 import numpy.typing as npt
 
 from kvhook.errors import KvhookError, TraceFormatError
-from kvhook.ring.layout import FIELDS_AT, MAX_HEADER, Column, Header, Layout, parse_header
-from kvhook.ring.reader import RingReader, slot_head
+from kvhook.facts import NEEDED_COLUMNS, clean_facts
+from kvhook.ring.layout import (
+    BODY_AT,
+    FIELDS_AT,
+    MAX_HEADER,
+    MAX_RECORDS,
+    Column,
+    Header,
+    Layout,
+    make_layout,
+    parse_header,
+)
+from kvhook.ring.reader import CHUNK_BYTES, RingReader, slot_head
 from kvhook.schema import FINISH_REASONS, KINDS, META, VALUE_SERIES, VALUES, blank
 
 if TYPE_CHECKING:
     from kvhook.analysis.summary import Summary
     from kvhook.ring.reader import Slots
 
-#: Slots that are read at a time: some 6 MB, so that a long trace is gone through in flat memory.
-CHUNK = 16384
+#: A process numbers its engines from 0: a record of an engine beyond this is damaged.
+MAX_ENGINES = 1 << 16
+#: A step does not bring more single latencies than this: a count beyond it is damaged.
+MAX_LATENCIES = 1 << 31
 
 
 class Trace:
@@ -36,14 +50,26 @@ class Trace:
             ``damaged`` (records of the file that were not whole and are left out).
     """
 
-    def __init__(self, sources: Sequence[_Source], name: str, more: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        sources: Sequence[_Source],
+        name: str,
+        more: Mapping[str, Any] | None = None,
+        facts: Mapping[int, Mapping[str, Any]] | None = None,
+    ) -> None:
+        for source in sources:
+            for kind, needed in NEEDED_COLUMNS.items():
+                if missing := needed - {c.name for c in source.layout.columns[kind]}:
+                    raise TraceFormatError(f"{name} holds no usable {kind} records: they have no {min(missing)}")
         self.name = name
         self._sources = sources
         self._engines: dict[int, dict[str, Any]] = {}
         self._numbers: dict[int, tuple[int, int, int]] = {}  # engine -> lowest n, highest n, count
         self.damaged = 0
         self._scan()
-        self.meta = self._describe() | (more or {})
+        for engine, told in (facts or {}).items():
+            self._engines[engine] = self._engines.get(engine, {}) | dict(told)
+        self.meta = self._describe() | dict(more or {})
 
     def steps(self, engine: int | None = None) -> npt.NDArray[np.void]:
         """One row per engine step, in order: a structured array with the columns of `kvhook.schema.STEP_FIELDS` that
@@ -81,6 +107,7 @@ class Trace:
         if f"{prefix}_count" not in (steps.dtype.names or ()):
             return np.empty(0), np.empty(0, np.int64)
         count, low, high = (steps[f"{prefix}_{what}"] for what in ("count", "min", "max"))
+        count = np.where((count >= 0) & (count < MAX_LATENCIES), count, 0)
         # what the step records tell by themselves: equal values, and pairs; see the compiler
         equal, pair = (count > 0) & (low == high), (count == 2) & (low != high)
         values = [low[equal], low[pair], high[pair]]
@@ -126,9 +153,23 @@ class Trace:
             for slots in source.chunks():
                 yield slots[_whole(slots)], source.layout
 
+    @property
+    def header(self) -> Header | None:
+        """The header of the first file or ring of this run: its process and its clocks."""
+        return self._sources[0].header if self._sources else None
+
+    def last_record(self, engine: int) -> int:
+        """The highest number of an engine's records, -1 if there are none."""
+        return self._numbers.get(engine, (0, -1, 0))[1]
+
+    def told(self, engine: int, fact: str) -> int:
+        """A count from what the file tells about an engine, 0 if it does not."""
+        return int(self._engines.get(engine, {}).get(fact) or 0)
+
     def columns(self, kind: str) -> list[Column]:
         """The columns of ``"step"`` or ``"request"`` records that are live in this trace."""
-        columns = {c.name: c for s in self._sources for c in s.layout.columns[kind]}
+        layouts = [s.layout for s in self._sources] or [make_layout({})]
+        columns = {c.name: c for layout in layouts for c in layout.columns[kind]}
         absent = self._absent(kind)
         return [c for c in columns.values() if c.name not in absent]
 
@@ -151,7 +192,7 @@ class Trace:
     def _gather(self, kind: str, engine: int | None) -> npt.NDArray[np.void]:
         parts = [self.table(slots, layout, kind) for slots, layout in self._slots(KINDS[kind][0], engine)]
         if not parts:
-            layout = self._sources[0].layout if self._sources else Layout(64, {})
+            layout = self._sources[0].layout if self._sources else make_layout({})
             return self.table(np.empty((0, layout.slot_bytes), np.uint8), layout, kind)
         return np.concatenate(parts)
 
@@ -175,14 +216,33 @@ class Trace:
                 self.damaged += int(len(slots) - whole.sum())
                 slots = slots[whole]
                 head = slot_head(slots)
-                for i in (head["kind"] == META).nonzero()[0]:
+                is_meta = head["kind"] == META
+                for i in is_meta.nonzero()[0]:
                     self._take_meta(slots[i], int(head["engine"][i]), source.layout, pieces)
-                for engine in np.unique(head["engine"][head["kind"] != META]):
-                    n = head["n"][(head["engine"] == engine) & (head["kind"] != META)]
-                    low, high, count = self._numbers.get(int(engine), (int(n[0]), -1, 0))
-                    self._numbers[int(engine)] = min(low, int(n.min())), max(high, int(n.max())), count + len(n)
+                self._count(head["engine"][~is_meta], head["n"][~is_meta])
+
+    def _count(self, engines: npt.NDArray[np.int32], n: npt.NDArray[np.int64]) -> None:
+        """Add to the lowest number, the highest, and the count of records of each engine."""
+        order = np.argsort(engines, kind="stable")
+        different, first = np.unique(engines[order], return_index=True)
+        if not len(different):
+            return
+        n = n[order]
+        spans = zip(
+            different.tolist(),
+            np.minimum.reduceat(n, first).tolist(),
+            np.maximum.reduceat(n, first).tolist(),
+            np.diff(first, append=len(n)).tolist(),
+            strict=True,
+        )
+        for engine, lowest, highest, count in spans:
+            low, high, before = self._numbers.get(engine, (lowest, highest, 0))
+            self._numbers[engine] = min(low, lowest), max(high, highest), before + count
 
     def _take_meta(self, slot: Slots, engine: int, layout: Layout, pieces: dict[int, list[bytes]]) -> None:
+        if zlib.crc32(slot[BODY_AT:].tobytes()) != int(slot_head(slot[None])["crc"][0]):
+            self.damaged += 1
+            return
         fields = fields_of(slot[None], layout.columns["meta"])[0]
         begin = FIELDS_AT + 8 * len(layout.columns["meta"])
         parts = pieces.setdefault(engine, [])
@@ -193,30 +253,46 @@ class Trace:
         parts.append(slot[begin : begin + int(np.clip(fields["nbytes"], 0, layout.meta_bytes_per_slot))].tobytes())
         if len(parts) == fields["parts"]:
             try:
-                self._engines[engine] = self._engines.get(engine, {}) | json.loads(b"".join(parts))
-            except ValueError:
+                facts = clean_facts(json.loads(b"".join(parts)))
+                self._engines[engine] = self._engines.get(engine, {}) | facts
+            except (ValueError, RecursionError):
                 self.damaged += len(parts)
             parts.clear()
 
     def _describe(self) -> dict[str, Any]:
         engines = [
-            {"engine": e} | self._engines.get(e, {}) for e in sorted(self._engines.keys() | self._numbers.keys())
+            {"engine": e} | self._engines.get(e, {}) | {"engine": e}
+            for e in sorted(self._engines.keys() | self._numbers.keys())
         ]
         first = engines[0] if engines else {}
-        spans = self._numbers.values()
+        lost, dropped = 0, 0
+        for engine in engines:
+            missing, before = self._missing(engine["engine"])
+            told = engine.get("records_overrun", 0) + engine.get("records_unwritten", 0)
+            # what is missing before the first record fell out of a bounded history, unless it was never written
+            gone = min(missing, max(missing - before, told))
+            lost, dropped = lost + gone, dropped + missing - gone
         clocks = [(s.header.monotonic_ns, s.header.realtime_ns) for s in self._sources if s.header]
         return {
             "name": self.name,
             **{key: first.get(key, "") for key in ("kvhook", "vllm", "python", "adapter")},
             "engines": engines,
             "absent": self._absent("request") | self._absent("step"),
-            "records": sum(count for _, _, count in spans),
-            "records_lost": sum(high + 1 - low - count for low, high, count in spans),
-            "records_dropped": sum(low for low, _, _ in spans),
+            "records": sum(count for _, _, count in self._numbers.values()),
+            "records_lost": lost,
+            "records_dropped": dropped,
             "damaged": self.damaged,
             "monotonic_ns": clocks[0][0] if clocks else 0,
             "realtime_ns": clocks[0][1] if clocks else 0,
         }
+
+    def _missing(self, engine: int) -> tuple[int, int]:
+        """How many records of an engine are not here, and how many of those come before the first that is."""
+        published = self._engines.get(engine, {}).get("records_published", 0)
+        if engine not in self._numbers:
+            return published, published
+        low, high, count = self._numbers[engine]
+        return max(0, max(high + 1, published) - count), low
 
     def _absent(self, kind: str) -> dict[str, str]:
         """Columns that no engine of this trace fills, with the first engine's reason."""
@@ -242,21 +318,25 @@ class _Source:
 class _File(_Source):
     """A ``.kvh`` file. It is held open, so that it can be read even after it was dropped from a bounded history."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115
-        size = os.fstat(self._file.fileno()).st_size
-        header = parse_header(self._file.read(MAX_HEADER), size, str(path))
-        if header.capacity:
+    def __init__(self, path: Path, fd: int | None = None) -> None:
+        self._file = open(path, "rb", buffering=0, opener=None if fd is None else lambda *_: fd)  # noqa: SIM115
+        try:
+            size = os.fstat(self._file.fileno()).st_size
+            header = parse_header(os.pread(self._file.fileno(), MAX_HEADER, 0), size, str(path))
+            if header.capacity:
+                raise TraceFormatError(f"{path} is a ring, not a trace")
+        except KvhookError:
             self._file.close()
-            raise TraceFormatError(f"{path} is a ring, not a trace")
+            raise
         super().__init__(header.layout, header)
         self._count = (size - header.header_bytes) // header.layout.slot_bytes
 
     def chunks(self) -> Iterator[Slots]:
         assert self.header is not None
         slot = self.layout.slot_bytes
-        for first in range(0, self._count, CHUNK):
-            count = min(CHUNK, self._count - first)
+        some = max(1, CHUNK_BYTES // slot)
+        for first in range(0, self._count, some):
+            count = min(some, self._count - first)
             data = os.pread(self._file.fileno(), count * slot, self.header.header_bytes + first * slot)
             yield np.frombuffer(data[: len(data) // slot * slot], np.uint8).reshape(-1, slot)
 
@@ -283,20 +363,52 @@ def open_trace(path: str | os.PathLike[str]) -> Trace:
     """
     place = Path(path)
     try:
+        if not place.is_file():
+            # a pipe or a device would make us wait for what never comes
+            os.stat(place)
+            raise TraceFormatError(f"{place} is not a file")
         with open(place, "rb") as file:
             header = parse_header(file.read(MAX_HEADER), os.fstat(file.fileno()).st_size, str(place))
         if not header.capacity:
             return open_files([place], str(place))
         with RingReader(place) as reader:
-            batch = reader.poll(final=not reader.writer_alive)
-            return Trace([_Array(batch.slots, reader.header)], str(place))
+            return from_slots(reader.now(), reader.header, str(place))
     except OSError as error:
         raise KvhookError(f"cannot open {place}: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL in the name
+        raise KvhookError(f"cannot open {str(place)!r}: {error}") from None
 
 
-def open_files(paths: Sequence[Path], name: str, more: dict[str, Any] | None = None) -> Trace:
-    """Open trace files that together are one run, oldest first."""
-    return Trace([_File(p) for p in paths], name, more)
+def open_files(
+    paths: Sequence[Path],
+    name: str,
+    more: Mapping[str, Any] | None = None,
+    facts: Mapping[int, Mapping[str, Any]] | None = None,
+    opened: Sequence[int] | None = None,
+) -> Trace:
+    """Open trace files that together are one run, oldest first.
+
+    Args:
+        paths: the files.
+        name: what to call them in errors.
+        more: what goes into the trace's ``meta`` beside what the files say.
+        facts: the same for single engines, by their number.
+        opened: a descriptor for each path, which the trace takes over; for files that may have lost their name.
+
+    Raises:
+        TraceFormatError: a file is damaged.
+        KvhookError: a file cannot be read.
+    """
+    try:
+        files = [_File(path, opened[i] if opened else None) for i, path in enumerate(paths)]
+        return Trace(files, name, more, facts)
+    except OSError as error:
+        raise KvhookError(f"cannot read {error.filename or name}: {error.strerror or error}") from None
+
+
+def from_slots(slots: Slots, header: Header, name: str) -> Trace:
+    """Slots that came out of a ring as a trace."""
+    return Trace([_Array(slots, header)], name)
 
 
 def _whole(slots: Slots) -> npt.NDArray[np.bool_]:
@@ -304,7 +416,12 @@ def _whole(slots: Slots) -> npt.NDArray[np.bool_]:
     n = head["n"]
     codes = [code for code, _ in KINDS.values()]
     good: npt.NDArray[np.bool_] = (
-        (head["stamp"] == (2 * n + 2).astype(np.uint64)) & (n >= 0) & np.isin(head["kind"], codes)
+        (head["stamp"] == (2 * n + 2).astype(np.uint64))
+        & (n >= 0)
+        & (n < MAX_RECORDS)
+        & np.isin(head["kind"], codes)
+        & (head["engine"] >= 0)
+        & (head["engine"] < MAX_ENGINES)
     )
     return good
 

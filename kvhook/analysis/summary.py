@@ -107,6 +107,11 @@ def summarize(trace: Trace, engine: int | None = None) -> Summary:
         trace: the run.
         engine: only this engine of it; all of them together otherwise.
     """
+    with np.errstate(all="ignore"):  # numbers out of a damaged file may be anything
+        return _summarize(trace, engine)
+
+
+def _summarize(trace: Trace, engine: int | None) -> Summary:
     steps, requests = trace.steps(engine), trace.requests(engine)
     meta = trace.meta
     engines = [e for e in meta["engines"] if engine is None or e["engine"] == engine]
@@ -121,7 +126,7 @@ def summarize(trace: Trace, engine: int | None = None) -> Summary:
     again = _total(steps, "prefix_cache_preempted_hits")
     prompt, generated = _total(steps, "num_prompt_tokens"), _total(steps, "num_generation_tokens")
     running, waiting = _column(with_stats, "num_running_reqs"), _column(with_stats, "num_waiting_reqs")
-    reasons, reason_counts = np.unique(requests["finish_reason"], return_counts=True)
+    reasons, reason_counts = np.unique(_texts(requests, "finish_reason"), return_counts=True)
     cost = _cost(steps, max((e.get("hook_call_ns") or 0 for e in engines), default=0))
     blocks = [e["num_kv_blocks"] for e in engines if e.get("num_kv_blocks")]
     return Summary(
@@ -165,7 +170,8 @@ def summarize(trace: Trace, engine: int | None = None) -> Summary:
         kvhook_ns_p50=float(np.median(cost)) if len(cost) else None,
         kvhook_ns_p99=float(np.quantile(cost, 0.99)) if len(cost) else None,
         kvhook_share=_ratio(float(cost.mean()) * len(steps) / 1e9 if len(cost) else None, inside),
-        records_lost=int(meta["records_lost"]) + int(meta["damaged"]),
+        # a damaged record is a gap in the numbers as well, unless it was the last
+        records_lost=max(int(meta["records_lost"]), int(meta["damaged"])),
         records_dropped=int(meta["records_dropped"]),
         absent=dict(meta["absent"]),
         faults=dict(meta.get("faults", {})),
@@ -179,6 +185,10 @@ def _column(table: Table, name: str) -> npt.NDArray[np.float64]:
     return table[name].astype(np.float64)
 
 
+def _texts(table: Table, name: str) -> npt.NDArray[np.str_]:
+    return table[name] if name in (table.dtype.names or ()) else np.empty(0, "U1")
+
+
 def _total(table: Table, name: str) -> int | None:
     return int(table[name].sum()) if name in (table.dtype.names or ()) else None
 
@@ -189,7 +199,9 @@ def _ratio(part: float | None, whole: float | None) -> float | None:
 
 def _time_per_output_token(requests: Table) -> Distribution:
     """Of requests that generated more than one token: the first one is prefill (vLLM's own definition)."""
-    several = requests[requests["num_generation_tokens"] > 1] if len(requests) else requests
+    if "num_generation_tokens" not in (requests.dtype.names or ()):
+        return distribution(())
+    several = requests[requests["num_generation_tokens"] > 1]
     values = _column(several, "mean_time_per_output_token")
     if not len(values) and "decode_time" in (requests.dtype.names or ()):
         values = several["decode_time"] / (several["num_generation_tokens"] - 1)

@@ -20,6 +20,11 @@ VERBS: dict[str, str] = {
     "demo": "kvhook.cli.demo",
     "summary": "kvhook.cli.summary",
     "export": "kvhook.cli.export",
+    "ls": "kvhook.cli.ls",
+    "tail": "kvhook.cli.tail",
+    "autopsy": "kvhook.cli.autopsy",
+    "recover": "kvhook.cli.recover",
+    "clean": "kvhook.cli.clean",
 }
 
 

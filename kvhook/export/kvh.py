@@ -24,7 +24,8 @@ def write(trace: Trace, path: Path, opener: Callable[[Path], IO[bytes]]) -> None
     for slots, layout in trace.chunks():
         if first is None:
             first = layout
-            file.write(trace_header(layout, {"kvhook": trace.meta["kvhook"], "vllm": trace.meta["vllm"]}, closed=True))
+            facts = {"kvhook": trace.meta["kvhook"], "vllm": trace.meta["vllm"]}
+            file.write(trace_header(layout, facts, like=trace.header, closed=True))
             for engine in trace.meta["engines"]:
                 file.write(pack_meta(layout, engine["engine"], engine).tobytes())
         if layout != first:

@@ -9,9 +9,14 @@ from kvhook.ring.reader import slot_head
 from kvhook.schema import GAUGE, KINDS
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from kvhook.trace import Trace
 
 Row = dict[str, Any]
+
+_GAUGES = {kind: {f.name for f in fields if f.role == GAUGE} for kind, (_, fields) in KINDS.items()}
 
 
 def rows(trace: Trace) -> Iterator[tuple[str, list[Row]]]:
@@ -19,16 +24,19 @@ def rows(trace: Trace) -> Iterator[tuple[str, list[Row]]]:
 
     What is not known is None: a state in a step that brought no stats, a value vLLM did not give.
     """
-    gauges = {kind: {f.name for f in fields if f.role == GAUGE} for kind, (_, fields) in KINDS.items()}
     for slots, layout in trace.chunks():
         kinds = slot_head(slots)["kind"]
         for kind in ("request", "step"):
             table = trace.table(slots[kinds == KINDS[kind][0]], layout, kind)
-            if not len(table):
-                continue
-            names = table.dtype.names or ()
-            columns = [_plain(table[name].tolist(), name in gauges[kind]) for name in names]
-            yield kind, [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+            if len(table):
+                yield kind, as_rows(table, kind)
+
+
+def as_rows(table: npt.NDArray[np.void], kind: str) -> list[Row]:
+    """A table as `Trace.steps` and `Trace.requests` give it, as dictionaries; what is not known is None."""
+    names = table.dtype.names or ()
+    columns = [_plain(table[name].tolist(), name in _GAUGES[kind]) for name in names]
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _plain(values: list[Any], gauge: bool) -> list[Any]:

@@ -10,6 +10,7 @@
        56  u64 schema offset   64  u64 schema bytes     72  u64 crc32 of the schema
        80  u64 monotonic ns    88  u64 realtime ns      both read at the same moment
        96  u64 state: 1 live, 2 closed                 104  u64 header bytes, a multiple of 4096
+      112  u64 crc32 of the words above, without the state
       128  u64 head: records published so far, alone in its cache line
       256  schema: JSON that names every field with its offset, and the facts about the engine
     slots, from `header bytes` on, each `slot bytes` long (a multiple of 64)
@@ -35,6 +36,7 @@ import zlib
 from typing import Any, NamedTuple
 
 from kvhook.errors import TraceFormatError
+from kvhook.facts import NEEDED_COLUMNS, clean_facts
 from kvhook.schema import KINDS, Field, stored
 
 MAGIC = b"KVHOOK01"
@@ -48,7 +50,9 @@ FLAG_CRC = 1
 LIVE, CLOSED = 1, 2
 
 #: Everything between magic and schema that is written once. The head is not in it: it has its own cache line.
-FIXED = struct.Struct("<8s13Q")
+FIXED = struct.Struct("<8s14Q")
+#: Where the crc of those words is, the state left out.
+SEAL_AT = FIXED.size - 8
 #: Offsets of the words that change later, as indices into ``memoryview.cast("Q")``.
 STATE_WORD = 96 // 8
 HEAD_WORD = 128 // 8
@@ -59,7 +63,9 @@ STAMP_AT, CRC_AT, BODY_AT, FIELDS_AT = 0, 8, 16, 32
 #: A header larger than this is not ours: no allocation follows a number in a file further than this.
 MAX_HEADER = 1 << 20
 MAX_SLOT = 1 << 16
-MAX_CAPACITY = 1 << 26
+MAX_CAPACITY = 1 << 22
+#: No record has such a number: a head beyond it is damaged.
+MAX_RECORDS = 1 << 61
 
 
 class Column(NamedTuple):
@@ -169,8 +175,16 @@ def pack_header(
         *clocks,
         LIVE,
         header_bytes,
+        0,
     )
-    return (fixed.ljust(SCHEMA_AT, b"\0") + text).ljust(header_bytes, b"\0")
+    return seal((fixed.ljust(SCHEMA_AT, b"\0") + text).ljust(header_bytes, b"\0"))
+
+
+def seal(data: bytes | bytearray) -> bytes:
+    """The same header with the right crc over its words."""
+    state = 8 * STATE_WORD
+    crc = zlib.crc32(bytes(data[:state]) + bytes(data[state + 8 : SEAL_AT]))
+    return bytes(data[:SEAL_AT]) + struct.pack("<Q", crc) + bytes(data[SEAL_AT + 8 :])
 
 
 def parse_header(data: bytes | memoryview, file_bytes: int, name: str) -> Header:
@@ -187,42 +201,80 @@ def parse_header(data: bytes | memoryview, file_bytes: int, name: str) -> Header
     """
     if len(data) < SCHEMA_AT or file_bytes < SCHEMA_AT:
         raise TraceFormatError(f"{name} is too short for a kvhook file ({file_bytes} bytes): it holds no header")
-    magic, version, slot, cap, pid, flags, start, at, size, crc, mono, real, state, header_bytes = FIXED.unpack(
-        bytes(data[: FIXED.size])
+    fixed = bytes(data[: FIXED.size])
+    magic, version, slot, cap, pid, flags, start, at, size, crc, mono, real, state, header_bytes, _ = FIXED.unpack(
+        fixed
     )
     if magic != MAGIC:
         raise TraceFormatError(f"{name} is not a kvhook ring or trace: it does not begin with {MAGIC.decode()}")
-    broken = TraceFormatError(f"{name}: the header is damaged, so its records cannot be read")
-    if not (SCHEMA_AT <= at <= at + size <= header_bytes <= min(file_bytes, MAX_HEADER, len(data))):
-        raise broken
-    text = bytes(data[at : at + size])
-    intact = zlib.crc32(text) == crc
+    fits = SCHEMA_AT <= at <= at + size <= header_bytes <= min(file_bytes, MAX_HEADER, len(data))
+    text = bytes(data[at : at + size]) if fits else b""
+    intact = fits and zlib.crc32(text) == crc
     if version >> 32 != MAJOR:
         raise TraceFormatError(
             f"{name} was written by {_writer(text) if intact else 'another kvhook'} in layout {version >> 32}; this "
             f"one reads layout {MAJOR}. Open it with that kvhook, or export it there: kvhook export FILE out.csv"
         )
-    if not intact or header_bytes % PAGE or cap > MAX_CAPACITY or (cap and cap & (cap - 1)):
+    broken = TraceFormatError(f"{name}: the header is damaged, so its records cannot be read")
+    if fixed != seal(fixed):
+        raise broken
+    if header_bytes <= MAX_HEADER and file_bytes < header_bytes + cap * slot:
+        raise TraceFormatError(
+            f"{name} is cut short: {file_bytes} of at least {header_bytes + cap * slot} bytes are there"
+        )
+    if not intact or header_bytes % PAGE or cap > MAX_CAPACITY or (cap and (cap < 2 or cap & (cap - 1))):
         raise broken
     if not FIELDS_AT < slot <= MAX_SLOT or slot % CACHE_LINE:
         raise broken
     try:
-        meta = json.loads(text)
-        columns = {str(kind): tuple(_column(c, slot) for c in cols) for kind, cols in meta.pop("columns").items()}
-    except (ValueError, LookupError, TypeError, AttributeError):
+        facts = json.loads(text)
+        columns = {str(kind): _columns(str(kind), cells, slot) for kind, cells in facts.pop("columns").items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise broken from None
-    if not columns.keys() >= KINDS.keys() or (cap and file_bytes < header_bytes + cap * slot):
+    if not columns.keys() >= KINDS.keys():
         raise broken
     (head,) = struct.unpack_from("<Q", data, 8 * HEAD_WORD)
-    layout = Layout(slot, columns)
-    return Header(version, layout, cap, pid, bool(flags & FLAG_CRC), start, mono, real, state, header_bytes, head, meta)
+    return Header(
+        version,
+        Layout(slot, columns),
+        cap,
+        pid,
+        bool(flags & FLAG_CRC),
+        start,
+        mono,
+        real,
+        state,
+        header_bytes,
+        head,
+        clean_facts(facts),
+    )
 
 
 def _writer(schema: bytes) -> str:
     try:
         return f"kvhook {str(json.loads(schema)['kvhook'])[:40]}"
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return "another kvhook"
+
+
+def _columns(kind: str, cells: Any, slot_bytes: int) -> tuple[Column, ...]:
+    """The columns of a kind of record as a header names them; ValueError if a reader could stumble over them."""
+    columns = tuple(_column(c, slot_bytes) for c in cells)
+    names, offsets = [c.name for c in columns], [c.offset for c in columns]
+    if len(set(names)) < len(names) or len(set(offsets)) < len(offsets):
+        raise ValueError(kind)
+    known = {f.name: f for f in KINDS[kind][1]} if kind in KINDS else {}
+    for c in columns:
+        f = known.get(c.name)
+        if f and (c.type, c.enum) != ("<f8" if f.type == "f8" else "<i8", f.type == "enum"):
+            raise ValueError(c.name)
+    if kind in ("values", "meta"):
+        if not NEEDED_COLUMNS[kind] <= set(names):
+            raise ValueError(kind)
+        # what belongs to these records comes right behind their columns
+        if offsets != list(range(FIELDS_AT, FIELDS_AT + 8 * len(offsets), 8)) or offsets[-1] + 16 > slot_bytes:
+            raise ValueError(kind)
+    return columns
 
 
 def _column(cells: Any, slot_bytes: int) -> Column:
@@ -230,7 +282,13 @@ def _column(cells: Any, slot_bytes: int) -> Column:
     name: Any = column.name
     kind: Any = column.type
     offset: Any = column.offset
-    if not isinstance(name, str) or kind not in ("<i8", "<f8") or not isinstance(offset, int):
+    enum: Any = column.enum
+    if not (isinstance(name, str) and name.isidentifier() and name.isascii() and len(name) < 100 and name != "engine"):
+        raise ValueError(name)
+    if kind not in ("<i8", "<f8") or type(offset) is not int or type(enum) is not bool or (enum and kind != "<i8"):
+        raise ValueError(name)
+    words: tuple[Any, ...] = column.unit, column.role
+    if not all(isinstance(w, str) for w in words):
         raise ValueError(name)
     if offset % 8 or not FIELDS_AT <= offset <= slot_bytes - 8:
         raise ValueError(name)

@@ -100,21 +100,24 @@ def create_file(path: Path, size: int = 0) -> int:
     return fd
 
 
+def history_root() -> Path:
+    """Where the temporary history goes: on disk. ``/tmp`` is memory on many systems, ``/var/tmp`` is not."""
+    if not os.environ.get("TMPDIR") and os.access("/var/tmp", os.W_OK | os.X_OK):
+        return Path("/var/tmp")
+    return Path(tempfile.gettempdir())
+
+
 def process_start(pid: int) -> int:
     """When a process started, in clock ticks since boot; tells a process from a later one of the same number.
 
     0 where there is no ``/proc``, and where there is no such process.
     """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as f:
-            # field 22; the name in field 2 may hold spaces, so count from behind its closing parenthesis
-            return int(f.read().rpartition(b")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return 0
+    return _process_stat(pid)[1]
 
 
 def is_alive(pid: int, start: int) -> bool:
-    """Whether the very process that had this number and start time still runs."""
+    """Whether the very process that had this number and start time still runs. One that has ended and only waits for
+    its parent to notice (a zombie) does not."""
     if not 0 < pid < 1 << 31:
         return False
     try:
@@ -123,8 +126,28 @@ def is_alive(pid: int, start: int) -> bool:
         return False
     except PermissionError:
         pass  # there is such a process, of another user
-    now = process_start(pid)
-    return not (start and now) or start == now
+    state, now = _process_stat(pid)
+    return state not in ("Z", "X") and (not (start and now) or start == now)
+
+
+def pid_namespace() -> int:
+    """The namespace in which this process's number counts; 0 where it cannot be known. Containers that share
+    ``/dev/shm`` (``--ipc=host``) each have their own, and say nothing about each other's processes."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def _process_stat(pid: int) -> tuple[str, int]:
+    """State letter and start time of a process; ("", 0) if they cannot be known."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            # fields 3 and 22; the name in field 2 may hold spaces, so count from behind its closing parenthesis
+            fields = f.read().rpartition(b")")[2].split()
+            return fields[0].decode(), int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return "", 0
 
 
 def _try_out(place: Path, need_bytes: int) -> None:

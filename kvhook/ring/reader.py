@@ -15,13 +15,14 @@ from kvhook.ring.layout import (
     CRC_AT,
     HEAD_WORD,
     MAX_HEADER,
+    MAX_RECORDS,
     SCHEMA_AT,
     STAMP_AT,
     STATE_WORD,
     Header,
     parse_header,
 )
-from kvhook.ring.place import is_alive
+from kvhook.ring.place import is_alive, pid_namespace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     #: the padding of structured ones.
     Slots = npt.NDArray[np.uint8]
     Bools = npt.NDArray[np.bool_]
+
+
+#: Bytes that are looked at a time, so that memory stays flat whatever a file claims.
+CHUNK_BYTES = 6 << 20
 
 
 class Batch(NamedTuple):
@@ -61,9 +66,21 @@ def sound(slots: Slots, first: int, *, crc: bool) -> Bools:
     n = np.arange(first, first + len(slots))
     good: Bools = (head["stamp"] == (2 * n + 2).astype(np.uint64)) & (head["n"] == n)
     if crc:
-        for i in good.nonzero()[0]:
-            good[i] = zlib.crc32(slots[i, BODY_AT:].tobytes()) == head["crc"][i]
+        _check_crc(slots, good)
     return good
+
+
+def _check_crc(slots: Slots, good: Bools) -> None:
+    crc = slot_head(slots)["crc"]
+    for i in good.nonzero()[0]:
+        good[i] = zlib.crc32(slots[i, BODY_AT:].tobytes()) == crc[i]
+
+
+def writer_alive(header: Header) -> bool:
+    """Whether the process that wrote a file still runs. One in another container, of which nothing can be known,
+    counts as running."""
+    theirs, ours = header.meta.get("pid_namespace"), pid_namespace()
+    return bool(theirs and ours and theirs != ours) or is_alive(header.pid, header.process_start)
 
 
 class RingReader:
@@ -91,10 +108,14 @@ class RingReader:
             self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
         finally:
             os.close(fd)
-        self.header: Header = parse_header(self._map[:MAX_HEADER], size, str(path))
-        if not self.header.capacity:
-            raise TraceFormatError(f"{path} is a trace, not a ring; open it with kvhook.open()")
-        self._words = memoryview(self._map).cast("Q")
+        try:
+            self.header: Header = parse_header(self._map[:MAX_HEADER], size, str(path))
+            if not self.header.capacity:
+                raise TraceFormatError(f"{path} is a trace, not a ring; open it with kvhook.open()")
+        except TraceFormatError:
+            self._map.close()
+            raise
+        self._words = memoryview(self._map)[:SCHEMA_AT].cast("Q")
         shape = (self.header.capacity, self.header.layout.slot_bytes)
         self._slots = np.ndarray(shape, np.uint8, buffer=self._map, offset=self.header.header_bytes)
         self.cursor = max(0, self.head - self.header.capacity + 1) if start is None else start
@@ -114,7 +135,7 @@ class RingReader:
     @property
     def writer_alive(self) -> bool:
         """Whether the process that made this ring still runs."""
-        return is_alive(self.header.pid, self.header.process_start)
+        return writer_alive(self.header)
 
     def poll(self, most: int = 1 << 30, *, final: bool = False) -> Batch:
         """The records published since the last poll, whole and in order.
@@ -123,20 +144,27 @@ class RingReader:
             most: at most so many records; the rest comes with the next poll.
             final: the writer is known to be dead. Then the slot behind the head is looked at as well: its record
                 may be whole with only the head not yet moved.
+
+        Raises:
+            TraceFormatError: the ring's head is damaged; `remains` does without it.
         """
         import numpy as np
 
         capacity = self.header.capacity
         head = self.head
+        if head > MAX_RECORDS:
+            raise TraceFormatError(f"{self.path}: the count of its records is damaged")
         first = max(self.cursor, head - capacity + 1)
         stop = max(first, min(head, first + most))
         copy = self._copy(first, stop)
         # A record is sound if its stamp says so and the writer cannot have come round to its slot meanwhile.
         good = self._sound(copy, first)
-        good[: max(0, self.head - capacity + 1 - first)] = False
+        overwritten = max(0, self.head - capacity + 1 - first)
+        good[:overwritten] = False
         if not good.all():
-            # Where the processor reorders loads a fresh record may look unfinished for a moment: look once more.
-            self._look_again(copy, good, first)
+            if not good[overwritten:].all():
+                # Where the processor reorders loads a fresh record may look unfinished for a moment: look once more.
+                self._look_again(copy, good, first)
             copy = copy[good]
         lost = stop - self.cursor - len(copy)
         self.cursor = stop
@@ -147,6 +175,37 @@ class RingReader:
                 self.cursor = head + 1
         self.lost += lost
         return Batch(copy, lost)
+
+    def remains(self) -> Slots:
+        """Every whole record of a ring that nobody writes any more, in order: what `poll` would give, found by the
+        stamps alone, so that a damaged head does no harm."""
+        import numpy as np
+
+        capacity = self.header.capacity
+        parts = []
+        some = max(1, CHUNK_BYTES // self.header.layout.slot_bytes)
+        for at in range(0, capacity, some):
+            copy = self._slots[at : at + some].copy()
+            head = slot_head(copy)
+            n = head["n"]
+            good = (head["stamp"] == (2 * n + 2).astype(np.uint64)) & (n >= 0) & (n < MAX_RECORDS)
+            good &= (n & (capacity - 1)) == np.arange(at, at + len(copy))
+            if self.header.crc:
+                _check_crc(copy, good)
+            parts.append(copy[good])
+        slots = np.concatenate(parts)
+        n = slot_head(slots)["n"]
+        # a slot whose record was damaged cannot show the one before it: that would be a lap older than the rest
+        order = n.argsort(kind="stable")
+        last: Slots = slots[order[n[order] > n.max(initial=0) - capacity]]
+        return last
+
+    def now(self) -> Slots:
+        """All that the ring holds at this moment, in order, whatever its writer has come to."""
+        if not self.writer_alive:
+            return self.remains()
+        self.cursor = max(0, self.head - self.header.capacity + 1)
+        return self.poll().slots
 
     def close(self) -> None:
         """Let go of the file. Arrays from earlier polls stay valid: they are copies. Closing twice is fine."""
@@ -175,9 +234,9 @@ class RingReader:
         return sound(slots, first, crc=self.header.crc)
 
     def _look_again(self, copy: Slots, good: Bools, first: int) -> None:
-        for i in (~good).nonzero()[0]:
-            n = first + int(i)
-            again = self._copy(n, n + 1)
-            if self._sound(again, n).all() and n > self.head - self.header.capacity:
-                copy[i] = again[0]
-                good[i] = True
+        again = self._copy(first, first + len(copy))
+        now = self._sound(again, first)
+        now[: max(0, self.head - self.header.capacity + 1 - first)] = False
+        new = now & ~good
+        copy[new] = again[new]
+        good |= new

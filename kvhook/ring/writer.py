@@ -25,6 +25,11 @@ from kvhook.ring.place import create_file, process_start
 Publish = Callable[[int, bytes], int]
 
 
+#: How many forks lie between this process and the one that imported this module first. A ring is written by the
+#: process that made it: in a forked child, to whom the map is shared, its writer does nothing.
+_generation = 0
+
+
 class RingWriter:
     """Makes a ring file and publishes records into it, overwriting the oldest.
 
@@ -70,6 +75,7 @@ class RingWriter:
         self.words = memoryview(self.map).cast("Q")
         self.map[8 : len(header)] = header[8:]
         self.map[:8] = header[:8]
+        self._generation = _generation
         self.publish: Publish = self._make_publish()
         self.closed = False
 
@@ -87,17 +93,20 @@ class RingWriter:
         if not self.closed:
             self._last_head = self.head
             self.closed = True
-            self.words[STATE_WORD] = CLOSED
+            if self._generation == _generation:
+                self.words[STATE_WORD] = CLOSED
             del self.publish, self.words, self.map
 
     def _make_publish(self) -> Publish:
         memory, words, mask, slot = self.map, self.words, self.capacity - 1, self.layout.slot_bytes
         first, body_at, body, head_word = self.header_bytes, BODY_AT, slot - BODY_AT, HEAD_WORD
-        crc, crc32 = self.crc, zlib.crc32
+        crc, crc32, generation = self.crc, zlib.crc32, self._generation
 
         # The order of these stores is the protocol; ring/layout.py says why each is as it is. The caller counts, in
         # one place: a Ctrl-C in here then costs one record, and never leaves two counters that disagree.
         def publish(n: int, record: bytes) -> int:
+            if generation != _generation:
+                return n + 1  # a forked child: the ring is its parent's
             at = first + (n & mask) * slot
             word = at >> 3
             words[word] = n + n + 1
@@ -111,3 +120,12 @@ class RingWriter:
             return n
 
         return publish
+
+
+def _in_child() -> None:
+    global _generation
+    _generation += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,75 @@
+"""``kvhook autopsy``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvhook.analysis.steps_text import StepLines
+from kvhook.cli.common import add_dir, positive, shows_blocks
+from kvhook.errors import KvhookError
+from kvhook.rings import ALIVE, CLOSED_RING, DEAD, choose, directories, find_rings, history_of, parse_pid
+
+if TYPE_CHECKING:
+    from kvhook.ring.layout import Header
+
+
+class Verb:
+    """Show the last steps of a run that ended, and what changed before the end.
+
+    Reads the ring that the process left behind: by default the newest of a process that was killed. Rings are kept
+    until kvhook clean, or until there are too many.
+    """
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.add_argument("pid", metavar="PID", nargs="?", help="a process, or a file: a ring or a .kvh trace")
+        parser.add_argument("--engine", type=positive, metavar="N", help="number of the engine in its process")
+        parser.add_argument("-n", "--steps", type=positive, default=20, metavar="N", help="list so many steps")
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+        add_dir(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Print it."""
+        from kvhook.analysis.autopsy import examine
+        from kvhook.analysis.autopsy_text import as_text
+        from kvhook.ring.layout import CLOSED
+        from kvhook.ring.place import history_root
+        from kvhook.ring.reader import writer_alive
+        from kvhook.trace import open_trace
+
+        path = self._path(args)
+        trace = open_trace(path)
+        header = trace.header
+        assert header is not None
+        ended = "closed" if header.state == CLOSED else "alive" if writer_alive(header) else "killed"
+        result = examine(trace, ended, args.steps, args.engine)
+        if args.json:
+            print(json.dumps({"path": str(path), "pid": header.pid, **result.as_dict()}, indent=2))
+            return 0
+        print(_heading(header, path))
+        print(as_text(result, StepLines(header.monotonic_ns, header.realtime_ns, ascii_only=not shows_blocks())))
+        if folder := history_of(header.pid, header.process_start, history_root()):
+            print(f"\nThe whole run, not only what the ring holds, is in the .kvh files in {folder}")
+        return 0
+
+    def _path(self, args: argparse.Namespace) -> Path:
+        which = parse_pid(args.pid) if args.pid else None
+        if isinstance(which, Path):
+            return which
+        ring = choose(find_rings(directories(args.dir)), which, args.engine, (DEAD, CLOSED_RING))
+        if ring.state == ALIVE:
+            raise KvhookError(
+                f"process {ring.pid} still runs, and nobody else has left a ring: kvhook tail {ring.pid} shows it live"
+                if which is None
+                else f"process {ring.pid} still runs: kvhook tail {ring.pid} shows it live"
+            )
+        return ring.path
+
+
+def _heading(header: Header, path: Path) -> str:
+    facts = header.meta
+    program = f" ({facts['program']})" if facts.get("program") else ""
+    return f"process {header.pid}{program}, engine {facts.get('engine') or 0}: {path}"

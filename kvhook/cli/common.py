@@ -1,0 +1,51 @@
+"""What verbs share: arguments, and sizes and ages as text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_dir(parser: argparse.ArgumentParser) -> None:
+    """``--dir``: where the rings are."""
+    parser.add_argument(
+        "--dir", type=Path, metavar="DIR", help="look for rings here only (default: KVHOOK_DIR and the usual places)"
+    )
+
+
+def positive(text: str) -> int:
+    """A number of lines or steps."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 1 << 40:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return number
+
+
+def age(seconds: float) -> str:
+    """Seconds as people say them: ``12 s``, ``5 min``, ``3.2 h``, ``4 d``."""
+    seconds = max(0.0, seconds)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} d"
+
+
+def size(count: float) -> str:
+    """Bytes as people say them."""
+    return (
+        f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+    )
+
+
+def shows_blocks() -> bool:
+    """Whether standard output can show the characters of a bar."""
+    try:
+        "█·".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

@@ -1,0 +1,83 @@
+"""``kvhook ls``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from kvhook.cli.common import add_dir, age, size
+from kvhook.rings import Ring, directories, find_rings
+
+_COLUMNS = ("PID", "ENGINE", "STATE", "MODEL", "PROGRAM", "STEPS", "AGE", "SIZE")
+_RIGHT = frozenset({"PID", "ENGINE", "STEPS", "AGE", "SIZE"})
+_WIDEST = 32
+
+
+class Verb:
+    """List the rings of this user: what records, or has recorded, on this machine.
+
+    alive: its process runs; dead: its process ended without closing it (kvhook autopsy); closed: cleanly ended.
+    """
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.add_argument("--json", action="store_true", help="print one JSON array, with paths")
+        add_dir(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Print them."""
+        places = directories(args.dir)
+        rings = find_rings(places)
+        print(json.dumps([as_dict(r) for r in rings], indent=2) if args.json else as_text(rings, time.time()))
+        if not rings and not args.json:
+            print(f"(looked in {', '.join(map(str, places)) or 'no directory'})")
+        return 0
+
+
+def as_dict(ring: Ring) -> dict[str, Any]:
+    """A ring for ``--json``: times in seconds since 1970, null where they are not known."""
+    return ring._asdict() | {"path": str(ring.path), "started": ring.started or None, "last": ring.last or None}
+
+
+def as_text(rings: list[Ring], now: float) -> str:
+    """A table, the newest first, with where the files are below it."""
+    if not rings:
+        return "There are no rings. A program makes one with kvhook.install() when its LLM(...) starts."
+    rows = [_COLUMNS, *(_cells(r, now) for r in rings)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    lines = [
+        "  ".join(
+            text.rjust(width) if name in _RIGHT else text.ljust(width)
+            for text, width, name in zip(row, widths, _COLUMNS, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    lines += [f"{r.path.name}: {r.problem}" for r in rings if r.problem]
+    lines += [
+        f"{r.pid}: in another container, where it cannot be seen from here whether it runs"
+        for r in rings
+        if r.elsewhere
+    ]
+    lines.append("")
+    lines += [f"in {place}" for place in dict.fromkeys(str(r.path.parent) for r in rings)]
+    return "\n".join(lines)
+
+
+def _cells(ring: Ring, now: float) -> tuple[str, ...]:
+    return (
+        str(ring.pid or "?"),
+        str(ring.engine),
+        ring.state,
+        _short(ring.model) or "-",
+        _short(ring.program) or "-",
+        "-" if ring.steps is None else f"{ring.steps:,}",
+        age(now - ring.started) if ring.started else "-",
+        size(ring.bytes),
+    )
+
+
+def _short(text: str) -> str:
+    """The end of a long name: of a path that is the part that says something."""
+    return text if len(text) <= _WIDEST else f"...{text[3 - _WIDEST :]}"

@@ -1,0 +1,146 @@
+"""``kvhook tail``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvhook.analysis.steps_text import StepLines
+from kvhook.cli.common import add_dir, positive, shows_blocks
+from kvhook.errors import KvhookError
+from kvhook.live import DIED, INTERVAL, News, follow
+from kvhook.rings import ALIVE, choose, directories, find_rings, parse_pid, wait_for
+
+if TYPE_CHECKING:
+    from kvhook.ring.layout import Header
+
+_MOST_SECONDS = 10.0
+
+
+class Verb:
+    """Print one line per engine step, as it happens.
+
+    Follows the newest ring of a running process, or that of PID; only reads, and costs the engine nothing. The hit
+    rate counts from the oldest step that the ring still holds. Ends when the engine is deleted or its process ends.
+    """
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.add_argument("pid", metavar="PID", nargs="?", help="a process, or a ring file (kvhook ls names them)")
+        parser.add_argument("--engine", type=positive, metavar="N", help="number of the engine in its process")
+        parser.add_argument("-n", "--lines", type=positive, default=10, metavar="N", help="begin so many steps back")
+        parser.add_argument("--json", action="store_true", help="print each step as one line of JSON")
+        parser.add_argument("--wait", action="store_true", help="wait for a run that starts later")
+        parser.add_argument(
+            "--interval", type=_interval, default=INTERVAL, metavar="S", help="seconds between two looks (0.01 to 10)"
+        )
+        add_dir(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Follow it to its end."""
+        from kvhook.ring.reader import RingReader
+
+        path = self._path(args)
+        try:
+            with RingReader(path) as reader:
+                if not args.json:
+                    print(
+                        f"process {reader.header.pid}, engine {reader.header.meta.get('engine', 0)}: {path}",
+                        file=sys.stderr,
+                    )
+                news = follow(reader, interval=args.interval)
+                for line in lines(
+                    news, reader.header, args.lines, as_json=args.json, say=_say, ascii_only=not shows_blocks()
+                ):
+                    print(line, flush=True)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise KvhookError(f"cannot read {path}: {error.strerror or error}") from None
+        return 0
+
+    def _path(self, args: argparse.Namespace) -> Path:
+        which = parse_pid(args.pid) if args.pid else None
+        if isinstance(which, Path):
+            return which
+        rings = find_rings(directories(args.dir))
+        alive = any(r.state == ALIVE and which in (None, r.pid) and args.engine in (None, r.engine) for r in rings)
+        if args.wait and not alive:
+            print("waiting for a run to start ...", file=sys.stderr)
+            return wait_for(lambda: directories(args.dir), which, args.engine).path
+        return choose(rings, which, args.engine).path
+
+
+def lines(
+    news: Iterable[News],
+    header: Header,
+    back: int = 10,
+    *,
+    as_json: bool = False,
+    say: Callable[[str], None],
+    ascii_only: bool = False,
+) -> Iterator[str]:
+    """The lines for what comes from a ring.
+
+    Args:
+        news: see `kvhook.live.follow`.
+        header: of the ring.
+        back: of the steps that the ring holds at the beginning, print so many.
+        as_json: JSON instead of columns.
+        say: takes what is not a step: records that were missed, and the end.
+        ascii_only: draw the bar with ``#``.
+    """
+    from kvhook.export.rows import rows
+    from kvhook.ring.reader import slot_head
+    from kvhook.trace import from_slots
+
+    text = StepLines(header.monotonic_ns, header.realtime_ns, ascii_only=ascii_only)
+    if not as_json:
+        yield text.heading()
+    name = "the ring"
+    old: list[dict[str, object]] | None = []
+    last = None
+    until = header.head
+    for slots, lost, end in news:
+        if lost:
+            say(f"{lost:,} records were overwritten before they could be read")
+        some = [row for kind, part in rows(from_slots(slots, header, name)) if kind == "step" for row in part]
+        if some:
+            last = some[-1]["step"]
+        if old is not None:
+            # what was there when we came: the sums take all of it, the screen the last lines
+            old += some
+            cut = max(0, len(old) - back)
+            for row in old[:cut]:
+                text.count(row)
+            old = some = old[cut:]
+            if not end and (not len(slots) or int(slot_head(slots)["n"][-1]) + 1 < until):
+                continue
+            old = None
+        for row in some:
+            yield json.dumps({"kind": "step", **row}) if as_json else text.line(row)
+        if end:
+            what = "no step" if last is None else f"step {last}"
+            if end == DIED:
+                say(f"the process has died after {what}, without closing the ring: kvhook autopsy {header.pid}")
+            else:
+                say(f"closed after {what}: the engine was deleted, or the program came to its end")
+
+
+def _say(text: str) -> None:
+    sys.stdout.flush()
+    print(f"kvhook tail: {text}", file=sys.stderr)
+
+
+def _interval(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0.01 <= seconds <= _MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.01 to {_MOST_SECONDS:g}")
+    return seconds

@@ -1,0 +1,128 @@
+"""A trace whose process was killed, completed with what only the ring still holds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from kvhook.errors import KvhookError
+from kvhook.ring.layout import CLOSED, MAX_HEADER, Header, parse_header
+from kvhook.ring.reader import RingReader, Slots, slot_head, writer_alive
+from kvhook.rings import find_rings
+from kvhook.spool import pack_meta, trace_header
+from kvhook.trace import Trace, open_trace
+
+
+class Recovered(NamedTuple):
+    """What `recover` did: engine -> records that were added, and those that neither file nor ring had."""
+
+    path: Path
+    added: dict[int, int]
+    missing: dict[int, int]
+    #: why there was nothing to do, if that is so
+    reason: str = ""
+
+
+def recover(path: Path, places: Iterable[Path], out: Path | None = None) -> Recovered:
+    """Complete a trace from the rings of the process that wrote it.
+
+    The file is written anew beside the old one and takes its place when it is whole; or it goes to `out`.
+
+    Args:
+        path: the trace.
+        places: directories of rings.
+        out: leave the trace alone and write here; must not exist.
+
+    Raises:
+        KvhookError: it is no trace, its process still runs, or it cannot be written.
+    """
+    trace = open_trace(path)
+    with open(path, "rb") as file:
+        header = parse_header(file.read(MAX_HEADER), os.fstat(file.fileno()).st_size, str(path))
+    if header.capacity:
+        raise KvhookError(f"{path} is a ring, not a trace; kvhook export {path} out.kvh makes a trace of it")
+    if out is not None and out.exists():
+        raise KvhookError(f"{out} exists; take another name or remove it")
+    if header.state == CLOSED and not any(trace.told(e["engine"], "records_unwritten") for e in trace.meta["engines"]):
+        return Recovered(path, {}, {}, "it is complete: it was closed")
+    if writer_alive(header):
+        raise KvhookError(
+            f"process {header.pid} still runs and writes {path}; it completes it itself when it comes to its end"
+        )
+    rings = list(_rings_of(header, places))
+    if not rings:
+        return Recovered(path, {}, {}, f"process {header.pid} has left no ring, so there is nothing to add")
+    pieces = [piece for ring, slots in rings if (piece := _new(trace, ring, slots)) is not None]
+    target = out or path
+    try:
+        _write(path, header, pieces, target)
+    except OSError as error:
+        raise KvhookError(f"cannot write {target}: {error.strerror or error}; {path} is as it was") from None
+    return Recovered(
+        target, {p.engine: len(p.slots) for p in pieces}, {p.engine: p.missing for p in pieces if p.missing}
+    )
+
+
+class _Piece(NamedTuple):
+    """What is to be appended for one engine."""
+
+    engine: int
+    facts: dict[str, object]
+    slots: Slots
+    missing: int
+
+
+def _rings_of(header: Header, places: Iterable[Path]) -> Iterator[tuple[Header, Slots]]:
+    """The rings of the process that wrote a trace, with what they hold."""
+    for found in find_rings(places):
+        with contextlib.suppress(KvhookError, OSError), RingReader(found.path) as reader:
+            ring = reader.header
+            same = (ring.pid, ring.process_start) == (header.pid, header.process_start)
+            # engines whose columns differ went to another file of the same run
+            if same and ring.layout == header.layout:
+                yield ring, reader.remains()
+
+
+def _new(trace: Trace, ring: Header, slots: Slots) -> _Piece | None:
+    """The records of a ring that a trace has not."""
+    engine = int(ring.meta.get("engine") or 0)
+    last = trace.last_record(engine)
+    numbers = slot_head(slots)["n"]
+    new = slots[numbers > last]
+    published = max(last, int(numbers.max(initial=-1))) + 1
+    missing = int(slot_head(new)["n"][0]) - last - 1 if len(new) else 0
+    known = any(e["engine"] == engine and e.get("kvhook") for e in trace.meta["engines"])
+    facts = {} if known else dict(ring.meta)
+    counts = {"records_published": published, "records_overrun": trace.told(engine, "records_overrun") + missing}
+    return _Piece(engine, facts | counts | {"recovered": len(new)}, new, missing)
+
+
+def _write(path: Path, header: Header, pieces: list[_Piece], target: Path) -> None:
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    slot = header.layout.slot_bytes
+    try:
+        with open(path, "rb") as old, open(part, "xb", opener=_private) as new:
+            size = os.fstat(old.fileno()).st_size
+            facts = {name: value for name, value in header.meta.items() if name in ("kvhook", "vllm", "pid_namespace")}
+            new.write(trace_header(header.layout, facts, like=header, closed=True))
+            old.seek(header.header_bytes)
+            left = (size - header.header_bytes) // slot * slot
+            while left and (data := old.read(min(left, 1 << 20))):
+                new.write(data)
+                left -= len(data)
+            for piece in pieces:
+                new.write(pack_meta(header.layout, piece.engine, piece.facts).tobytes())
+                new.write(piece.slots.tobytes())
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(part, target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)

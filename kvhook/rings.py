@@ -1,0 +1,381 @@
+"""The rings of this user on this machine: find them, choose one, keep their number within bounds, clean up.
+
+Rings of processes that have ended stay, so that `kvhook autopsy` can read them: until `kvhook clean`, or until there
+are too many. What belongs to a process that still runs is never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvhook.errors import KvhookError
+from kvhook.ring.layout import CLOSED, MAX_HEADER, Header, parse_header
+from kvhook.ring.place import ENV_DIR, RING_SUFFIX, default_directories, is_alive
+from kvhook.ring.reader import RingReader, slot_head, writer_alive
+from kvhook.schema import STEP
+
+#: What becomes of a ring: its process runs, has ended without closing it, has closed it, or its header is damaged.
+ALIVE, DEAD, CLOSED_RING, DAMAGED = "alive", "dead", "closed", "damaged"
+
+#: Rings of ended processes and closed rings that are kept, and their bytes together; also no more than this share of
+#: the file system: in containers /dev/shm is often 64 MiB in all.
+MOST_RINGS = 16
+MOST_BYTES = 64 << 20
+MOST_SHARE = 1 / 8
+#: `clean` takes what is older than this, in seconds.
+OLD = 24 * 3600.0
+
+HISTORY_PREFIX = "kvhook-history-"
+_RING_NAME = re.compile(r"(\d{1,10})-(\d{1,19})-(\d{1,9})(?:-\d{1,3})?" + re.escape(RING_SUFFIX))
+_HISTORY_NAME = re.compile(HISTORY_PREFIX + r"(\d{1,10})-(\d{1,19})-\w+")
+#: Slots at the end of a ring that are looked at for its last step.
+_TAIL = 64
+
+
+class Ring(NamedTuple):
+    """A ring file as it was found. Times in seconds since 1970, 0 where they are not known."""
+
+    path: Path
+    state: str
+    pid: int
+    engine: int
+    bytes: int
+    #: when it was made, and when its last step ended
+    started: float
+    last: float
+    #: steps of the engine so far; None where the ring does not tell
+    steps: int | None = None
+    records: int = 0
+    program: str = ""
+    model: str = ""
+    vllm: str = ""
+    kvhook: str = ""
+    #: why it cannot be read
+    problem: str = ""
+    #: its process is in another container, where nobody can see from here whether it runs: it counts as alive
+    elsewhere: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether nobody writes to it any more, and it can be read."""
+        return self.state in (DEAD, CLOSED_RING)
+
+
+def directories(wanted: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Where rings of this user may be: the directory that is asked for, else ``KVHOOK_DIR`` and the default places.
+
+    A default place that is a link, or somebody else's, is left out: its name can be guessed.
+    """
+    if wanted:
+        return [Path(wanted)]
+    places = [Path(asked)] if (asked := os.environ.get(ENV_DIR)) else []
+    for place in default_directories():
+        with contextlib.suppress(OSError):
+            info = os.lstat(place)
+            if stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and place not in places:
+                places.append(place)
+    return places
+
+
+def find_rings(places: Iterable[Path]) -> list[Ring]:
+    """Every ring in these directories, the newest first. Nothing raises: what cannot be read is `DAMAGED`."""
+    return sorted(map(look_at, _files(places)), key=lambda r: (r.started, r.pid, r.engine), reverse=True)
+
+
+def look_at(path: Path) -> Ring:
+    """A ring file: whose it is, how it is, and how far it has come."""
+    ring, header = _glance(path)
+    if header is None:
+        return ring
+    try:
+        with RingReader(path) as reader:
+            return ring._replace(**_progress(reader))
+    except (KvhookError, OSError) as error:
+        return ring._replace(state=ring.state if ring.state == ALIVE else DAMAGED, problem=str(error))
+
+
+def choose(
+    rings: list[Ring], pid: int | None = None, engine: int | None = None, prefer: tuple[str, ...] = (ALIVE,)
+) -> Ring:
+    """One ring of several: the newest of the first state in `prefer` that there is one of, else the newest.
+
+    Args:
+        rings: newest first, as `find_rings` gives them.
+        pid: only rings of this process.
+        engine: only the ring of this engine of a process.
+        prefer: states, best first.
+
+    Raises:
+        KvhookError: there is none; the message says what there is.
+    """
+    fit = [r for r in rings if pid in (None, r.pid) and engine in (None, r.engine) and r.state != DAMAGED]
+    for state in prefer:
+        for ring in fit:
+            if ring.state == state:
+                return ring
+    if fit:
+        return fit[0]
+    what = f"{f' of process {pid}' if pid is not None else ''}{f' for engine {engine}' if engine is not None else ''}"
+    others = sorted({r.pid for r in rings if r.state != DAMAGED})
+    hint = (
+        f"there are rings of {', '.join(map(str, others))}: kvhook ls"
+        if others
+        else "a program makes one with kvhook.install() when its LLM(...) starts; rings of others are not looked at"
+    )
+    raise KvhookError(f"there is no ring{what}; {hint}")
+
+
+def wait_for(
+    places: Callable[[], Iterable[Path]],
+    pid: int | None = None,
+    engine: int | None = None,
+    *,
+    interval: float = 0.2,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Ring:
+    """The newest ring that is being written; waits for one if there is none."""
+    while True:
+        for ring in find_rings(places()):
+            if ring.state == ALIVE and not ring.problem and pid in (None, ring.pid) and engine in (None, ring.engine):
+                return ring
+        sleep(interval)
+
+
+# ---- bounds and cleaning -------------------------------------------------------------------------------------------
+
+
+def prune(place: Path, most_rings: int = MOST_RINGS, most_bytes: int = MOST_BYTES) -> list[Path]:
+    """Remove the oldest rings that nobody writes any more, until the others are few and small enough. The newest of
+    them stays in any case: somebody may want to know what happened.
+
+    Returns:
+        What was removed. What cannot be removed stays, without a word.
+    """
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(place)
+        most_bytes = min(most_bytes, int(disk.f_frsize * disk.f_blocks * MOST_SHARE))
+    ended = [ring for ring, _ in map(_glance, _files([place])) if ring.state != ALIVE]
+    ended.sort(key=lambda r: (r.started, r.path.name), reverse=True)
+    removed, total = [], 0
+    for i, ring in enumerate(ended):
+        total += ring.bytes
+        if i and (i >= most_rings or total > most_bytes) and _remove(ring.path):
+            removed.append(ring.path)
+            total -= ring.bytes
+    return removed
+
+
+def prune_histories(history: Path) -> None:
+    """Remove the old histories of processes that were killed. What cannot be removed stays, without a word."""
+    with contextlib.suppress(Exception):
+        for leftover in left_histories(history):
+            if leftover.age > OLD:
+                remove(leftover)
+
+
+class Leftover(NamedTuple):
+    """Something that an ended process has left behind."""
+
+    path: Path
+    bytes: int
+    #: seconds since it was last used
+    age: float
+
+
+def leftovers(places: Iterable[Path], history: Path, now: float | None = None) -> list[Leftover]:
+    """What ended processes have left behind: rings, and temporary histories. Never what is in use.
+
+    Args:
+        places: directories of rings.
+        history: the directory of histories.
+        now: the time, in seconds since 1970.
+    """
+    now = time.time() if now is None else now
+    rings = [
+        Leftover(r.path, r.bytes, max(0.0, now - (r.last or r.started)))
+        for r in find_rings(places)
+        if r.state != ALIVE or (r.elsewhere and now - (r.last or r.started) > OLD)
+    ]
+    return rings + left_histories(history, now)
+
+
+def left_histories(history: Path, now: float | None = None) -> list[Leftover]:
+    """The temporary histories of processes that were killed; others remove theirs themselves."""
+    now = time.time() if now is None else now
+    found = []
+    for folder in _listing(history):
+        match = _HISTORY_NAME.fullmatch(folder.name)
+        info = _lstat(folder)
+        if match and info and _is_ours(folder, stat.S_ISDIR) and not is_alive(int(match[1]), int(match[2])):
+            files = [f for path in _listing(folder) if (f := _lstat(path))]
+            age = max(0.0, now - max((f.st_mtime for f in files), default=info.st_mtime))
+            if age > OLD or not any(map(_from_elsewhere, _listing(folder)[:1])):
+                found.append(Leftover(folder, sum(f.st_size for f in files), age))
+    return found
+
+
+def remove(leftover: Leftover) -> bool:
+    """Remove it; False if that is not possible."""
+    return _remove(leftover.path)
+
+
+def history_of(pid: int, start: int, history: Path) -> Path | None:
+    """The directory with the temporary history of a process, if it is still there."""
+    for folder in _listing(history):
+        match = _HISTORY_NAME.fullmatch(folder.name)
+        if match and (int(match[1]), int(match[2])) == (pid, start) and _is_ours(folder, stat.S_ISDIR):
+            return folder
+    return None
+
+
+def parse_pid(text: str) -> int | Path:
+    """The number of a process, or the path of a file.
+
+    Raises:
+        KvhookError: it is neither.
+    """
+    if text.isascii() and text.isdecimal() and len(text) < 11:
+        return int(text)
+    if not os.path.exists(text):
+        raise KvhookError(f"{text!r} is neither the number of a process nor a file; kvhook ls shows what there is")
+    return Path(text)
+
+
+# ---- looking at files ----------------------------------------------------------------------------------------------
+
+
+def _files(places: Iterable[Path]) -> Iterator[Path]:
+    for place in places:
+        for path in _listing(place):
+            if _RING_NAME.fullmatch(path.name) and _is_ours(path, stat.S_ISREG):
+                yield path
+
+
+def _listing(place: Path) -> list[Path]:
+    try:
+        return sorted(place / name for name in os.listdir(place))
+    except OSError:
+        return []
+
+
+def _lstat(path: Path) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except OSError:
+        return None
+
+
+def _is_ours(path: Path, kind: Callable[[int], bool]) -> bool:
+    info = _lstat(path)
+    return info is not None and kind(info.st_mode) and info.st_uid == os.geteuid()
+
+
+def _glance(path: Path) -> tuple[Ring, Header | None]:
+    """What a ring's header tells, without looking at its records; the header is None if it is damaged."""
+    info = _lstat(path)
+    size, changed = (info.st_size, info.st_mtime) if info else (0, 0.0)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            header = parse_header(os.pread(fd, MAX_HEADER, 0), size, str(path))
+        finally:
+            os.close(fd)
+    except (KvhookError, OSError) as error:
+        return _unreadable(path, size, changed, str(error)), None
+    if not header.capacity:
+        return _unreadable(path, size, changed, f"{path} is a trace, not a ring"), None
+    facts: dict[str, Any] = header.meta
+    state = CLOSED_RING if header.state == CLOSED else ALIVE if writer_alive(header) else DEAD
+    texts: dict[str, Any] = {name: facts.get(name) or "" for name in ("program", "model", "vllm", "kvhook")}
+    return (
+        Ring(
+            path,
+            state,
+            header.pid,
+            facts.get("engine") or 0,
+            size,
+            _made(header) or changed,
+            0.0,
+            elsewhere=_elsewhere(header),
+            **texts,
+        ),
+        header,
+    )
+
+
+def _unreadable(path: Path, size: int, changed: float, problem: str) -> Ring:
+    """A ring that cannot be read. Its name still tells whose it is: it may be one that is just being made."""
+    match = _RING_NAME.fullmatch(path.name)
+    pid, start, engine = (int(g) for g in match.groups()) if match else (0, 0, 0)
+    state = ALIVE if is_alive(pid, start) else DAMAGED
+    return Ring(path, state, pid, engine, size, changed, changed, problem=problem)
+
+
+def _elsewhere(header: Header) -> bool:
+    """Whether a file counts as alive only because its process, in another container, cannot be seen."""
+    return writer_alive(header) and not is_alive(header.pid, header.process_start)
+
+
+def _from_elsewhere(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return _elsewhere(parse_header(file.read(MAX_HEADER), os.fstat(file.fileno()).st_size, str(path)))
+    except (KvhookError, OSError):
+        return False
+
+
+def _made(header: Header) -> float:
+    """When a ring was made; 0 if what its header says cannot be."""
+    seconds = header.realtime_ns / 1e9
+    return seconds if seconds < time.time() + OLD else 0.0
+
+
+def _progress(reader: RingReader) -> dict[str, Any]:
+    """How many records and steps there have been, and when the last step ended."""
+    from kvhook.trace import fields_of
+
+    header = reader.header
+    dead = not reader.writer_alive
+    records = reader.head
+    found: dict[str, Any] = {"records": records}
+    for begin in (records - _TAIL, None):
+        if dead:
+            slots = reader.remains()
+        else:
+            oldest = max(0, records - header.capacity + 1)
+            reader.cursor = max(oldest, begin) if begin is not None else oldest
+            slots = reader.poll().slots
+        steps = slots[slot_head(slots)["kind"] == STEP]
+        columns = header.layout.columns["step"]
+        if dead and len(slots):
+            found["records"] = int(slot_head(slots)["n"][-1]) + 1
+        if len(steps) and {"step", "t_end_ns"} <= {c.name for c in columns}:
+            last = fields_of(steps[-1:], columns)[0]
+            seconds = (header.realtime_ns + int(last["t_end_ns"]) - header.monotonic_ns) / 1e9
+            made = _made(header)
+            return found | {
+                "steps": int(last["step"]) + 1,
+                "last": seconds if made <= seconds < time.time() + 1 else made,
+            }
+        if dead:
+            break
+    return found | ({"steps": 0} if not found["records"] else {})
+
+
+def _remove(path: Path) -> bool:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError:
+        return False
+    return True

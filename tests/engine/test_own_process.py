@@ -1,0 +1,127 @@
+"""LLM as users have it: the engine's core in a process of its own, kvhook installed before vLLM is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.workloads import CALM_HITS, USABLE, calm_workload
+
+SENT = [prompt for call in calm_workload() for prompt in call.prompts]
+both = pytest.mark.parametrize("which", ["off", "on"])
+
+
+@pytest.fixture(scope="module")
+def run(engine_environment: dict[str, str], model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("own")
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("own_process.py"), model, folder / "results.json"],
+        env={
+            **engine_environment,
+            "PYTHONPATH": str(ROOT),
+            "KVHOOK_DIR": str(folder / "rings"),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_LOG_STATS_INTERVAL": "0.001",
+        },
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    results["log"] = done.stdout
+    return results
+
+
+@both
+def test_the_core_has_a_process_of_its_own(run: dict[str, Any], which: str):
+    assert not run[which]["core in this process"]
+
+
+@both
+def test_sums_are_what_was_sent_and_returned(run: dict[str, Any], which: str):
+    one, sums = run[which], run[which]["sums"]
+    assert one["prompts"] == [len(prompt) for prompt in SENT]
+    assert sums["num_prompt_tokens"] == sums["prefix_cache_queries"] == sum(one["prompts"])
+    assert sums["num_generation_tokens"] == sum(one["generated"])
+    assert sums["num_finished_reqs"] == sums["ttft_count"] == len(SENT)
+    assert sums["itl_count"] == sum(one["generated"]) - len(SENT)
+
+
+@both
+def test_hits_are_the_whole_blocks_of_the_shared_beginning(run: dict[str, Any], which: str):
+    sums = run[which]["sums"]
+    assert sums["prefix_cache_hits"] == sums["num_prompt_tokens_cached"] == CALM_HITS
+
+
+def test_sums_are_vllms_counters(run: dict[str, Any]):
+    sums, counters = run["on"]["sums"], run["on"]["counters"]
+    assert {
+        "num_prompt_tokens": counters["vllm:prompt_tokens"],
+        "num_prompt_tokens_cached": counters["vllm:prompt_tokens_cached"],
+        "num_generation_tokens": counters["vllm:generation_tokens"],
+        "prefix_cache_queries": counters["vllm:prefix_cache_queries"],
+        "prefix_cache_hits": counters["vllm:prefix_cache_hits"],
+        "num_preempted_reqs": counters["vllm:num_preemptions"],
+        "num_finished_reqs": counters["vllm:request_success"],
+        "ttft_count": counters["vllm:time_to_first_token_seconds"],
+        "itl_count": counters["vllm:inter_token_latency_seconds"],
+    } == sums
+
+
+def test_with_the_users_stats_off_the_sums_are_the_same(run: dict[str, Any]):
+    assert run["off"]["sums"] == run["on"]["sums"]
+
+
+@both
+def test_one_record_per_call_of_step(run: dict[str, Any], which: str):
+    one = run[which]
+    assert one["steps"] == list(range(one["calls"]))
+    assert one["in order"]
+    assert one["lost"] == 0
+
+
+@both
+def test_usage_is_a_whole_number_of_blocks(run: dict[str, Any], which: str):
+    one = run[which]
+    assert one["blocks"] == USABLE
+    held = [usage * USABLE for usage in one["usage"]]
+    assert held == pytest.approx([round(blocks) for blocks in held], abs=1e-9)
+    # one request of 101 tokens holds four blocks; at the end none is held
+    assert round(held[0]) == 4
+    assert round(held[-1]) == 0
+
+
+@both
+def test_first_token_of_each_request_is_that_of_its_output(run: dict[str, Any], which: str):
+    requests = run[which]["requests"]
+    by_id = dict(zip(requests["request_id"], requests["time_to_first_token"], strict=True))
+    assert [by_id[i] for i in sorted(by_id)] == run[which]["first tokens"]
+
+
+def test_log_lines_come_only_where_the_user_has_stats_on(run: dict[str, Any]):
+    _, _, rest = run["log"].partition("=== engine 0")
+    off, _, rest = rest.partition("=== engine 1")
+    on, _, _ = rest.partition("=== end")
+    assert "Avg prompt throughput" in on
+    assert "Avg prompt throughput" not in off
+
+
+def test_nothing_failed_and_nothing_stays_patched(run: dict[str, Any]):
+    assert run["faults"] == {}
+    assert run["patched after"] == []
+
+
+def test_the_core_s_process_wrote_no_ring(run: dict[str, Any]):
+    rings = [Path(ring) for ring in run["rings"]]
+    assert len(rings) == 2
+    assert sorted(rings[0].parent.iterdir()) == sorted(rings)

@@ -1,0 +1,74 @@
+"""What the vLLM of this environment is, and what it cannot say: the engine tests run on many releases.
+
+Read from the contracts (`tests/contracts`), that is from vLLM's code, never from kvhook. A test asks
+``recorded.lacks("column")`` where some releases have no such number: there it is proved absent, with a reason.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+from tests.contracts.loader import ReleaseFacts, load
+
+#: Chosen by vLLM's own variable, which only releases with both engines know.
+V0 = os.environ.get("VLLM_USE_V1") == "0"
+
+STATS = "vllm.v1.metrics.stats"
+#: Column -> the field of vLLM's without which there is no such number. A column not named here exists everywhere.
+NEEDS = {
+    "step": {
+        "num_skipped_waiting_reqs": ("SchedulerStats", "num_skipped_waiting_reqs"),
+        "prefix_cache_preempted_requests": ("PrefixCacheStats", "preempted_requests"),
+        "prefix_cache_preempted_queries": ("PrefixCacheStats", "preempted_queries"),
+        "prefix_cache_preempted_hits": ("PrefixCacheStats", "preempted_hits"),
+        "connector_prefix_cache_queries": ("SchedulerStats", "connector_prefix_cache_stats"),
+        "connector_prefix_cache_hits": ("SchedulerStats", "connector_prefix_cache_stats"),
+        "num_prompt_tokens_computed": ("PromptTokenStats", "computed"),
+        "num_prompt_tokens_cached": ("PromptTokenStats", "cached_tokens"),
+        "num_prompt_tokens_external": ("PromptTokenStats", "external_kv_transfer"),
+        "num_corrupted_reqs": ("IterationStats", "num_corrupted_reqs"),
+        "num_drafts": ("SchedulerStats", "spec_decoding_stats"),
+        "num_draft_tokens": ("SchedulerStats", "spec_decoding_stats"),
+        "num_accepted_tokens": ("SchedulerStats", "spec_decoding_stats"),
+        "mm_cache_queries": ("MultiModalCacheStats", "queries"),
+        "mm_cache_hits": ("MultiModalCacheStats", "hits"),
+    },
+    "request": {
+        "request_id": ("FinishedRequestStats", "request_id"),
+        "num_cached_tokens": ("FinishedRequestStats", "num_cached_tokens"),
+        "num_preemptions": ("FinishedRequestStats", "num_preemptions"),
+        "time_to_first_token": ("RequestStateStats", "first_token_latency"),
+        "mean_time_per_output_token": ("FinishedRequestStats", "mean_time_per_output_token"),
+    },
+}
+#: Columns that V1 engines of no release have, or not without being asked for.
+NEVER = {
+    "step": {"num_swapped_reqs", "cpu_kv_cache_usage", "v0_prefix_cache_hit_rate", "num_evicted_blocks_sampled"},
+    "request": set(),
+}
+
+
+@cache
+def facts() -> ReleaseFacts:
+    """The contract of the installed release."""
+    import vllm  # type: ignore[import-not-found, unused-ignore]
+
+    return load(vllm.__version__.partition("+")[0])
+
+
+def has_field(cls: str, field: str, module: str = STATS) -> bool:
+    return field in facts().readable(module, cls)
+
+
+def absent(kind: str) -> set[str]:
+    """The columns that a record of this kind cannot have here."""
+    return NEVER[kind] | {column for column, (cls, field) in NEEDS[kind].items() if not has_field(cls, field)}
+
+
+def options(small: dict[str, Any]) -> dict[str, Any]:
+    """The options for an engine with this small cache, as this release takes them."""
+    known = facts().method("vllm.entrypoints.llm", "LLM", "__init__")
+    del known
+    return small

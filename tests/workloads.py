@@ -1,0 +1,204 @@
+"""What the engine tests run, and a view of it that kvhook has no part in."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+BLOCK_SIZE = 32
+BLOCKS = 60
+USABLE = BLOCKS - 1
+
+#: A cache that the workload fills: requests wait and are preempted.
+SMALL = {
+    "enforce_eager": True,
+    "dtype": "bfloat16",
+    "block_size": BLOCK_SIZE,
+    "num_gpu_blocks_override": BLOCKS,
+    "max_num_seqs": 24,
+    "max_model_len": 1024,
+    "seed": 0,
+    "use_tqdm_on_load": False,
+}
+
+
+class Call(NamedTuple):
+    """One call of ``LLM.generate``: prompts as token ids, and what the sampling is to be."""
+
+    prompts: list[list[int]]
+    sampling: dict[str, Any]
+
+
+def tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(2, 512) for _ in range(count)]
+
+
+def workload() -> list[Call]:
+    """Shared beginnings that hit, too much at once, single tokens, and different reasons to finish."""
+    rng = random.Random(20)
+    system = tokens(rng, 100)
+    chats = [system + tokens(rng, rng.randrange(5, 60)) for _ in range(8)]
+    return [
+        Call(chats[:1], {"max_tokens": 4}),
+        Call(chats, {"max_tokens": 20}),
+        Call(chats, {"max_tokens": 20}),
+        Call([tokens(rng, rng.randrange(60, 301)) for _ in range(40)], {"max_tokens": 64}),
+        Call([tokens(rng, 33) for _ in range(3)], {"max_tokens": 1}),
+        Call([tokens(rng, 50), tokens(rng, 70)], {"max_tokens": 9, "stop_token_ids": list(range(512))}),
+    ]
+
+
+def calm_workload() -> list[Call]:
+    """What hits is known beforehand, however the engine's process happens to batch it: nothing is evicted, and the
+    shared beginning has been computed before others ask for it."""
+    rng = random.Random(21)
+    system = tokens(rng, 100)
+    return [
+        Call([[*system, 7]], {"max_tokens": 4}),
+        Call([system + tokens(rng, 20) for _ in range(6)], {"max_tokens": 12}),
+    ]
+
+
+#: Tokens that `calm_workload` finds in the cache: three whole blocks of the shared 100 tokens, six times.
+CALM_HITS = 6 * 96
+
+
+class Step(NamedTuple):
+    """A call of ``LLMEngine.step`` as seen from outside: clocks around it, blocks in use after it."""
+
+    start_ns: int
+    end_ns: int
+    blocks_in_use: int
+
+
+@dataclasses.dataclass
+class Seen:
+    """A run as vLLM shows it: what came back, its own counters, its own objects."""
+
+    outputs: list[Any] = dataclasses.field(default_factory=list)
+    steps: list[Step] = dataclasses.field(default_factory=list)
+    #: (tokens asked, tokens found, whether the request had been preempted) of each look into the prefix cache
+    lookups: list[tuple[int, int, bool]] = dataclasses.field(default_factory=list)
+    log: list[str] = dataclasses.field(default_factory=list)
+    #: name -> by how much the counter rose; of a histogram (count, sum)
+    counters: dict[str, int] = dataclasses.field(default_factory=dict)
+    histograms: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+    finished_by_reason: dict[str, int] = dataclasses.field(default_factory=dict)
+    error_of_get_metrics: str = ""
+    loggers: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        return [list(one.outputs[0].token_ids) for one in self.outputs]
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        return [len(one.prompt_token_ids) for one in self.outputs]
+
+
+def run(llm: Any, calls: Sequence[Call]) -> list[Any]:
+    """The outputs of these calls, temperature 0."""
+    from vllm import SamplingParams  # type: ignore[import-not-found, unused-ignore]
+
+    outputs = []
+    for call in calls:
+        params = SamplingParams(temperature=0, ignore_eos=True, **call.sampling)
+        outputs += llm.generate([{"prompt_token_ids": p} for p in call.prompts], params, use_tqdm=False)
+    return outputs
+
+
+def observe(llm: Any, calls: Sequence[Call]) -> Seen:
+    """Run a workload on an in-process engine and look at all that kvhook reports, by other ways."""
+    seen = Seen()
+    before = _metrics(llm, seen)
+    manager = llm.llm_engine.logger_manager
+    seen.loggers = [type(logger).__name__ for logger in manager.stat_loggers] if manager else []
+    with _count_steps(llm, seen), _note_lookups(seen), _listen(seen):
+        seen.outputs = run(llm, calls)
+    after = _metrics(llm, seen)
+    for (kind, name, reason), (count, total) in after.items():
+        old_count, old_total = before.get((kind, name, reason), (0, 0.0))
+        if kind == "Counter":
+            seen.counters[name] = seen.counters.get(name, 0) + count - old_count
+            if name == "vllm:request_success" and count > old_count:
+                seen.finished_by_reason[reason] = count - old_count
+        else:
+            seen.histograms[name] = (count - old_count, total - old_total)
+    return seen
+
+
+def _metrics(llm: Any, seen: Seen) -> dict[tuple[str, str, str], tuple[int, float]]:
+    """Prometheus's counters and histograms, empty where vLLM refuses to give them."""
+    found: dict[tuple[str, str, str], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+    try:
+        metrics = llm.get_metrics()
+    except AssertionError as error:
+        seen.error_of_get_metrics = f"AssertionError: {error}"
+        return found
+    for metric in metrics:
+        kind = type(metric).__name__
+        key = kind, metric.name, metric.labels.get("finished_reason", "")
+        count, total = found[key]
+        if kind == "Counter":
+            found[key] = count + metric.value, 0.0
+        elif kind == "Histogram":
+            found[key] = count + metric.count, total + metric.sum
+    return found
+
+
+@contextlib.contextmanager
+def _count_steps(llm: Any, seen: Seen) -> Iterator[None]:
+    engine = llm.llm_engine
+    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    step = engine.step
+
+    def counted() -> Any:
+        start = time.monotonic_ns()
+        try:
+            return step()
+        finally:
+            end = time.monotonic_ns()
+            seen.steps.append(Step(start, end, sum(b.ref_cnt > 0 and not b.is_null for b in pool.blocks)))
+
+    engine.step = counted
+    try:
+        yield
+    finally:
+        del engine.step
+
+
+@contextlib.contextmanager
+def _note_lookups(seen: Seen) -> Iterator[None]:
+    from vllm.v1.metrics.stats import PrefixCacheStats  # type: ignore[import-not-found, unused-ignore]
+
+    record = PrefixCacheStats.record
+
+    def noted(stats: Any, num_tokens: int, num_hits: int, preempted: bool, *rest: Any, **more: Any) -> None:
+        seen.lookups.append((num_tokens, num_hits, preempted))
+        record(stats, num_tokens, num_hits, preempted, *rest, **more)
+
+    PrefixCacheStats.record = noted
+    try:
+        yield
+    finally:
+        PrefixCacheStats.record = record
+
+
+@contextlib.contextmanager
+def _listen(seen: Seen) -> Iterator[None]:
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.log.append(record.getMessage())
+
+    ear = Ear(logging.INFO)
+    logging.getLogger("vllm").addHandler(ear)
+    try:
+        yield
+    finally:
+        logging.getLogger("vllm").removeHandler(ear)
