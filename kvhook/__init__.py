@@ -14,18 +14,33 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from kvhook.collector import VLLMMetricsCollector
     from kvhook.errors import KvhookError
     from kvhook.session import Session, attach, install, uninstall
+    from kvhook.stat_logger import StatLogger as StatLogger
     from kvhook.trace import Trace
     from kvhook.trace import open_trace as open
 
-__all__ = ["KvhookError", "Session", "Trace", "__version__", "attach", "install", "open", "uninstall"]
+# StatLogger is left out: asking for it imports vLLM, and `from kvhook import *` asks for all of these.
+__all__ = [
+    "KvhookError",
+    "Session",
+    "Trace",
+    "VLLMMetricsCollector",
+    "__version__",
+    "attach",
+    "install",
+    "open",
+    "uninstall",
+]
 
 # Loaded when first asked for: `import kvhook` itself costs a millisecond, and neither numpy nor wrapt.
 _WHERE = {
     "KvhookError": ("kvhook.errors", "KvhookError"),
     "Session": ("kvhook.session", "Session"),
+    "StatLogger": ("kvhook.stat_logger", "StatLogger"),
     "Trace": ("kvhook.trace", "Trace"),
+    "VLLMMetricsCollector": ("kvhook.collector", "VLLMMetricsCollector"),
     "attach": ("kvhook.session", "attach"),
     "install": ("kvhook.session", "install"),
     "open": ("kvhook.trace", "open_trace"),
@@ -44,4 +59,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "StatLogger"])

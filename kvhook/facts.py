@@ -30,6 +30,7 @@ _NUMBER = frozenset(
         "records_unwritten",
     }
 )
+_COUNTS = frozenset({"engine", "records_published", "records_overrun", "records_unwritten"})
 _YES_NO = frozenset({"enable_prefix_caching", "stats_on", "finished_hook"})
 _MOST_TEXT = 4096
 _MOST_DEPTH = 6
@@ -43,7 +44,7 @@ def clean_facts(raw: Any) -> dict[str, Any]:
     for name, value in raw.items():
         if name == "absent":
             facts[name] = _absent(value)
-        elif value is None or _fits(name, value):
+        elif _fits(name, value) or (value is None and name not in _COUNTS):
             facts[name] = printable(value) if isinstance(value, str) and name in _TEXT else value
     return facts
 

@@ -7,6 +7,7 @@ import with wrapt's post-import hooks, or patches at once what is loaded already
 from __future__ import annotations
 
 import contextvars
+import functools
 import inspect
 import logging
 import os
@@ -18,9 +19,10 @@ from typing import Any, NamedTuple, Protocol
 
 import wrapt
 
-from kvhook.adapters import ADAPTERS
+from kvhook.adapters import ADAPTERS, NEWEST
 from kvhook.adapters.compiler import FINISHED_HOOK, PublishStep, Record
-from kvhook.adapters.table import Adapter, Target, has_field, lookup, vllm_version
+from kvhook.adapters.table import Adapter, Target, has_field, lookup, release, vllm_version
+from kvhook.errors import StatsOffError
 
 log = logging.getLogger("kvhook")
 
@@ -50,19 +52,42 @@ class Patch(NamedTuple):
     inherited: bool
 
 
+class Building(NamedTuple):
+    """The engine that is being built at this moment: whether its user had left stats off, and whether it is one of
+    those on an event loop, which vLLM gives stats if it finds loggers for it."""
+
+    quiet: bool
+    on_event_loop: bool
+
+
+class Patched(NamedTuple):
+    """An adapter that is in place: the class of its engines, and the targets that were found."""
+
+    adapter: Adapter
+    engine: type
+    targets: tuple[Target, ...]
+
+
 #: id(engine) -> publish. Looked up in every step; what is not in it is none of our business.
 _steps: dict[int, PublishStep] = {}
-#: id(stat logger manager) -> record, where vLLM's own loggers are on.
+#: id of what the stats pass (a stat logger manager, a logger, V0's engine) -> record.
 _records: dict[int, Record] = {}
+#: id(engine) -> takes out what was put into the engine itself. All engines that are recorded are in it.
+_engines: dict[int, Callable[[], None]] = {}
 #: engines whose user had left stats off: their get_metrics() goes on refusing
 _quiet: set[int] = set()
-_patches: dict[str, list[Patch]] = {}
+_patches: list[Patch] = []
 _owner: Owner | None = None
 _waiting_for: set[str] = set()
-#: adapter that is in place -> what its targets turned out to be
-_found: dict[str, dict[str, Target]] = {}
-#: whether the engine that is just being built belongs to a user who had left stats off
-_building_quiet: contextvars.ContextVar[bool] = contextvars.ContextVar("kvhook_building_quiet", default=False)
+#: modules that are waited for and have been imported, to the end
+_imported: set[str] = set()
+_patched: dict[str, Patched] = {}
+#: what has been said already
+_said: set[str] = set()
+#: how often this process was forked off since vLLM was patched: what was made before a fork is not the child's
+_forks = 0
+_NOT_ANY_FURTHER = "this engine is not recorded any further"
+_building: contextvars.ContextVar[Building | None] = contextvars.ContextVar("kvhook_building", default=None)
 
 
 # ---- the step path -------------------------------------------------------------------------------------------------
@@ -86,7 +111,7 @@ def on_step(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def on_record(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Around ``StatLoggerManager.record``, where vLLM's own loggers are on: look at the stats as they pass."""
+    """Around vLLM's ``record``, where its own loggers are on: look at the stats as they pass."""
     record = _records.get(id(instance))
     if record is not None:
         try:
@@ -96,21 +121,32 @@ def on_record(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return wrapped(*args, **kwargs)
 
 
+def on_stats(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Around V0's ``LLMEngine._get_stats``: take what it made. Without a schedule it was not made for a step."""
+    stats = wrapped(*args, **kwargs)
+    record = _records.get(id(instance))
+    if record is not None and (args[0] if args else kwargs.get("scheduler_outputs")) is not None:
+        try:
+            record(stats)
+        except Exception as error:
+            _failed("taking over the stats of a step", error, _records, id(instance))
+    return stats
+
+
 def on_finished(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Around ``IterationStats.update_from_finished_request``: leave the request's TTFT on the finished request.
 
     vLLM knows it (RequestStateStats.first_token_latency) and does not pass it on.
     """
     result = wrapped(*args, **kwargs)
-    if _steps:
+    if _engines:
         try:
             state = kwargs.get("req_stats")
             if state is None:
                 state = next(a for a in args if hasattr(a, "first_token_latency"))
             instance.finished_requests[-1].kvhook_ttft = state.first_token_latency
         except Exception as error:
-            if _owner is not None:
-                _owner.fault("reading a request's time to first token", error, "it is NaN for this request")
+            _fault("reading a request's time to first token", error, "it is NaN for this request")
     return result
 
 
@@ -118,39 +154,53 @@ def on_finished(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def on_engine_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Around ``LLMEngine.__init__``: turn the stats on if the user left them off, and then record the engine."""
-    owner = _owner
-    if owner is None:
+    """Around an engine's ``__init__``: turn the stats on if the user left them off, and then record the engine."""
+    owner, adapter = _owner, adapter_of(instance)
+    if owner is None or adapter is None:
         return wrapped(*args, **kwargs)
     stats_were_on = True
     try:
-        arguments = inspect.signature(wrapped).bind(*args, **kwargs)
+        signature = inspect.signature(wrapped)
+        arguments = signature.bind(*args, **kwargs)
         stats_were_on = bool(arguments.arguments["log_stats"])
         arguments.arguments["log_stats"] = True
+        if not stats_were_on:
+            arguments.arguments |= {n: make() for n, make in adapter.quiet.items() if n in signature.parameters}
         args, kwargs = arguments.args, arguments.kwargs
     except Exception as error:
         owner.fault("turning vLLM's stats on", error, "this engine is recorded only if its stats are on anyway")
-    token = _building_quiet.set(not stats_were_on)
+    token = _building.set(Building(not stats_were_on, on_event_loop=not adapter.timed))
     try:
         result = wrapped(*args, **kwargs)
     finally:
-        _building_quiet.reset(token)
+        _building.reset(token)
     try:
-        watch(instance, stats_were_on=stats_were_on)
+        watch(instance, stats_were_on=stats_were_on, built_by_us=True)
     except Exception as error:
         owner.fault("starting to record an engine", error, "this engine is not recorded")
     return result
 
 
 def on_manager(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """In place of ``StatLoggerManager`` in the engine's module: no logger but kvhook's where stats were off.
+    """In place of vLLM's stat logger (manager) in the engine's module: none but kvhook's where stats were off.
 
-    vLLM's own manager always makes a Prometheus logger (38-490 us a step), whose making also wipes the numbers of
-    every engine before; and the logging one. Nobody asked for them here.
+    vLLM's own always makes a Prometheus logger (38-490 us a step), whose making also wipes the numbers of every
+    engine before; and the logging one. Nobody asked for them here.
     """
-    if not _building_quiet.get():
+    building = _building.get()
+    if building is None or not building.quiet:
         return wrapped(*args, **kwargs)
+    if building.on_event_loop and kwargs.get("custom_stat_loggers") and "enable_default_loggers" in kwargs:
+        # with loggers of the user's own, vLLM would have turned stats on by itself, for them alone
+        return wrapped(*args, **{**kwargs, "enable_default_loggers": False})
     return _quiet_manager(wrapped)
+
+
+def on_core(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Around ``EngineCoreClient.make_client`` of vLLM 0.8, whose LLMEngine has its core make no stats."""
+    if _building.get() is not None and "log_stats" in kwargs:
+        kwargs = {**kwargs, "log_stats": True}
+    return wrapped(*args, **kwargs)
 
 
 def on_get_metrics(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -163,30 +213,175 @@ def on_get_metrics(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return wrapped(*args, **kwargs)
 
 
-def watch(engine: Any, *, stats_were_on: bool) -> bool:
-    """Record an engine that has been built. False if it is recorded already or the session does not want it."""
-    owner = _owner
-    if owner is None or id(engine) in _steps:
+def adapter_of(engine: Any) -> Adapter | None:
+    """The adapter that is in place for an engine; None if there is none."""
+    return next((p.adapter for p in _patched.values() if isinstance(engine, p.engine)), None)
+
+
+def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> bool:
+    """Record an engine that has been built. False if it is recorded already or the session does not want it.
+
+    Raises:
+        StatsOffError: it makes no stats, and was not built under kvhook's eyes.
+    """
+    owner, adapter = _owner, adapter_of(engine)
+    if owner is None or adapter is None or id(engine) in _engines:
         return False
-    adapter = next(a for a in ADAPTERS if a.name in _found)
-    facts = {"stats_on": stats_were_on, FINISHED_HOOK: "finished" in _found[adapter.name]}
-    functions = owner.open_engine(engine, adapter, facts)
-    if functions is None:
-        return False
-    record, publish = functions
-    manager = engine.logger_manager
-    if isinstance(manager, _QuietManager):
-        manager.hand_over_to(record)
-        _quiet.add(id(engine))
+    if adapter.tap == "outputs" and not built_by_us:
+        raise StatsOffError(
+            f"this vLLM ({vllm_version()}) makes no stats behind LLM, whatever disable_log_stats says, unless kvhook "
+            "is there when the engine is built: call kvhook.install() before LLM(...)"
+        )
+    hooked = {t.role for t in _patched[adapter.name].targets}
+    facts: dict[str, Any] = {"stats_on": stats_were_on, FINISHED_HOOK: "finished" in hooked}
+    if adapter.timed and not hasattr(engine, "step_async"):
+        functions = owner.open_engine(engine, adapter, facts)
+        if functions is None:
+            return False
+        record, publish = functions
+        _steps[id(engine)] = publish
     else:
-        _records[id(manager)] = record
-    _steps[id(engine)] = publish
-    weakref.finalize(engine, _forget, id(engine), id(manager)).atexit = False
+        record = _on_event_loop(engine, adapter, facts | {"timed_steps": False})
+    _engines[id(engine)] = _nothing
+    try:
+        _engines[id(engine)] = TAPS[adapter.tap](engine, adapter, record)
+    except Exception:
+        _forget(id(engine))
+        raise
+    weakref.finalize(engine, _forget, id(engine)).atexit = False
     return True
 
 
+def _on_event_loop(engine: Any, adapter: Adapter, facts: dict[str, Any]) -> Record:
+    """`record` for an engine without a ``step``: each call is a record by itself, in a ring of its rank."""
+    alive = weakref.ref(engine)  # what hangs on the engine must not keep it alive
+
+    def open_rank(rank: int) -> tuple[Record, PublishStep] | None:
+        engine, owner = alive(), _owner
+        if engine is None or owner is None:
+            return None
+        return owner.open_engine(engine, adapter, facts | {"engine_index": rank})
+
+    return publish_on_record(open_rank, _fault)
+
+
+def publish_on_record(
+    open_rank: Callable[[int], tuple[Record, PublishStep] | None], fault: Callable[[str, BaseException, str], None]
+) -> Record:
+    """A `record` that publishes at once: there is no step whose end could be waited for, nor a start to be taken.
+
+    Args:
+        open_rank: gives the functions of an engine core, when its first stats come.
+        fault: is told of errors; none gets out.
+    """
+    ranks: dict[int, tuple[Record, PublishStep] | None] = {}
+    process = _forks
+
+    def record(*args: Any, engine_idx: int | None = None, **kwargs: Any) -> None:
+        if process != _forks:
+            return
+        rank = engine_idx or 0
+        try:
+            if rank not in ranks:
+                ranks[rank] = None  # if it fails it is not tried again
+                ranks[rank] = open_rank(rank)
+            functions = ranks[rank]
+            if functions is not None:
+                functions[0](*args, engine_idx=rank, **kwargs)
+                now = clock()
+                functions[1](now, now)
+        except Exception as error:
+            ranks[rank] = None
+            fault("recording a step", error, _NOT_ANY_FURTHER)
+
+    return record
+
+
+# ---- how the stats of an engine are got at -------------------------------------------------------------------------
+
+
+def tap_manager(engine: Any, adapter: Adapter, record: Record) -> Callable[[], None]:
+    """A logger or manager that is given the stats: it is ours, or its ``record`` is patched."""
+    manager = getattr(engine, adapter.holder)
+    if manager is None:
+        raise LookupError(f"it has no {adapter.holder}")
+    if isinstance(manager, _QuietManager):
+        manager.hand_over_to(record)
+        _quiet.add(id(engine))
+        return lambda: manager.hand_over_to(_nothing)
+    key = id(manager)
+    _records[key] = record
+    return lambda: _drop(_records, key)
+
+
+def tap_engine(engine: Any, adapter: Adapter, record: Record) -> Callable[[], None]:
+    """V0: the engine makes the stats itself, in a method that is patched."""
+    key = id(engine)
+    _records[key] = record
+    return lambda: _drop(_records, key)
+
+
+def tap_lists(engine: Any, adapter: Adapter, record: Record) -> Callable[[], None]:
+    """AsyncLLM up to 0.9: a list of loggers for each rank, up to 0.8.2 one list. One more logger goes into each."""
+    loggers = getattr(engine, adapter.holder)
+    lists = loggers if loggers and isinstance(loggers[0], list) else [loggers]
+    ours = [(each, _OnlyLogger(functools.partial(record, engine_idx=rank))) for rank, each in enumerate(lists)]
+    for each, logger in ours:
+        each.append(logger)
+
+    def undo() -> None:
+        for each, logger in ours:
+            if logger in each:
+                each.remove(logger)
+
+    return undo
+
+
+def tap_outputs(engine: Any, adapter: Adapter, record: Record) -> Callable[[], None]:
+    """LLMEngine of 0.8: the core's stats come with its outputs and are left there; IterationStats are what its output
+    processor would fill in if it were given some. So it is, as AsyncLLM does it, and both are taken from there."""
+    client, processor = engine.engine_core, engine.output_processor
+    get_output, process_outputs = client.get_output, processor.process_outputs
+    make_stats = lookup(next(s.path for s in adapter.sources if s.argument == "iteration_stats"))
+    latest: list[Any] = [None]
+
+    def get_output_and_keep(*args: Any, **kwargs: Any) -> Any:
+        latest[0] = outputs = get_output(*args, **kwargs)
+        return outputs
+
+    def process_outputs_with_stats(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs, latest[0] = latest[0], None
+        if outputs is None or args or kwargs:
+            return process_outputs(engine_core_outputs, *args, **kwargs)
+        stats = make_stats() if engine_core_outputs else None
+        result = process_outputs(engine_core_outputs, engine_core_timestamp=outputs.timestamp, iteration_stats=stats)
+        record(outputs.scheduler_stats, stats)
+        return result
+
+    replaced = ((client, "get_output", get_output_and_keep), (processor, "process_outputs", process_outputs_with_stats))
+    processor.log_stats = True  # from now on it keeps the clocks of new requests; there are none yet
+    for owner, name, function in replaced:
+        setattr(owner, name, function)
+
+    def undo() -> None:
+        for owner, name, function in replaced:
+            if vars(owner).get(name) is function:
+                delattr(owner, name)
+
+    return undo
+
+
+#: `Adapter.tap` -> puts `record` where the stats of this engine pass; gives what takes it out again.
+TAPS: dict[str, Callable[[Any, Adapter, Record], Callable[[], None]]] = {
+    "manager": tap_manager,
+    "engine": tap_engine,
+    "lists": tap_lists,
+    "outputs": tap_outputs,
+}
+
+
 class _QuietManager:
-    """Marks the managers that `_quiet_manager` makes."""
+    """Marks the loggers and managers that `_quiet_manager` makes."""
 
     stat_loggers: list[Any]
 
@@ -212,19 +407,26 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-def _quiet_manager(manager_class: Any) -> Any:
-    """A manager of vLLM's own type with no logger in it: what asks for its type still gets it."""
-    made: Any = object.__new__(type("KvhookStatLoggerManager", (_QuietManager, manager_class), {}))
+def _quiet_manager(logger_class: Any) -> Any:
+    """A logger (manager) of vLLM's own type that does nothing: what asks for its type still gets it."""
+    silent = {name: _nothing for name in dir(logger_class) if not name.startswith("_")}
+    made: Any = object.__new__(type("KvhookStatLoggerManager", (_QuietManager, logger_class), silent))
     made.engine_indexes = [0]
     made.hand_over_to(_nothing)
     return made
 
 
-def _forget(engine_id: int, manager_id: int) -> None:
-    """An engine was deleted."""
+def _drop(table: dict[int, Any], key: int) -> None:
+    table.pop(key, None)
+
+
+def _forget(engine_id: int) -> None:
+    """An engine was deleted, or could not be recorded."""
     _steps.pop(engine_id, None)
-    _records.pop(manager_id, None)
     _quiet.discard(engine_id)
+    undo = _engines.pop(engine_id, None)
+    if undo is not None:
+        undo()
     if _owner is not None:
         _owner.close_engine(engine_id)
 
@@ -233,8 +435,12 @@ def _failed(what: str, error: BaseException, table: dict[int, Any], key: int) ->
     """A hook failed: report it, and if the fault is kvhook's, never call it again for this engine."""
     if isinstance(error, Exception):
         table.pop(key, None)
+    _fault(what, error, _NOT_ANY_FURTHER)
+
+
+def _fault(where: str, error: BaseException, then: str) -> None:
     if _owner is not None:
-        _owner.fault(what, error, "this engine is not recorded any further")
+        _owner.fault(where, error, then)
 
 
 # ---- patching and unpatching ---------------------------------------------------------------------------------------
@@ -244,7 +450,9 @@ ROLES: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
     "engine_init": on_engine_init,
     "engine_step": on_step,
     "manager": on_manager,
+    "core": on_core,
     "record": on_record,
+    "stats": on_stats,
     "finished": on_finished,
     "get_metrics": on_get_metrics,
 }
@@ -254,13 +462,20 @@ def arm(owner: Owner) -> None:
     """Patch vLLM for this owner: at once if it is imported, else as soon as it is. Never imports it."""
     global _owner
     _owner = owner
-    for adapter in ADAPTERS:
-        if adapter.trigger in sys.modules:
-            _on_import(sys.modules[adapter.trigger])
-        elif adapter.trigger not in _waiting_for:
+    _said.clear()
+    for trigger in dict.fromkeys(a.trigger for a in ADAPTERS):
+        if trigger in sys.modules:
+            _imported.add(trigger)
+        elif trigger not in _waiting_for:
             # cannot be taken back, so it is registered once and asks then whether anybody still wants it
-            _waiting_for.add(adapter.trigger)
-            wrapt.register_post_import_hook(_on_import, adapter.trigger)
+            _waiting_for.add(trigger)
+            wrapt.register_post_import_hook(_on_import, trigger)
+    _patch_what_is_there()
+
+
+def armed() -> bool:
+    """Whether a session is told of new engines."""
+    return _owner is not None
 
 
 def disarm() -> None:
@@ -268,81 +483,161 @@ def disarm() -> None:
     it does nothing any more."""
     global _owner
     _owner = None
+    for engine_id in list(_engines):
+        _forget(engine_id)
     _steps.clear()
     _records.clear()
     _quiet.clear()
-    for name, patches in list(_patches.items()):
-        kept = [p for p in reversed(patches) if not _restore(p)]
-        if kept:
-            _patches[name] = kept[::-1]
-        else:
-            del _patches[name]
-    _found.clear()
+    _patches[:] = [p for p in reversed(_patches) if not _restore(p)][::-1]
+    _patched.clear()
 
 
-def resolve(adapter: Adapter) -> tuple[dict[str, Target], list[str]]:
-    """Which targets of an adapter the loaded vLLM has, by role; and the required ones it has not, in words."""
-    found, missing = {}, []
-    for target in adapter.targets:
-        try:
-            lookup(target.path)
-            if target.field and not has_field(lookup(target.field[0]), target.field[1]):
-                raise LookupError(f"{target.field[0]} has no {target.field[1]}")
-            found[target.role] = target
-        except LookupError as error:
-            if target.required:
-                missing.append(str(error))
-    return found, missing
+def being_built() -> bool:
+    """Whether an engine is just being built that will be recorded."""
+    return _building.get() is not None
 
 
 def patched() -> dict[str, dict[str, Target]]:
     """Adapter -> the targets that are patched at this moment, by role."""
-    return {name: dict(targets) for name, targets in _found.items()}
+    return {name: {t.role: t for t in p.targets if t.role} for name, p in _patched.items()}
+
+
+def resolve(adapter: Adapter) -> tuple[tuple[Target, ...], list[str]]:
+    """Which targets of an adapter the loaded vLLM has; and why it cannot be used, in words, if it cannot."""
+    found, missing = [], []
+    if _too_old(adapter):
+        missing.append(f"the {adapter.name} engine is of a vLLM before {adapter.until}")
+    needed = [s.path for s in adapter.sources if s.argument and not s.optional]
+    for target in (*adapter.targets, *(Target("", path) for path in needed)):
+        try:
+            _check(target)
+            found.append(target)
+        except LookupError as error:
+            if target.required:
+                missing.append(str(error))
+    return tuple(found), missing
+
+
+def _too_old(adapter: Adapter) -> bool:
+    return bool(adapter.until) and release(vllm_version()) >= release(adapter.until)
+
+
+def _check(target: Target) -> None:
+    """LookupError if a target is not what the adapter says."""
+    what = lookup(target.path)
+    if target.field and not has_field(lookup(target.field[0]), target.field[1]):
+        raise LookupError(f"{target.field[0]} has no {target.field[1]}")
+    if target.takes:
+        parameters = inspect.signature(what).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return
+        lacking = [name for name in target.takes if name not in parameters]
+        if lacking:
+            raise LookupError(f"{target.path} takes no {', '.join(lacking)}")
 
 
 def _on_import(module: Any) -> None:
-    """A trigger module has been imported: patch, if a session is there and the vLLM is one we know."""
+    """A module that was waited for has been imported."""
+    _waiting_for.discard(module.__name__)
+    _imported.add(module.__name__)
+    _patch_what_is_there()
+
+
+def _patch_what_is_there() -> None:
+    """Patch the engines of the vLLM that is loaded, if a session is there; of each family all or none."""
     owner = _owner
     if owner is None:
         return
     try:
-        complaints = []
-        for adapter in (a for a in ADAPTERS if a.trigger == module.__name__):
-            found, missing = resolve(adapter)
-            if not missing:
-                _apply(adapter, found)
-                return
-            complaints += missing
-        log.warning(
+        for family in dict.fromkeys(a.family for a in ADAPTERS):
+            _patch_family([a for a in ADAPTERS if a.family == family and _is_there(a)])
+    except Exception as error:
+        owner.fault("patching vLLM", error, "nothing is recorded")
+
+
+def _is_there(adapter: Adapter) -> bool:
+    """Whether the adapter's module is loaded, and its engine is the module's own: not another family's under an old
+    name, as ``vllm.engine.llm_engine.LLMEngine`` is V1's from 0.11 and under VLLM_USE_V1=1."""
+    if adapter.trigger not in _imported or adapter.trigger not in sys.modules:
+        return False
+    try:
+        return bool(lookup(adapter.engine).__module__ == adapter.trigger)
+    except (LookupError, AttributeError):
+        return adapter.family != "v0"
+
+
+def _patch_family(adapters: list[Adapter]) -> None:
+    """Patch one engine class after the other with the first adapter that fits; nothing if one of them has none."""
+    chosen = [_choose(engine) for engine in dict.fromkeys(a.engine for a in adapters)]
+    complaints = [text for _, _, missing in chosen for text in missing]
+    if complaints:
+        _say(
             "kvhook: nothing is patched and nothing recorded: vLLM %s is not one this kvhook knows (%s). "
             "A newer kvhook may know it: pip install -U kvhook",
             vllm_version() or "(unknown version)",
             "; ".join(dict.fromkeys(complaints)),
         )
-    except Exception as error:
-        owner.fault("patching vLLM", error, "nothing is recorded")
+        return
+    for adapter, found, _ in chosen:
+        if adapter.name not in _patched:
+            _apply(adapter, found)
 
 
-def _apply(adapter: Adapter, found: dict[str, Target]) -> None:
-    """Patch every target, or none. What is still patched from before (below somebody else's wrapper) stays."""
-    kept = _patches.get(adapter.name, [])
-    patches: list[Patch] = []
+def _choose(engine: str) -> tuple[Adapter, tuple[Target, ...], list[str]]:
+    """The first adapter for this engine class that fits, and its targets; or the one of this vLLM's era, and what it
+    lacks."""
+    answers = [(a, *resolve(a)) for a in ADAPTERS if a.engine == engine]
+    fitting = next((answer for answer in answers if not answer[2]), None)
+    return fitting or next((answer for answer in reversed(answers) if not _too_old(answer[0])), answers[0])
+
+
+def adapter_for(engine: str) -> Adapter:
+    """The adapter that fits the loaded vLLM for an engine class, patched or not.
+
+    Raises:
+        LookupError: there is none; the message says what is missing.
+    """
+    adapter, _, missing = _choose(engine)
+    if missing:
+        raise LookupError("; ".join(missing))
+    return adapter
+
+
+def _say(text: str, *values: str) -> None:
+    """A warning, once in a session."""
+    if text % values not in _said:
+        _said.add(text % values)
+        log.warning(text, *values)
+
+
+def _apply(adapter: Adapter, found: tuple[Target, ...]) -> None:
+    """Patch every target, or none. What is patched already, for another engine or from before (below somebody else's
+    wrapper), stays."""
+    new: list[Patch] = []
+    engine = lookup(adapter.engine)
     try:
-        for target in found.values():
+        for target in found:
             module, _, name = target.path.partition(":")
             parent, attribute, original = wrapt.resolve_path(sys.modules[module], name)
-            if any(p.parent is parent and p.attribute == attribute for p in kept):
+            if not target.role or any(p.parent is parent and p.attribute == attribute for p in _patches):
                 continue
             wrapper = wrapt.FunctionWrapper(original, ROLES[target.role])
             inherited = attribute not in vars(parent)
             setattr(parent, attribute, wrapper)
-            patches.append(Patch(parent, attribute, original, wrapper, inherited))
+            new.append(Patch(parent, attribute, original, wrapper, inherited))
     except Exception:
-        for patch in reversed(patches):
+        for patch in reversed(new):
             _restore(patch)
         raise
-    _patches[adapter.name] = kept + patches
-    _found[adapter.name] = found
+    _patches.extend(new)
+    _patched[adapter.name] = Patched(adapter, engine, found)
+    if release(vllm_version()) > release(NEWEST):
+        _say(
+            "kvhook: vLLM %s is newer than this kvhook knows (%s). It is recorded as far as it is like that one; what "
+            "is missing is in session.meta['absent']",
+            vllm_version(),
+            NEWEST,
+        )
 
 
 def _restore(patch: Patch) -> bool:
@@ -387,10 +682,12 @@ def _time(call: Callable[[], Any]) -> int:
 
 def _in_child() -> None:
     """After a fork the child is silent: its engine is not the parent's, and the ring has one writer."""
-    global _owner
+    global _owner, _forks
     _owner = None
+    _forks += 1
     _steps.clear()
     _records.clear()
+    _engines.clear()
 
 
 if hasattr(os, "register_at_fork"):

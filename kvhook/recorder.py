@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvhook.adapters.compiler import FINISHED_HOOK, Compiled, compile_publisher
-from kvhook.adapters.table import Adapter, read_path, vllm_version
+from kvhook.adapters.compiler import Compiled, compile_publisher
+from kvhook.adapters.table import Adapter, vllm_version
 from kvhook.ring.place import RING_SUFFIX, pid_namespace, process_start
 from kvhook.ring.writer import RingWriter
 from kvhook.rings import prune
@@ -31,7 +31,7 @@ class Recorder:
     Args:
         number: number of the engine in this process, from 0.
         adapter: the tables that fit this vLLM.
-        facts: what is known of the engine: see `engine_facts`.
+        facts: what is known of the engine: see `kvhook.adapters.config.engine_facts`.
         directory: where the ring goes.
         slots: its capacity, a power of two.
         clock: monotonic nanoseconds.
@@ -89,27 +89,3 @@ def process_facts() -> dict[str, Any]:
         "pid_namespace": pid_namespace(),
         "program": os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "",
     }
-
-
-def engine_facts(adapter: Adapter, config: Any) -> dict[str, Any]:
-    """What vLLM's configuration tells about an engine: model, block size, number of blocks...
-
-    Args:
-        config: a VllmConfig. A part of it that this vLLM does not have is None in the answer; nothing raises.
-    """
-    facts = {name: _plain(read_path(config, path)) for name, path in adapter.facts.items()}
-    blocks = facts.get("num_gpu_blocks")
-    # vLLM keeps one block, the null block, for itself; kv_cache_usage is over the others
-    facts["num_kv_blocks"] = blocks - 1 if isinstance(blocks, int) and blocks > 1 else None
-    facts.setdefault(FINISHED_HOOK, False)
-    return facts
-
-
-def _plain(value: Any) -> Any:
-    """A configuration value as JSON can hold it: enums, dtypes and devices differ from release to release."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    try:
-        return str(getattr(value, "value", value))
-    except Exception:
-        return None

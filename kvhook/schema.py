@@ -36,8 +36,8 @@ class Field(NamedTuple):
 STEP_FIELDS: tuple[Field, ...] = (
     Field("step", "i8", ID, "", "number of the step, from 0, per engine"),
     Field("engine_index", "i8", ID, "", "vLLM's index of the engine core (data-parallel rank) behind the record"),
-    Field("t_start_ns", "i8", TIME, "ns", "start of LLMEngine.step, monotonic clock"),
-    Field("t_end_ns", "i8", TIME, "ns", "end of LLMEngine.step, monotonic clock"),
+    Field("t_start_ns", "i8", TIME, "ns", "start of LLMEngine.step, monotonic clock; without a step: as t_end_ns"),
+    Field("t_end_ns", "i8", TIME, "ns", "end of LLMEngine.step, monotonic clock; AsyncLLM: when its stats came"),
     Field("has_scheduler_stats", "i8", FLAG, "0/1", "1 if the step brought the scheduler's stats"),
     Field("has_iteration_stats", "i8", FLAG, "0/1", "1 if the step brought iteration stats (outputs came back)"),
     Field("num_running_reqs", "i8", GAUGE, "requests", "requests in the running batch"),

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvhook import hooks
+from kvhook.adapters.config import engine_facts
 from kvhook.errors import KvhookError, StatsOffError
 from kvhook.guard import Guard
-from kvhook.recorder import Recorder, engine_facts
+from kvhook.recorder import Recorder
 from kvhook.ring.layout import MAX_CAPACITY
 from kvhook.ring.place import find_directory, history_root, process_start
 from kvhook.rings import HISTORY_PREFIX, prune_histories
@@ -63,6 +64,8 @@ class Session:
         self._ring_dir = find_directory(ring_dir, self._slots * _MOST_SLOT_BYTES)
         self._recorders: dict[int, Recorder] = {}
         self._by_engine: dict[int, Recorder] = {}
+        #: an engine with several engine cores (data-parallel ranks) has a recorder for each
+        self._ranks: dict[int, list[Recorder]] = {}
         self._made = 0
         self._pid = os.getpid()
         self._closed = False
@@ -167,22 +170,24 @@ class Session:
                 return None
             if not self._hook_ns:
                 self._hook_ns = hooks.call_overhead_ns()
-            facts = engine_facts(adapter, getattr(engine, "vllm_config", None)) | facts
+            facts = engine_facts(adapter, engine) | facts
             facts |= {"hook_call_ns": self._hook_ns, "engine_class": type(engine).__qualname__}
             recorder = Recorder(self._made, adapter, facts, self._ring_dir, self._slots, hooks.clock)
             self._made += 1
             self._recorders[recorder.number] = recorder
-            self._by_engine[id(engine)] = recorder
+            self._by_engine.setdefault(id(engine), recorder)
+            self._ranks.setdefault(id(engine), []).append(recorder)
             self._spool.add(recorder)
             return recorder.record, recorder.publish
 
     def close_engine(self, engine_id: int) -> None:
         """An engine was deleted; see `kvhook.hooks.Owner`."""
         with _lock:
-            recorder = self._by_engine.pop(engine_id, None)
-            if recorder is not None and not self._closed:
-                self._spool.remove(recorder.number)
-                recorder.close()
+            self._by_engine.pop(engine_id, None)
+            for recorder in self._ranks.pop(engine_id, []):
+                if not self._closed:
+                    self._spool.remove(recorder.number)
+                    recorder.close()
 
     def fault(self, where: str, error: BaseException, then: str) -> None:
         """Something in kvhook failed; see `kvhook.hooks.Owner`."""
@@ -237,13 +242,23 @@ def install(
     global _current
     with _lock:
         if _current is None or _current._pid != os.getpid():
-            session = Session(ring_dir=ring_dir, ring_slots=ring_slots, history=history, trace=trace)
-            atexit.register(_at_exit, session)
-            _warn_if_slow()
-            hooks.arm(session)
-            _current = session
+            _current = Session(ring_dir=ring_dir, ring_slots=ring_slots, history=history, trace=trace)
+            atexit.register(_at_exit, _current)
         elif trace is not None and _current._trace_path != Path(trace):
             log.warning("kvhook is installed already; trace=%r has no effect. kvhook.uninstall() first.", str(trace))
+        if not hooks.armed():
+            _warn_if_slow()
+            hooks.arm(_current)
+        return _current
+
+
+def for_logger() -> Session:
+    """The session that a `kvhook.StatLogger` records into: the one that is there, or a new one that patches nothing."""
+    global _current
+    with _lock:
+        if _current is None or _current._pid != os.getpid():
+            _current = Session(ring_dir=None, ring_slots=RING_SLOTS, history=HISTORY, trace=None)
+            atexit.register(_at_exit, _current)
         return _current
 
 
@@ -264,14 +279,15 @@ def attach(llm: Any) -> Session:
     """Record an engine that exists already; installs kvhook if that has not happened.
 
     Args:
-        llm: a ``vllm.LLM``, or its ``llm_engine``.
+        llm: a ``vllm.LLM``, its ``llm_engine``, or an ``AsyncLLM``.
 
     Raises:
         StatsOffError: the engine was built with its stats off (``LLM``'s default).
         KvhookError: it is not a vLLM engine that this kvhook knows.
     """
-    engine = getattr(llm, "llm_engine", llm)
-    if not hasattr(engine, "step"):
+    # LLM has its engine in `llm_engine`, V0's AsyncLLMEngine in `engine`; V1's AsyncLLM is one
+    engine = getattr(llm, "llm_engine", getattr(llm, "engine", llm))
+    if not hasattr(engine, "step") and not hasattr(engine, "add_request"):
         raise KvhookError(f"attach() takes a vllm.LLM or its llm_engine, not {type(llm).__name__}")
     if getattr(engine, "log_stats", None) is False:
         raise StatsOffError(
@@ -280,7 +296,7 @@ def attach(llm: Any) -> Session:
             "or build the engine with LLM(..., disable_log_stats=False)"
         )
     session = install()
-    if not hooks.patched():
+    if hooks.adapter_of(engine) is None:
         raise KvhookError("the engine's class is not from a vLLM that this kvhook knows, so it cannot be recorded")
     hooks.watch(engine, stats_were_on=True)
     return session

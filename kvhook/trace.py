@@ -268,7 +268,7 @@ class Trace:
         lost, dropped = 0, 0
         for engine in engines:
             missing, before = self._missing(engine["engine"])
-            told = engine.get("records_overrun", 0) + engine.get("records_unwritten", 0)
+            told = sum(self.told(engine["engine"], fact) for fact in ("records_overrun", "records_unwritten"))
             # what is missing before the first record fell out of a bounded history, unless it was never written
             gone = min(missing, max(missing - before, told))
             lost, dropped = lost + gone, dropped + missing - gone
@@ -288,7 +288,7 @@ class Trace:
 
     def _missing(self, engine: int) -> tuple[int, int]:
         """How many records of an engine are not here, and how many of those come before the first that is."""
-        published = self._engines.get(engine, {}).get("records_published", 0)
+        published = self.told(engine, "records_published")
         if engine not in self._numbers:
             return published, published
         low, high, count = self._numbers[engine]

@@ -139,7 +139,7 @@ def reschema(data: bytearray, change: Callable[[dict], object]) -> bytes:
     data[at : at + len(text)] = text
     put(data, 64, len(text))
     put(data, 72, zlib.crc32(text))
-    return bytearray(L.seal(data))
+    return seal(data)
 
 
 SCHEMAS: dict[str, Callable[[dict], object]] = {
@@ -196,4 +196,4 @@ def test_another_major_version_is_refused_by_the_name_of_its_writer():
 def test_another_minor_version_is_read():
     data = pack()
     put(data, 8, 1 << 32 | 7)
-    assert parse_header(L.seal(data), len(data), "x").layout == LAYOUT
+    assert parse_header(seal(data), len(data), "x").layout == LAYOUT

@@ -117,8 +117,7 @@ def observe(llm: Any, calls: Sequence[Call]) -> Seen:
     """Run a workload on an in-process engine and look at all that kvhook reports, by other ways."""
     seen = Seen()
     before = _metrics(llm, seen)
-    manager = llm.llm_engine.logger_manager
-    seen.loggers = [type(logger).__name__ for logger in manager.stat_loggers] if manager else []
+    seen.loggers = [type(logger).__name__ for logger in _loggers(llm.llm_engine)]
     with _count_steps(llm, seen), _note_lookups(seen), _listen(seen):
         seen.outputs = run(llm, calls)
     after = _metrics(llm, seen)
@@ -130,7 +129,21 @@ def observe(llm: Any, calls: Sequence[Call]) -> Seen:
                 seen.finished_by_reason[reason] = count - old_count
         else:
             seen.histograms[name] = (count - old_count, total - old_total)
+    for name, old_name in OLD_NAMES.items():
+        if name not in seen.histograms and old_name in seen.histograms:
+            seen.histograms[name] = seen.histograms[old_name]
     return seen
+
+
+#: Metrics of today -> their name in releases that do not have them yet.
+OLD_NAMES = {"vllm:inter_token_latency_seconds": "vllm:time_per_output_token_seconds"}
+
+
+def _loggers(engine: Any) -> list[Any]:
+    """vLLM's stat loggers: a manager's from 0.11, before it one logger of the engine."""
+    if hasattr(engine, "logger_manager"):
+        return engine.logger_manager.stat_loggers if engine.logger_manager else []
+    return [engine.stat_logger] if engine.stat_logger else []
 
 
 def _metrics(llm: Any, seen: Seen) -> dict[tuple[str, str, str], tuple[int, float]]:
@@ -177,6 +190,10 @@ def _count_steps(llm: Any, seen: Seen) -> Iterator[None]:
 def _note_lookups(seen: Seen) -> Iterator[None]:
     from vllm.v1.metrics.stats import PrefixCacheStats  # type: ignore[import-not-found, unused-ignore]
 
+    if not hasattr(PrefixCacheStats, "record"):
+        with _note_lookups_in_manager(seen):
+            yield
+        return
     record = PrefixCacheStats.record
 
     def noted(stats: Any, num_tokens: int, num_hits: int, preempted: bool, *rest: Any, **more: Any) -> None:
@@ -188,6 +205,25 @@ def _note_lookups(seen: Seen) -> Iterator[None]:
         yield
     finally:
         PrefixCacheStats.record = record
+
+
+@contextlib.contextmanager
+def _note_lookups_in_manager(seen: Seen) -> Iterator[None]:
+    """The same before 0.11.1, where the block manager counts by itself."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager  # type: ignore[import-not-found, unused-ignore]
+
+    get = KVCacheManager.get_computed_blocks
+
+    def noted(manager: Any, request: Any) -> Any:
+        found = get(manager, request)
+        seen.lookups.append((request.num_tokens, found[1], request.status.name == "PREEMPTED"))
+        return found
+
+    KVCacheManager.get_computed_blocks = noted
+    try:
+        yield
+    finally:
+        KVCacheManager.get_computed_blocks = get
 
 
 @contextlib.contextmanager

@@ -1,12 +1,17 @@
 """The only place, with `kvhook.hooks`, that knows vLLM's names: one module per era of its stats, each a table.
 
-`table` says what a table is, `compiler` turns it into the code that runs in every step.
+`table` says what a table is, `compiler` turns it into the code that runs in every step, `config` reads what vLLM's
+configuration tells of an engine.
 """
 
 from __future__ import annotations
 
 from kvhook.adapters.table import Adapter
-from kvhook.adapters.v1 import V1
+from kvhook.adapters.v0 import V0
+from kvhook.adapters.v1 import ASYNC_LISTS, ASYNC_LISTS_0_8, ASYNC_LLM, V1, V1_NO_LOGGER, V1_ONE_LOGGER
 
-#: In order of preference: the first whose required targets are all there is used.
-ADAPTERS: tuple[Adapter, ...] = (V1,)
+#: Of those for one engine class the first whose required targets are all there is used: the newest first.
+ADAPTERS: tuple[Adapter, ...] = (V1, V1_ONE_LOGGER, V1_NO_LOGGER, ASYNC_LLM, ASYNC_LISTS, ASYNC_LISTS_0_8, V0)
+
+#: The newest vLLM whose contract is in tests/contracts/facts.
+NEWEST = "0.33.0"

@@ -13,11 +13,13 @@ state of the two functions lives in the local variables of ``bind``)::
 
 from __future__ import annotations
 
+import builtins
+import inspect
 import linecache
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from kvhook.adapters.table import Adapter, Read, attributes, has_field, lookup
+from kvhook.adapters.table import Adapter, Read, Source, attributes, has_field, lookup, names
 from kvhook.ring.layout import Layout, make_layout
 from kvhook.ring.writer import Publish
 from kvhook.schema import (
@@ -32,7 +34,8 @@ from kvhook.schema import (
     stored,
 )
 
-#: ``record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)`` takes over the stats of the current step.
+#: ``record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)``, in this vLLM's order, takes over the stats
+#: of the current step.
 Record = Callable[..., None]
 #: ``publish(t_start_ns, t_end_ns)`` writes the step, and what belongs to it, into the ring.
 PublishStep = Callable[[int, int], None]
@@ -50,8 +53,8 @@ OWN_COLUMNS = (
     "has_iteration_stats",
     "kvhook_ns",
 )
-#: Which flag says that an object came.
-FLAGS = {"sched": "has_scheduler_stats", "iteration": "has_iteration_stats"}
+#: The argument of vLLM's ``record`` that is no stats object.
+ENGINE_INDEX = "engine_idx"
 #: The fact that the hook on finished requests is in place.
 FINISHED_HOOK = "finished_hook"
 #: Columns of a series of values begin with this.
@@ -64,6 +67,8 @@ class Compiled(NamedTuple):
     source: str
     layout: Layout
     absent: dict[str, dict[str, str]]
+    #: what the source calls by name: helpers, and facts about the engine
+    names: dict[str, Any]
 
     def bind(self, publish_record: Publish, engine: int, clock: Callable[[], int]) -> tuple[Record, PublishStep]:
         """Make the two functions of the step path.
@@ -76,7 +81,7 @@ class Compiled(NamedTuple):
         name = f"<kvhook publisher of engine {engine}>"
         # so that a traceback out of the generated code shows its lines
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(keepends=True), name)
-        scope: dict[str, Any] = {"nan": float("nan"), "number": number, "ENGINE": engine}
+        scope: dict[str, Any] = {**self.names, "ENGINE": engine}
         exec(compile(self.source, name, "exec"), scope)
         pack_values = self.layout.struct_of("values", tail=f"{self.layout.values_per_slot}d").pack
         pack_step, pack_request = (self.layout.struct_of(kind).pack for kind in ("step", "request"))
@@ -91,8 +96,8 @@ def compile_publisher(adapter: Adapter, facts: Mapping[str, Any]) -> Compiled:
 
     Args:
         adapter: the tables of the era.
-        facts: what is known of the engine (`Adapter.facts`), ``num_kv_blocks`` (usable KV blocks, or None), and
-            ``finished_hook`` (whether that target is patched).
+        facts: what is known of the engine (`kvhook.adapters.config.engine_facts`), and ``finished_hook`` (whether
+            that target is patched).
 
     Raises:
         LookupError: a class that vLLM hands over is not where the adapter says.
@@ -104,7 +109,7 @@ def compile_publisher(adapter: Adapter, facts: Mapping[str, Any]) -> Compiled:
             "request": tuple(f for f in REQUEST_FIELDS if f.name in plan.requests),
         }
     )
-    return Compiled(_Source(plan, layout).text(), layout, plan.absent)
+    return Compiled(_Source(plan, layout).text(), layout, plan.absent, plan.names)
 
 
 def number(value: Any) -> int:
@@ -114,13 +119,26 @@ def number(value: Any) -> int:
     return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 19 else -1
 
 
+def fit(values: Any, size: int, missing: float) -> Any:
+    """A list that runs beside another, or blanks: where vLLM left some out it is not known whose they are."""
+    return values if len(values) == size else [missing] * size
+
+
+#: What expressions may call, besides Python's own and `Adapter.helpers`.
+HELPERS: Mapping[str, Any] = {"nan": float("nan"), "number": number, "fit": fit}
+
+
 class _Plan:
     """Which columns this vLLM and this engine can fill, and from what: column -> expression."""
 
     def __init__(self, adapter: Adapter, facts: Mapping[str, Any]) -> None:
         self.adapter, self.facts = adapter, facts
+        self.names: dict[str, Any] = {**HELPERS, **adapter.helpers}
+        self.arguments = _arguments(adapter.record)
         self.classes: dict[str, type] = {}
         for source in adapter.sources:
+            if source.argument and source.argument not in self.arguments:
+                continue
             try:
                 self.classes[source.name] = lookup(source.path)
             except LookupError:
@@ -154,24 +172,39 @@ class _Plan:
             if not expression:
                 self.absent[kind][read.column] = read.absent or f"this vLLM has no {' or '.join(read.expressions)}"
                 continue
-            if read.needs and not self.facts.get(read.needs):
-                self.absent[kind][read.column] = (
-                    read.absent if read.needs == FINISHED_HOOK else f"needs {read.needs}=True"
-                )
+            reason = self._unmet(read, expression)
+            if reason:
+                self.absent[kind][read.column] = reason
                 expression = blanks[read.column]
             live[read.column] = expression
         return live
 
+    def _unmet(self, read: Read, expression: str) -> str:
+        """Why this engine cannot fill a column that this vLLM has; "" if it can."""
+        if read.needs and not self.facts.get(read.needs):
+            return read.unmet or f"needs {read.needs}=True"
+        used = names(expression) - self.sources.keys() - self.names.keys() - vars(builtins).keys()
+        unknown = [n for n in sorted(used) if self.facts.get(n) is None]
+        self.names |= {n: self.facts[n] for n in used.difference(unknown)}
+        return f"this vLLM does not say its {', '.join(unknown)}" if unknown else ""
+
     def _count_blocks(self) -> None:
         """The columns that need the number of KV blocks, which is a fact about the engine."""
         blocks = int(self.facts.get("num_kv_blocks") or 0)
-        usage = blocks and "kv_cache_usage" in self.steps
+        usage = self.steps.get("kv_cache_usage", "")
+        root = next((name for name, _ in attributes(usage)), "") if usage else ""
         self.steps["num_kv_blocks"] = str(blocks or -1)
-        self.steps["num_kv_blocks_used"] = (
-            f"int(kv_cache_usage * {blocks} + 0.5) if sched is not None else -1" if usage else "-1"
+        self.steps["num_kv_blocks_used"] = "-1"
+        if blocks and root:
+            of, reserved = self.facts.get("kv_usage_of", blocks), self.facts.get("kv_usage_reserved", 0)
+            used = f"int(kv_cache_usage * {of} + 0.5){f' - {reserved}' if reserved else ''}"
+            self.steps["num_kv_blocks_used"] = f"{used} if {root} is not None else -1"
+            return
+        if not blocks:
+            self.absent["step"]["num_kv_blocks"] = "this vLLM does not say how many KV blocks it has"
+        self.absent["step"]["num_kv_blocks_used"] = (
+            "this vLLM does not say how full its KV cache is" if blocks else self.absent["step"]["num_kv_blocks"]
         )
-        for column in ("num_kv_blocks", "num_kv_blocks_used") if not usage else ():
-            self.absent["step"][column] = "this vLLM does not say how many KV blocks it has"
 
     def _own_columns(self) -> dict[str, str]:
         own = {name: name for name in OWN_COLUMNS}
@@ -198,9 +231,7 @@ class _Source:
         self.plan, self.layout = plan, layout
         self.fields = {f.name: f for f in STEP_FIELDS}
         # objects that vLLM hands over, as against those that hang on another, and the items of the finished list
-        self.roots = [
-            s.name for s in plan.sources.values() if not s.expression and s.name != plan.adapter.finished.column
-        ]
+        self.roots: dict[str, Source] = {s.name: s for s in plan.sources.values() if s.argument}
         # columns read from vLLM's objects, with the objects that each needs
         self.reads = {
             column: {name for name, _ in attributes(expression)}
@@ -212,17 +243,18 @@ class _Source:
     def text(self) -> str:
         """The whole source."""
         roots = ", ".join(self.roots)
+        merge = "merge" in self.plan.names
         self.add(0, "def bind(publish_record, pack_step, pack_request, pack_values, clock):")
         self.add(1, "n = step = request_number = engine_index = 0")
         self.add(1, "kvhook_ns = -1")
         self.add(1, f"{' = '.join(self.roots)} = None\n")
-        self.add(1, "def record(scheduler_stats=None, iteration_stats=None, mm_cache_stats=None, engine_idx=0, **_):")
+        arguments = "".join(f"{a}=None, " for a in self.plan.arguments)
+        self.add(1, f"def record({arguments}**_):")
         self.add(2, f"nonlocal {roots}, engine_index")
-        self.add(2, "sched = scheduler_stats")
-        self.add(2, "iteration = iteration_stats")
-        if "mm" in self.roots:
-            self.add(2, "mm = mm_cache_stats")
-        self.add(2, "engine_index = engine_idx or 0\n")
+        for root, source in self.roots.items():
+            given = source.argument
+            self.add(2, f"{root} = {f'{given} if {root} is None else merge({root}, {given})' if merge else given}")
+        self.add(2, f"engine_index = {ENGINE_INDEX} or 0\n")
         self.values()
         self.add(1, "def publish(t_start_ns, t_end_ns):")
         self.add(2, f"nonlocal n, step, request_number, kvhook_ns, {roots}")
@@ -254,15 +286,15 @@ class _Source:
         children = [s for s in self.plan.sources.values() if s.expression.startswith(f"{root}.")]
         family = {root, *(c.name for c in children)}
         columns = [c for c, sources in self.reads.items() if sources & family]
-        flag = FLAGS.get(root)
-        if not columns and not flag:
+        flags = self.roots[root].flags
+        if not columns and not flags:
             return
         self.add(2, f"if {root} is None:")
         self.blanks(3, columns)
-        if flag:
+        for flag in flags:
             self.add(3, f"{flag} = 0")
         self.add(2, "else:")
-        if flag:
+        for flag in flags:
             self.add(3, f"{flag} = 1")
         for column in columns:
             if self.reads[column] == {root}:
@@ -289,8 +321,8 @@ class _Source:
         by_blank: dict[str, list[str]] = {}
         for column in columns:
             by_blank.setdefault(blank(self.fields[column]), []).append(column)
-        for value, names in by_blank.items():
-            self.add(depth, f"{' = '.join(names)} = {value}")
+        for value, alike in by_blank.items():
+            self.add(depth, f"{' = '.join(alike)} = {value}")
 
     def list(self, series: str, expression: str) -> None:
         """Count, sum, smallest and largest of a list; and the values themselves where those do not tell them.
@@ -301,7 +333,7 @@ class _Source:
         """
         prefix = PREFIXES[series]
         low, high, count, total = (f"{prefix}_{what}" for what in ("min", "max", "count", "sum"))
-        self.add(2, f"values = {expression} if iteration is not None else ()")
+        self.add(2, f"values = {expression} if {_root(expression)} is not None else ()")
         self.add(2, "if values:")
         self.add(3, "values = sorted(values)")
         self.add(3, f"{count} = len(values)")
@@ -330,12 +362,31 @@ class _Source:
 
     def requests(self) -> None:
         """One record per finished request, before the step's own: who sees the step sees its requests."""
-        item = self.plan.adapter.finished.column
-        cells = ", ".join(self.plan.requests[c.name] for c in self.layout.columns["request"])
-        self.add(2, f"finished = {self.plan.finished} if iteration is not None else ()")
-        self.add(2, f"for {item} in finished:")
-        self.add(3, f"n = publish_record(n, pack_request(n, {REQUEST}, ENGINE, {cells}))")
+        item, finished = self.plan.adapter.finished.column, self.plan.finished
+        self.add(2, f"finished = {finished} if {_root(finished)} is not None else ()")
+        cells = {c.name: self.plan.requests[c.name] for c in self.layout.columns["request"]}
+        if item in self.plan.sources:
+            self.add(2, f"for {item} in finished:")
+        else:
+            missing = {f.name: "nan" if f.type == "f8" else "-1" for f in REQUEST_FIELDS}
+            lists = {c: f"fit({e}, len(finished), {missing[c]})" for c, e in cells.items() if attributes(e)}
+            together = f"zip({', '.join(lists.values())}) if finished else ()"
+            self.add(2, f"for {', '.join(f'of_{c}' for c in lists)} in {together}:")
+            cells |= {c: f"of_{c}" for c in lists}
+        self.add(3, f"n = publish_record(n, pack_request(n, {REQUEST}, ENGINE, {', '.join(cells.values())}))")
         self.add(3, "request_number += 1")
+
+
+def _root(expression: str) -> str:
+    """The object that an expression begins with."""
+    return sorted(name for name, _ in attributes(expression))[0]
+
+
+def _arguments(path: str) -> list[str]:
+    """The arguments of vLLM's ``record``, in its order."""
+    parameters = list(inspect.signature(lookup(path)).parameters.values())[1:]
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return named if ENGINE_INDEX in named else [*named, ENGINE_INDEX]
 
 
 assert {f.name for f in stored(STEP_FIELDS)} >= set(OWN_COLUMNS)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
 class Target(NamedTuple):
     """A place in vLLM that is patched. ``role`` is what `kvhook.hooks` does there; ``path`` is ``module:name``.
 
-    Without a required target nothing is patched at all; without one that is not required, ``loss`` says what is
-    missing then. ``field`` names a class and an attribute of it that the hook lives on.
+    A target without a role is only looked at: the adapter relies on it. Without a required target nothing is patched
+    at all; without one that is not required, ``loss`` says what is missing then. ``field`` names a class and an
+    attribute of it that the hook lives on, ``takes`` the arguments that must be in the signature.
     """
 
     role: str
@@ -25,49 +28,79 @@ class Target(NamedTuple):
     required: bool = True
     loss: str = ""
     field: tuple[str, str] | None = None
+    takes: tuple[str, ...] = ()
 
 
 class Source(NamedTuple):
     """An object that numbers are read from: a variable of the publisher.
 
-    ``path`` names the class that describes it (``module:Class``); ``expression`` says how to get it from the sources
-    before it, empty for those that vLLM hands over. An ``optional`` one may be None: its columns are blank then.
+    ``path`` names the class that describes it (``module:Class``). vLLM hands it over as an ``argument`` of
+    `Adapter.record`, or ``expression`` says how to get it from the sources before it. An ``optional`` one may be
+    None: its columns are blank then. ``flags`` are the columns that say whether it came.
     """
 
     name: str
     path: str
     expression: str = ""
     optional: bool = False
+    argument: str = ""
+    flags: tuple[str, ...] = ()
 
 
 class Read(NamedTuple):
     """Where a column comes from: expressions over the sources, of which the first that this vLLM has is taken.
 
-    ``needs`` names a fact about the engine that must be true; ``absent`` says why the column is missing if it is.
+    An expression may name facts about the engine (`Adapter.facts`, and those of `kvhook.adapters.config`).
+    ``absent`` says why the column is missing if this vLLM has none of them. ``needs`` names a fact that must be true
+    besides, and ``unmet`` says why the column is blank if it is not.
     """
 
     column: str
     expressions: tuple[str, ...]
     absent: str = ""
     needs: str = ""
+    unmet: str = ""
 
 
 class Adapter(NamedTuple):
     """One era of vLLM's stats, as tables."""
 
     name: str
-    #: patched once this module has been imported
-    trigger: str
+    #: adapters of one family are patched together or not at all
+    family: str
+    #: the engine's class, ``module:Class``; it is patched once that module has been imported
+    engine: str
     targets: tuple[Target, ...]
+    #: how `kvhook.hooks` gets at the stats, and the attribute of the engine that it does it with
+    tap: str
+    holder: str
+    #: a method whose signature says in which order vLLM hands the sources over
+    record: str
     sources: tuple[Source, ...]
     steps: tuple[Read, ...]
     #: the lists of single values: schema series name -> where the list is
     values: tuple[Read, ...]
-    #: the list of finished requests; its items are the source "request"
+    #: the list of finished requests. Its items are the source of this name if there is one; if not, the expressions
+    #: in `requests` are lists of the same length
     finished: Read
     requests: tuple[Read, ...]
     #: fact about the engine -> path below vLLM's VllmConfig
     facts: Mapping[str, str]
+    #: False where there is no ``step`` to be timed: a record is one call of `record`
+    timed: bool = True
+    #: functions that the expressions call; one named "merge" makes one of two stats objects that came in one step
+    helpers: Mapping[str, Any] = {}
+    #: arguments that keep vLLM's own loggers away where the user had stats off
+    quiet: Mapping[str, Callable[[], Any]] = {}
+    #: the vLLM that this adapter is too old for: it is not to be taken for a new one that lacks the newer's targets
+    until: str = ""
+    #: column -> what to know about its numbers from these vLLMs
+    notes: Mapping[str, str] = {}
+
+    @property
+    def trigger(self) -> str:
+        """The module whose import is waited for."""
+        return self.engine.partition(":")[0]
 
 
 def lookup(path: str) -> Any:
@@ -98,7 +131,7 @@ def has_field(cls: type, name: str) -> bool:
         return True
     if dataclasses.is_dataclass(cls):
         return any(f.name == name for f in dataclasses.fields(cls))
-    if any(name in getattr(base, "__annotations__", {}) for base in cls.__mro__):
+    if any(name in vars(base).get("__annotations__", ()) for base in cls.__mro__):
         return True
     try:
         return hasattr(cls(), name)
@@ -106,13 +139,14 @@ def has_field(cls: type, name: str) -> bool:
         return False
 
 
-def attributes(expression: str) -> set[tuple[str, str]]:
+@functools.cache
+def attributes(expression: str) -> frozenset[tuple[str, str]]:
     """The ``(source, attribute)`` pairs an expression reads first hand: ``sched.a + sched.b.c`` reads a and b."""
-    return {
+    return frozenset(
         (node.value.id, node.attr)
         for node in ast.walk(ast.parse(expression, mode="eval"))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-    }
+    )
 
 
 def read_path(start: Any, path: str) -> Any:
@@ -127,9 +161,21 @@ def read_path(start: Any, path: str) -> Any:
     return start
 
 
+@functools.cache
+def names(expression: str) -> frozenset[str]:
+    """The plain names in an expression: sources, helpers, and facts about the engine."""
+    return frozenset(n.id for n in ast.walk(ast.parse(expression, mode="eval")) if isinstance(n, ast.Name))
+
+
 def vllm_version() -> str:
     """``vllm.__version__`` of the vLLM in this process, "" if none is loaded.
 
     Package metadata is not to be relied on: CPU builds go by another name.
     """
     return str(getattr(sys.modules.get("vllm"), "__version__", ""))
+
+
+def release(version: str) -> tuple[int, ...]:
+    """A version as numbers that can be compared; () for one that is none, as of a build without tags."""
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    return tuple(map(int, match.groups())) if match else ()

@@ -1,10 +1,25 @@
-"""vLLM's V1 engine from 0.11: a `StatLoggerManager` is given `SchedulerStats` and `IterationStats` once a step."""
+"""vLLM's V1 engines from 0.8: `SchedulerStats` from the engine core, `IterationStats` from the front end, once a step.
+
+What they hold drifts, and one set of tables reads all of it. Where they pass changed as a whole:
+
+=============  =========================================  ==============================================
+vLLM           `LLMEngine`, behind `LLM`                  `AsyncLLM`, also behind the server
+=============  =========================================  ==============================================
+0.8            nowhere: its stats are hard-coded off      a list of loggers, from 0.8.3 one for each rank
+0.9            one logger, Prometheus                     the same
+0.10           the same                                   a `StatLoggerManager`
+from 0.11      a `StatLoggerManager`                      the same
+=============  =========================================  ==============================================
+"""
 
 from __future__ import annotations
 
+from kvhook.adapters.config import FACTS
 from kvhook.adapters.table import Adapter, Read, Source, Target
 
 ENGINE = "vllm.v1.engine.llm_engine"
+ASYNC = "vllm.v1.engine.async_llm"
+CLIENT = "vllm.v1.engine.core_client:EngineCoreClient"
 LOGGERS = "vllm.v1.metrics.loggers"
 STATS = "vllm.v1.metrics.stats"
 
@@ -13,28 +28,36 @@ _PROMPT_SPLIT = "this vLLM does not split prompt tokens by where they came from"
 _NO_CONNECTOR = "this vLLM does not count the KV connector's cache"
 _NO_MM = "this vLLM has no stats of the multi-modal cache"
 _NOT_PER_REQUEST = "this vLLM does not count it per request"
+_NO_TTFT = "this vLLM does not keep it per request; every value of the run is in session.latencies()"
+
+_STATS_ARGUMENTS = ("scheduler_stats", "iteration_stats")
+_FINISHED = Target(
+    "finished",
+    f"{STATS}:IterationStats.update_from_finished_request",
+    required=False,
+    loss="time_to_first_token of single requests",
+    field=(f"{STATS}:RequestStateStats", "first_token_latency"),
+)
 
 V1 = Adapter(
     name="v1",
-    trigger=ENGINE,
+    family="v1",
+    engine=f"{ENGINE}:LLMEngine",
     targets=(
-        Target("engine_init", f"{ENGINE}:LLMEngine.__init__"),
+        Target("engine_init", f"{ENGINE}:LLMEngine.__init__", takes=("log_stats",)),
         Target("engine_step", f"{ENGINE}:LLMEngine.step"),
         Target("manager", f"{ENGINE}:StatLoggerManager"),
-        Target("record", f"{LOGGERS}:StatLoggerManager.record"),
-        Target(
-            "finished",
-            f"{STATS}:IterationStats.update_from_finished_request",
-            required=False,
-            loss="time_to_first_token of single requests",
-            field=(f"{STATS}:RequestStateStats", "first_token_latency"),
-        ),
+        Target("record", f"{LOGGERS}:StatLoggerManager.record", takes=_STATS_ARGUMENTS),
+        _FINISHED,
         Target("get_metrics", f"{ENGINE}:LLMEngine.get_metrics", required=False),
     ),
+    tap="manager",
+    holder="logger_manager",
+    record=f"{LOGGERS}:StatLoggerManager.record",
     sources=(
-        Source("sched", f"{STATS}:SchedulerStats"),
-        Source("iteration", f"{STATS}:IterationStats"),
-        Source("mm", f"{STATS}:MultiModalCacheStats", optional=True),
+        Source("sched", f"{STATS}:SchedulerStats", argument="scheduler_stats", flags=("has_scheduler_stats",)),
+        Source("iteration", f"{STATS}:IterationStats", argument="iteration_stats", flags=("has_iteration_stats",)),
+        Source("mm", f"{STATS}:MultiModalCacheStats", argument="mm_cache_stats", optional=True),
         Source("prefix", f"{STATS}:PrefixCacheStats", "sched.prefix_cache_stats"),
         Source("connector", f"{STATS}:PrefixCacheStats", "sched.connector_prefix_cache_stats", optional=True),
         Source("spec", "vllm.v1.spec_decode.metrics:SpecDecodingStats", "sched.spec_decoding_stats", optional=True),
@@ -97,8 +120,9 @@ V1 = Adapter(
         Read(
             "time_to_first_token",
             ("getattr(request, 'kvhook_ttft', nan)",),
-            "this vLLM does not keep it per request; every value of the run is in session.latencies()",
+            _NO_TTFT,
             needs="finished_hook",
+            unmet=_NO_TTFT,
         ),
         Read(
             "mean_time_per_output_token",
@@ -106,22 +130,97 @@ V1 = Adapter(
             "this vLLM does not compute it; it is decode_time / (num_generation_tokens - 1)",
         ),
     ),
-    facts={
-        "model": "model_config.model",
-        "dtype": "model_config.dtype",
-        "max_model_len": "model_config.max_model_len",
-        "block_size": "cache_config.block_size",
-        "num_gpu_blocks": "cache_config.num_gpu_blocks",
-        "kv_cache_dtype": "cache_config.cache_dtype",
-        "enable_prefix_caching": "cache_config.enable_prefix_caching",
-        "kv_cache_metrics": "observability_config.kv_cache_metrics",
-        "max_num_seqs": "scheduler_config.max_num_seqs",
-        "max_num_batched_tokens": "scheduler_config.max_num_batched_tokens",
-        "enable_chunked_prefill": "scheduler_config.enable_chunked_prefill",
-        "tensor_parallel_size": "parallel_config.tensor_parallel_size",
-        "pipeline_parallel_size": "parallel_config.pipeline_parallel_size",
-        "data_parallel_size": "parallel_config.data_parallel_size",
-        "data_parallel_rank": "parallel_config.data_parallel_rank",
-        "device": "device_config.device_type",
-    },
+    facts=FACTS,
+)
+
+#: 0.9 and 0.10: the engine has one logger, and no manager.
+V1_ONE_LOGGER = V1._replace(
+    name="v1-0.9",
+    targets=(
+        Target("engine_init", f"{ENGINE}:LLMEngine.__init__", takes=("log_stats",)),
+        Target("engine_step", f"{ENGINE}:LLMEngine.step"),
+        Target("manager", f"{ENGINE}:PrometheusStatLogger"),
+        Target("record", f"{LOGGERS}:PrometheusStatLogger.record", takes=_STATS_ARGUMENTS),
+        _FINISHED,
+        Target("get_metrics", f"{ENGINE}:LLMEngine.get_metrics", required=False),
+    ),
+    holder="stat_logger",
+    record=f"{LOGGERS}:PrometheusStatLogger.record",
+    until="0.11.0",
+)
+
+#: 0.8 counts its prefix cache in whole blocks.
+_IN_BLOCKS = {"prefix_cache_queries": "prefix.queries * block_size", "prefix_cache_hits": "prefix.hits * block_size"}
+_STEPS_0_8 = tuple(Read(r.column, (_IN_BLOCKS[r.column],), r.absent) if r.column in _IN_BLOCKS else r for r in V1.steps)
+_NOTES_0_8 = {
+    "prefix_cache_queries": "vLLM 0.8 looks up, and counts, whole blocks only: a prompt's last tokens that fill no "
+    "block are not in it, and the hit rate is the higher for it",
+}
+
+#: 0.8: the engine tells its core and its output processor, both, to make no stats. Both can: AsyncLLM has them do it.
+V1_NO_LOGGER = V1._replace(
+    name="v1-0.8",
+    targets=(
+        Target("engine_init", f"{ENGINE}:LLMEngine.__init__", takes=("log_stats",)),
+        Target("engine_step", f"{ENGINE}:LLMEngine.step"),
+        Target("core", f"{CLIENT}.make_client", takes=("log_stats",)),
+        Target("", f"{CLIENT}.get_output"),
+        Target(
+            "",
+            "vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+            takes=("engine_core_outputs", "engine_core_timestamp", "iteration_stats"),
+        ),
+        Target("", f"{STATS}:IterationStats", field=(f"{STATS}:IterationStats", "num_preempted_reqs")),
+        _FINISHED,
+    ),
+    tap="outputs",
+    holder="",
+    record=f"{LOGGERS}:StatLoggerBase.record",
+    steps=_STEPS_0_8,
+    until="0.9.0",
+    notes=_NOTES_0_8,
+)
+
+#: AsyncLLM from 0.10: `record` is called on the event loop, once per step of a rank; there is no step to be timed.
+ASYNC_LLM = V1._replace(
+    name="v1-async",
+    engine=f"{ASYNC}:AsyncLLM",
+    targets=(
+        Target("engine_init", f"{ASYNC}:AsyncLLM.__init__", takes=("log_stats",)),
+        Target("manager", f"{ASYNC}:StatLoggerManager"),
+        Target("record", f"{LOGGERS}:StatLoggerManager.record", takes=(*_STATS_ARGUMENTS, "engine_idx")),
+        _FINISHED,
+    ),
+    timed=False,
+)
+
+#: AsyncLLM of 0.9: a list of loggers for each rank.
+ASYNC_LISTS = ASYNC_LLM._replace(
+    name="v1-async-0.9",
+    targets=(
+        Target("engine_init", f"{ASYNC}:AsyncLLM.__init__", takes=("log_stats", "stat_loggers")),
+        Target("", f"{LOGGERS}:StatLoggerBase.record", takes=_STATS_ARGUMENTS),
+        Target("", f"{LOGGERS}:StatLoggerBase.log_engine_initialized"),
+        _FINISHED,
+    ),
+    tap="lists",
+    holder="stat_loggers",
+    record=f"{LOGGERS}:StatLoggerBase.record",
+    quiet={"stat_loggers": list},
+    until="0.10.0",
+)
+
+#: AsyncLLM of 0.8; up to 0.8.4 it makes its loggers itself, up to 0.8.2 in one list.
+ASYNC_LISTS_0_8 = ASYNC_LISTS._replace(
+    name="v1-async-0.8",
+    targets=(
+        Target("engine_init", f"{ASYNC}:AsyncLLM.__init__", takes=("log_stats",)),
+        Target("", f"{LOGGERS}:StatLoggerBase.record", takes=_STATS_ARGUMENTS),
+        Target("", f"{STATS}:IterationStats", field=(f"{STATS}:IterationStats", "num_preempted_reqs")),
+        Target("manager", f"{ASYNC}:PrometheusStatLogger", required=False),
+        Target("manager", f"{ASYNC}:LoggingStatLogger", required=False),
+    ),
+    steps=_STEPS_0_8,
+    until="0.9.0",
+    notes=_NOTES_0_8,
 )

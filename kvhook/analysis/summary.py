@@ -116,7 +116,9 @@ def _summarize(trace: Trace, engine: int | None) -> Summary:
     meta = trace.meta
     engines = [e for e in meta["engines"] if engine is None or e["engine"] == engine]
     with_stats = steps[steps["has_scheduler_stats"] == 1]
-    seconds = (steps["t_end_ns"] - steps["t_start_ns"]) / 1e9
+    # AsyncLLM has no step that could be timed: its records have one time each
+    timed = ~np.isin(steps["engine"], [e["engine"] for e in engines if e.get("timed_steps") is False])
+    seconds = (steps["t_end_ns"] - steps["t_start_ns"])[timed] / 1e9
     inside = float(seconds.sum())
     usage = _column(with_stats, "kv_cache_usage")
     caching = [e.get("enable_prefix_caching") for e in engines]

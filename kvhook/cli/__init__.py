@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
     for verb in VERBS:
         command = load(verb)
-        text = (command.__doc__ or "").strip()
+        text = inspect.cleandoc(command.__doc__ or "")
         one = verbs.add_parser(
             verb,
             help=text.split("\n", 1)[0],

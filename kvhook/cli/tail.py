@@ -96,6 +96,7 @@ def lines(
     """
     from kvhook.export.rows import rows
     from kvhook.ring.reader import slot_head
+    from kvhook.schema import STEP
     from kvhook.trace import from_slots
 
     text = StepLines(header.monotonic_ns, header.realtime_ns, ascii_only=ascii_only)
@@ -113,13 +114,16 @@ def lines(
             last = some[-1]["step"]
         if old is not None:
             # what was there when we came: the sums take all of it, the screen the last lines
-            old += some
+            head = slot_head(slots)
+            there = int(((head["kind"] == STEP) & (head["n"] < until)).sum())
+            old += some[:there]
             cut = max(0, len(old) - back)
             for row in old[:cut]:
                 text.count(row)
-            old = some = old[cut:]
-            if not end and (not len(slots) or int(slot_head(slots)["n"][-1]) + 1 < until):
+            old = old[cut:]
+            if not end and (not len(slots) or int(head["n"][-1]) + 1 < until):
                 continue
+            some = old + some[there:]
             old = None
         for row in some:
             yield json.dumps({"kind": "step", **row}) if as_json else text.line(row)

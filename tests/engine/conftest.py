@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.engine import vllm_here
-from tests.engine import vllm_here
-from tests.workloads import SMALL, Seen, observe, workload
+from tests.workloads import Seen, observe, workload
 
 # Before vLLM is imported: quick to start, nothing fetched, nothing reported, the core in this process. The log's
 # interval is short, so that a line that should not be there has its chance to appear.
@@ -34,6 +33,9 @@ ENVIRONMENT = {
 
 MakeLLM = Callable[..., Any]
 
+#: V0 is another engine, with truths of its own.
+collect_ignore = ["test_truth.py", "test_harmless.py", "test_own_process.py"] if vllm_here.V0 else ["test_v0.py"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
@@ -41,6 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.engine)
+            # vLLM's own, once per engine
+            item.add_marker(pytest.mark.filterwarnings("ignore:.*reduce_op.*:FutureWarning"))
             if missing:
                 item.add_marker(
                     pytest.mark.skip(reason="vLLM is not installed here; `make test` installs its CPU build")
@@ -73,7 +77,7 @@ def make_llm(engine_environment: dict[str, str], model: str) -> MakeLLM:
 
     def make(**options: Any) -> Any:
         gc.collect()  # what is to go goes now, not in the middle of the next engine's work
-        return LLM(model=model, **SMALL | options)
+        return LLM(model=model, **vllm_here.options() | options)
 
     return make
 
@@ -89,23 +93,6 @@ class Recorded(NamedTuple):
 
     def total(self, column: str) -> int:
         return int(self.steps[column].sum())
-
-    def lacks(self, *columns: str, kind: str = "step") -> bool:
-        """Whether this vLLM's code has no such number; then kvhook must not have it either, and say why."""
-        missing = vllm_here.absent(kind) & set(columns)
-        (engine,) = self.session.meta["engines"]
-        assert missing <= engine["absent"][kind].keys()
-        assert not missing & set((self.requests if kind == "request" else self.steps).dtype.names)
-        return bool(missing)
-
-    def per_request(self, column: str, of_output: Callable[[Any], Any]) -> tuple[list[Any], list[Any]]:
-        """A column of the finished requests, and what their outputs say. In the order of the outputs; where vLLM does
-        not say which request finished, as a whole."""
-        said = [of_output(one) for one in self.seen.outputs]
-        if self.lacks("request_id", kind="request"):
-            return sorted(self.requests[column].tolist()), sorted(said)
-        by_id = dict(zip(self.requests["request_id"].tolist(), self.requests[column].tolist(), strict=True))
-        return [by_id[int(one.request_id)] for one in self.seen.outputs], said
 
     def lacks(self, *columns: str, kind: str = "step") -> bool:
         """Whether this vLLM's code has no such number; then kvhook must not have it either, and say why."""

@@ -67,7 +67,7 @@ def record(session: kvhook.Session, number: int, model: str, **options: Any) -> 
     times = steps["t_start_ns"], steps["t_end_ns"]
     return {
         "core in this process": "vllm.v1.worker.cpu_worker" in sys.modules,
-        "sums": {column: int(steps[column].sum()) for column in SUMS},
+        "sums": {column: int(steps[column].sum()) for column in SUMS if column in steps.dtype.names},
         "counters": {name: value - before[name] for name, value in after.items()},
         "calls": calls,
         "steps": steps["step"].tolist(),
@@ -76,10 +76,13 @@ def record(session: kvhook.Session, number: int, model: str, **options: Any) -> 
         "blocks": summary.num_kv_blocks,
         "prompts": [len(o.prompt_token_ids) for o in outputs],
         "generated": [len(o.outputs[0].token_ids) for o in outputs],
-        "first tokens": [o.metrics.first_token_latency for o in outputs],
+        "first tokens": [o.metrics.first_token_latency for o in outputs if o.metrics is not None],
         "requests": {
-            name: requests[name].tolist() for name in ("request_id", "num_generation_tokens", "time_to_first_token")
+            name: requests[name].tolist()
+            for name in ("request_id", "num_generation_tokens", "time_to_first_token")
+            if name in requests.dtype.names
         },
+        "absent": {k: sorted(reasons) for k, reasons in session.meta["engines"][number]["absent"].items()},
         "lost": summary.records_lost + summary.records_dropped,
     }
 
@@ -99,7 +102,7 @@ def main() -> None:
     kvhook.uninstall()
     results["patched after"] = [
         name
-        for owner in (module, module.LLMEngine, module.StatLoggerManager)
+        for owner in (module, module.LLMEngine, getattr(module, "StatLoggerManager", object))
         for name, value in vars(owner).items()
         if "wrapt" in type(value).__module__
     ]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import kvhook
+from tests.engine import vllm_here
 from tests.engine.conftest import MakeLLM, Recorded
 from tests.workloads import BLOCK_SIZE, USABLE, Call, Seen, run, tokens, workload
 
@@ -183,7 +184,7 @@ def test_a_reset_of_the_cache_is_in_the_next_step(make_llm: MakeLLM):
         run(llm, workload()[:1])
         steps = len(session.steps())
         assert session.steps()["prefix_cache_reset"].sum() == 0
-        assert llm.reset_prefix_cache()
+        assert llm.reset_prefix_cache() in (True, None)  # older releases say nothing
         run(llm, workload()[:1])
         after = session.steps()["prefix_cache_reset"][steps:]
         assert after.sum() == 1
@@ -306,6 +307,12 @@ def test_times_of_each_request_are_those_of_its_output(recorded: Recorded):
         "decode_time": ("last_token_ts", "first_token_ts"),
         "inference_time": ("last_token_ts", "scheduled_ts"),
     }
+    if not vllm_here.outputs_have_metrics():
+        assert {one.metrics for one in recorded.seen.outputs} == {None}
+        r = recorded.requests
+        assert r["prefill_time"] + r["decode_time"] == pytest.approx(r["inference_time"], abs=1e-9)
+        assert (r["queued_time"] + r["inference_time"] <= r["e2e_latency"]).all()
+        return
     for column, (to, since) in parts.items():
         of_requests, returned = recorded.per_request(
             column, lambda one, to=to, since=since: getattr(one.metrics, to) - getattr(one.metrics, since)

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from tests.contracts.loader import ReleaseFacts, load
+from tests.workloads import BLOCK_SIZE, BLOCKS, SMALL
 
 #: Chosen by vLLM's own variable, which only releases with both engines know.
 V0 = os.environ.get("VLLM_USE_V1") == "0"
@@ -67,8 +68,22 @@ def absent(kind: str) -> set[str]:
     return NEVER[kind] | {column for column, (cls, field) in NEEDS[kind].items() if not has_field(cls, field)}
 
 
-def options(small: dict[str, Any]) -> dict[str, Any]:
-    """The options for an engine with this small cache, as this release takes them."""
-    known = facts().method("vllm.entrypoints.llm", "LLM", "__init__")
-    del known
-    return small
+def engine_has(attribute: str) -> bool:
+    """Whether the V1 engine keeps its loggers there: in a logger_manager from 0.11, before it in a stat_logger."""
+    engine = facts().find("vllm.v1.engine.llm_engine", "LLMEngine")
+    return engine is not None and engine.calls.stat_logger_attribute == attribute
+
+
+def outputs_have_metrics() -> bool:
+    """Whether V1 hangs the request's time stamps on its output."""
+    return has_field("RequestStateStats", "first_token_latency")
+
+
+def options() -> dict[str, Any]:
+    """The options of the small engine that this vLLM takes."""
+    if not V0:
+        return SMALL
+    # V0's CPU kernels know blocks of 16 tokens only, and neither prefix caching nor chunked prefill
+    small = {name: value for name, value in SMALL.items() if name != "use_tqdm_on_load"}
+    blocks = {"block_size": 16, "num_gpu_blocks_override": BLOCKS * BLOCK_SIZE // 16}
+    return small | blocks | {"enable_prefix_caching": False, "enable_chunked_prefill": False}

@@ -1,0 +1,135 @@
+"""How a run went over time, whatever it was read from: rows of states and running totals, and the parts of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+#: What is so at the moment of a row. NaN where it is not known.
+STATES = ("kv_cache_usage", "num_running_reqs", "num_waiting_reqs", "v0_prefix_cache_hit_rate")
+#: What has been counted up to a row, since counting began. NaN where it is not known.
+TOTALS = (
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "num_prompt_tokens",
+    "num_generation_tokens",
+    "num_preempted_reqs",
+    "num_finished_reqs",
+)
+#: ``t`` is monotonic, to compare with; ``timestamp`` is Unix time, to show. Both in seconds.
+COLUMNS = ("t", "timestamp", *STATES, *TOTALS)
+
+History = npt.NDArray[np.void]
+
+_TYPE = np.dtype([(name, "<f8") for name in COLUMNS])
+
+
+def from_steps(steps: npt.NDArray[np.void], unix_offset: float) -> History:
+    """One row per engine step: the states after it, and the totals up to it.
+
+    Args:
+        steps: what `kvhook.Trace.steps` gives. Of several engines, the states of a row are those of its engine and
+            the totals those of all.
+        unix_offset: what to add to the monotonic clock for Unix time, in seconds.
+    """
+    steps = steps[np.argsort(steps["t_end_ns"], kind="stable")]
+    names = steps.dtype.names or ()
+    known = steps["has_scheduler_stats"] == 1
+    out = np.full(len(steps), np.nan, _TYPE)
+    out["t"] = steps["t_end_ns"] / 1e9
+    out["timestamp"] = out["t"] + unix_offset
+    for name in STATES:
+        if name in names:
+            out[name] = np.where(known, steps[name], np.nan)
+    for name in TOTALS:
+        if name in names:
+            out[name] = np.cumsum(steps[name])
+    return out
+
+
+def from_samples(samples: Sequence[tuple[float, dict[str, float]]], unix_offset: float) -> History:
+    """One row per sample: a monotonic time in seconds, and the values that were known then."""
+    out = np.full(len(samples), np.nan, _TYPE)
+    for row, (t, values) in zip(out, samples, strict=True):
+        row["t"], row["timestamp"] = t, t + unix_offset
+        for name in (*STATES, *TOTALS):
+            if name in values:
+                row[name] = values[name]
+    return out
+
+
+def cut(history: History, edges: Sequence[float]) -> list[dict[str, Any]]:
+    """What happened between each edge and the next, as plain values; None where it is not known.
+
+    Rows with ``edge < t <= next`` belong to a part: its counts are the differences of the totals, its peaks those of
+    its rows. ``*_so_far`` is the hit rate from the first edge on.
+
+    Args:
+        edges: monotonic times in ascending order; -inf is fine. Totals begin at 0 before the first row.
+    """
+    index = np.searchsorted(history["t"], edges, side="right") if len(edges) else np.zeros(0, np.int64)
+    parts = []
+    for begin, end in itertools.pairwise(index):
+        rows = history[begin:end]
+        counts = {name: _difference(history[name], begin, end) for name in TOTALS}
+        part: dict[str, Any] = {
+            "begin": float(history["timestamp"][begin - 1]) if begin else None,
+            "end": float(history["timestamp"][end - 1]) if end else None,
+            "rows": len(rows),
+            "kv_cache_usage": _last(rows["kv_cache_usage"]),
+            "kv_cache_usage_peak": _peak(rows["kv_cache_usage"]),
+            "kv_cache_usage_mean": _mean(rows["kv_cache_usage"]),
+            "num_running_reqs_peak": _whole(_peak(rows["num_running_reqs"])),
+            "num_waiting_reqs_peak": _whole(_peak(rows["num_waiting_reqs"])),
+            **counts,
+            "prefix_cache_hit_rate": _rate(counts["prefix_cache_hits"], counts["prefix_cache_queries"]),
+            "prefix_cache_hit_rate_so_far": _rate(
+                *(_difference(history[n], index[0], end) for n in ("prefix_cache_hits", "prefix_cache_queries"))
+            ),
+        }
+        parts.append(part)
+    return parts
+
+
+def even_edges(history: History, begin: float, end: float, parts: int) -> list[float]:
+    """Edges that cut the rows between two times into at most `parts` parts of equally many rows."""
+    t = history["t"][(history["t"] > begin) & (history["t"] <= end)]
+    if not len(t):
+        return []
+    last_of_part = [int(rows[-1]) for rows in np.array_split(np.arange(len(t)), min(parts, len(t)))]
+    return [begin, *t[last_of_part].tolist()]
+
+
+def _difference(totals: npt.NDArray[np.float64], begin: int, end: int) -> int | None:
+    if not len(totals):
+        return None
+    after = totals[end - 1] if end else 0.0
+    before = totals[begin - 1] if begin else 0.0
+    difference = float(after - before)
+    # fewer than before: another engine counts now
+    return int(difference) if difference >= 0 else None
+
+
+def _rate(hits: int | None, queries: int | None) -> float | None:
+    return hits / queries if hits is not None and queries else None
+
+
+def _peak(values: npt.NDArray[np.float64]) -> float | None:
+    return float(np.nanmax(values)) if (values == values).any() else None
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float | None:
+    return float(np.nanmean(values)) if (values == values).any() else None
+
+
+def _last(values: npt.NDArray[np.float64]) -> float | None:
+    known = values[values == values]
+    return float(known[-1]) if len(known) else None
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)

@@ -1,0 +1,495 @@
+"""`VLLMMetricsCollector`: start, generate, ask, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib
+import json
+import logging
+import math
+import os
+import platform
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvhook.adapters.table import read_path, vllm_version
+from kvhook.analysis.history import COLUMNS, cut, even_edges, from_samples
+from kvhook.collector import answer, names
+from kvhook.collector.prometheus import plain
+from kvhook.collector.reading import Reading, Unavailable
+from kvhook.collector.sources import EngineSource, HookSource, RegistrySource, Source
+from kvhook.errors import KvhookError
+from kvhook.guard import Guard
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pandas
+
+    from kvhook.analysis.history import History
+
+log = logging.getLogger("kvhook")
+
+#: Points of the progressions in `get_comprehensive_stats`.
+TREND_PARTS = 50
+#: Seconds that the end waits for a sample that is just being taken.
+_JOIN = 5.0
+
+_EVER, _STILL = -math.inf, math.inf
+
+
+class VLLMMetricsCollector:
+    """Collects the metrics of a vLLM engine around calls of ``generate``.
+
+    Three sources are tried in this order, and each answer names the one it came from: ``hook`` (kvhook's own
+    recording, every step), ``internal_engine_stats`` (the engine's objects), ``prometheus_registry``
+    (``LLM.get_metrics()``). Only the last two are sampled by a thread; what they did between two samples is not seen.
+    No method raises for what happens in the engine: what cannot be had is absent, with its reason.
+
+    Args:
+        llm: a ``vllm.LLM`` (or engine), which is not kept alive. Without it, `start_monitoring` installs kvhook, and
+            the engines that are made afterwards are recorded.
+        collection_interval: seconds between two samples of a source that must be polled.
+        enable_monitoring: False: `start_monitoring` does nothing; collecting by hand still works.
+        llm_instance: the same as `llm`.
+        source: read this source and no other, to compare them.
+
+    Raises:
+        KvhookError: the interval is not a positive number, or there is no such source.
+    """
+
+    def __init__(
+        self,
+        llm: Any = None,
+        collection_interval: float = 1.0,
+        enable_monitoring: bool = True,
+        *,
+        llm_instance: Any = None,
+        source: str | None = None,
+    ) -> None:
+        llm = llm if llm is not None else llm_instance
+        self.collection_interval = _positive(collection_interval)
+        self.enable_monitoring = enable_monitoring
+        engine = None if llm is None else getattr(llm, "llm_engine", llm)
+        self._engine = _weakly(engine)
+        self._given = engine is not None
+        self._hook = HookSource(self._engine, self._given)
+        sources: list[Source] = [self._hook, EngineSource(self._engine), RegistrySource(self._engine)]
+        self._sources = {s.name: s for s in sources if source in (None, s.name)}
+        if not self._sources:
+            raise KvhookError(f"there is no source {source!r}; there are {', '.join(s.name for s in sources)}")
+        self._offset = time.time() - time.monotonic()
+        self._guard = Guard()
+        self._lock = threading.RLock()
+        #: samples of polled sources, and which source they are of
+        self._samples: list[tuple[float, dict[str, float]]] = []
+        self._sampled = names.UNAVAILABLE
+        #: times at which somebody asked
+        self._asked: list[float] = []
+        #: monitored times: from, to
+        self._periods: list[list[float]] = []
+        self._said: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._end: Callable[[], object] = _nothing
+
+    # ---- monitoring ------------------------------------------------------------------------------------------------
+
+    @property
+    def monitoring(self) -> bool:
+        """Whether monitoring is on."""
+        return bool(self._periods) and self._periods[-1][1] == _STILL
+
+    def start_monitoring(self) -> None:
+        """Begin a monitored time. Starting twice is starting once.
+
+        Has the engine recorded by kvhook where that is still possible. Where it is not, a daemon thread samples.
+        """
+        with self._lock:
+            if self.monitoring or not self.enable_monitoring:
+                return
+            if names.HOOK in self._sources:
+                with self._contained("starting to record"):
+                    self._hook.begin()
+            reading, _ = self._read()
+            self._periods.append([time.monotonic() if reading is None else reading.t, _STILL])
+            if reading is not None and not self._sources[reading.source].polled:
+                return
+            self._note(reading)
+            stop = threading.Event()
+            self._thread = threading.Thread(
+                target=_sample_until,
+                args=(weakref.ref(self), stop, self.collection_interval),
+                name="kvhook-collector",
+                daemon=True,
+            )
+            # also when nobody stops it: at the interpreter's exit, and when the collector is dropped
+            self._end = weakref.finalize(self, _end, stop, self._thread)
+            self._thread.start()
+
+    def stop_monitoring(self) -> None:
+        """End the monitored time. Without one, nothing happens."""
+        with self._lock:
+            if not self.monitoring:
+                return
+            if self._thread is not None:
+                self._note(self._read()[0])
+            self._periods[-1][1] = time.monotonic()
+            self._thread, end, self._end = None, self._end, _nothing
+        end()
+
+    def close(self) -> None:
+        """Stop, and uninstall kvhook if it was this collector that installed it. What was collected can be asked."""
+        self.stop_monitoring()
+        self._hook.end()
+
+    def __enter__(self) -> VLLMMetricsCollector:
+        self.start_monitoring()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- collecting ------------------------------------------------------------------------------------------------
+
+    def collect_current_stats(self) -> dict[str, Any]:
+        """Collect from the first source that can be read.
+
+        Returns:
+            A dictionary with ``collection_method`` (the source), ``stats_available``, ``metrics_found`` (name ->
+            number), ``absent`` (name -> why it has none), ``histogram_data`` (seconds), ``total_metrics_found``,
+            ``debug_info`` and ``timestamp`` (Unix time, in seconds).
+        """
+        with self._lock:
+            collected, reading = self._collect(self._sources)
+            self._asked.append(time.monotonic())
+            self._note(reading)
+            return collected
+
+    def collect_hook_stats(self) -> dict[str, Any]:
+        """Collect from kvhook's recording alone."""
+        return self._collect({names.HOOK: self._hook})[0]
+
+    def collect_internal_stats(self) -> dict[str, Any]:
+        """Collect from the engine's own objects alone."""
+        return self._collect({names.INTERNAL: EngineSource(self._engine)})[0]
+
+    def collect_prometheus_metrics(self) -> dict[str, Any]:
+        """Collect from ``LLM.get_metrics()`` or the Prometheus registry alone."""
+        return self._collect({names.REGISTRY: RegistrySource(self._engine)})[0]
+
+    def get_prometheus_metrics(self) -> dict[str, Any]:
+        """All of vLLM's Prometheus metrics as they are: name -> number, histogram, or a list of labels and values.
+        Empty if there are none; `debug_info` says why."""
+        with self._contained("reading the Prometheus registry"), contextlib.suppress(Unavailable):
+            return plain(RegistrySource(self._engine).families())
+        return {}
+
+    def get_comprehensive_stats(self) -> dict[str, Any]:
+        """Everything about the run so far, as ``json.dumps`` takes it.
+
+        Returns:
+            ``latest_stats`` (as `collect_current_stats`), ``monitoring_active``, ``total_collections`` (rows of the
+            history), ``collection_interval``, ``collection_method``, ``key_metrics`` (totals since the engine or
+            kvhook's recording began, states of now, None for what is absent), ``absent`` (why), ``histogram_analysis``,
+            ``raw_metrics`` (the source's own words), ``summary`` (of the monitored time), ``trend`` (how usage and hit
+            rate went over it, and between your collections), ``environment`` and ``errors``.
+        """
+        with self._lock:
+            latest, reading = self._collect(self._sources)
+            self._note(reading)
+            method, rows = self._rows(reading)
+            begin, end = self._periods[-1] if self._periods else (_EVER, _STILL)
+            summary = self._summary(method, rows, begin, end)
+            return {
+                "latest_stats": latest,
+                "monitoring_active": self.monitoring,
+                "total_collections": int(self._monitored(rows).sum()),
+                "collection_interval": self.collection_interval,
+                "collection_method": latest["collection_method"],
+                "key_metrics": answer.key_metrics(reading, summary["kv_cache_usage_peak"]),
+                "absent": latest["absent"],
+                "histogram_analysis": answer.histogram_analysis(reading),
+                "raw_metrics": reading.raw if reading is not None else {},
+                "summary": summary,
+                "trend": self._trend(rows, begin, end),
+                "environment": self.environment(),
+                "errors": self._errors(),
+            }
+
+    # ---- history ---------------------------------------------------------------------------------------------------
+
+    def history(self) -> History:
+        """The monitored times as a structured array, with the columns of `kvhook.analysis.history`: one row per engine
+        step where the source is the hook, one per sample elsewhere. If monitoring was never started, everything."""
+        return self._history()[1]
+
+    def history_frame(self) -> pandas.DataFrame:
+        """The same as a pandas DataFrame, indexed by time.
+
+        Raises:
+            KvhookError: pandas is not installed.
+        """
+        pandas = need("pandas", "pandas")
+        frame = pandas.DataFrame.from_records(self.history())
+        frame.index = pandas.to_datetime(frame.pop("timestamp"), unit="s", utc=True)
+        return frame
+
+    def get_metrics_history(self) -> list[dict[str, Any]]:
+        """The history as a list of collections; each has the values of its row, and no histograms."""
+        method, rows = self._history()
+        return [answer.of_row(method, row) for row in rows]
+
+    def save_metrics(self, path: str | os.PathLike[str]) -> Path:
+        """Write the history to a ``.csv`` file, or everything to a ``.json`` file. A file that is there is replaced.
+
+        Raises:
+            KvhookError: another suffix.
+            OSError: it cannot be written; what was there is untouched.
+        """
+        place = Path(path)
+        if place.suffix not in (".csv", ".json"):
+            raise KvhookError(f"{place}: metrics are saved as .csv (the history) or .json (everything)")
+        temporary = place.with_name(f".{place.name}.{os.getpid()}.part")
+        try:
+            with open(temporary, "w", encoding="utf-8", newline="") as file:
+                if place.suffix == ".json":
+                    stats = self.get_comprehensive_stats() | {"history": self.get_metrics_history()}
+                    json.dump(stats, file, indent=1, allow_nan=False)
+                else:
+                    method, rows = self._history()
+                    writer = csv.writer(file)
+                    writer.writerow(["collection_method", *COLUMNS[1:]])
+                    for row in rows.tolist():
+                        writer.writerow([method, *("" if value != value else value for value in row[1:])])
+            os.replace(temporary, place)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return place
+
+    def plot_kv_cache_metrics(self, output_dir: str | os.PathLike[str] = ".") -> list[Path]:
+        """Draw usage, requests and hit rate over the monitored time into ``kv_cache_metrics.png``.
+
+        Raises:
+            KvhookError: matplotlib is not installed, or there is nothing to draw yet.
+        """
+        from kvhook.collector.plot import draw
+
+        method, rows = self._history()
+        if not len(rows):
+            raise KvhookError("there is nothing to draw yet: no step and no sample has been collected")
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return [draw(rows, method, folder / "kv_cache_metrics.png")]
+
+    # ---- about itself ----------------------------------------------------------------------------------------------
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, adapter, device, model, and where the engine's core runs; None for what is not known."""
+        import kvhook
+        from kvhook import hooks
+
+        engine = self._engine()
+        return {
+            "kvhook": kvhook.__version__,
+            "vllm": vllm_version() or None,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "adapter": ", ".join(hooks.patched()) or None,
+            "engine_class": None if engine is None else type(engine).__qualname__,
+            "engine_core_in_this_process": None if engine is None else read_path(engine, names.SCHEDULER) is not None,
+            **{name: plain_fact(read_path(engine, path)) for name, path in names.FACTS.items()},
+        }
+
+    def debug_info(self) -> dict[str, Any]:
+        """What a bug report should hold: environment, each source and why it cannot be read, faults, patches."""
+        from kvhook import hooks
+
+        sources = {}
+        for name, source in self._sources.items():
+            collected, reading = self._collect({name: source})
+            sources[name] = {
+                "available": reading is not None,
+                "why_not": collected["debug_info"]["not_available"].get(name),
+                "values": len(reading.values) if reading else 0,
+                "seconds": collected["debug_info"]["collection_seconds"],
+            }
+        session = self._hook.session
+        return {
+            "environment": self.environment(),
+            "sources": sources,
+            "monitoring": self.monitoring,
+            "sampling_thread": bool(self._thread and self._thread.is_alive()),
+            "samples": len(self._samples),
+            "patched": {name: sorted(targets) for name, targets in hooks.patched().items()},
+            "session": repr(session) if session is not None else None,
+            "faults": dict(session.faults) if session is not None else {},
+            "errors": self._errors(),
+        }
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _collect(self, sources: Mapping[str, Source]) -> tuple[dict[str, Any], Reading | None]:
+        with self._lock:
+            began = time.perf_counter()
+            reading, reasons = self._read(sources)
+            if reading is None and sources is self._sources:
+                self._say_once(names.UNAVAILABLE, reasons)
+            return answer.collection(reading, reasons, time.time(), time.perf_counter() - began), reading
+
+    def _read(self, sources: Mapping[str, Source] | None = None) -> tuple[Reading | None, dict[str, str]]:
+        """The first source that can be read, and why those before it could not."""
+        reading, reasons = None, {}
+        for name, source in (self._sources if sources is None else sources).items():
+            try:
+                reading = source.read()
+                break
+            except Unavailable as error:
+                reasons[name] = str(error)
+            except Exception as error:
+                reasons[name] = f"{type(error).__name__}: {error}"
+                self._guard.fault(f"reading {name}", error, "the collector's next source is tried")
+        if reading is not None and len(reasons) and (sources is None or sources is self._sources):
+            self._say_once(reading.source, reasons)
+        return reading, reasons
+
+    def _say_once(self, source: str, reasons: dict[str, str]) -> None:
+        if source not in self._said:
+            self._said.add(source)
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            log.warning("kvhook: the collector's source is %s. What comes before it cannot be read: %s", source, why)
+
+    def _note(self, reading: Reading | None) -> None:
+        """Keep a sample of a polled source."""
+        if reading is not None and reading.rows is None:
+            self._samples.append((reading.t, dict(reading.values)))
+            self._sampled = reading.source
+
+    def _sample(self) -> bool:
+        """One tick of the thread; False if no more are needed."""
+        with self._lock:
+            if self._thread is not threading.current_thread() or (self._given and self._engine() is None):
+                return False
+            reading, _ = self._read()
+            self._note(reading)
+            return reading is None or self._sources[reading.source].polled
+
+    def _history(self) -> tuple[str, History]:
+        with self._lock:
+            method, rows = self._rows(self._read()[0])
+            return method, rows[self._monitored(rows)]
+
+    def _rows(self, reading: Reading | None) -> tuple[str, History]:
+        """Everything there is, also from outside the monitored times, and the source it is from."""
+        if reading is not None and reading.rows is not None:
+            rows = reading.rows
+            rows["timestamp"] = rows["t"] + self._offset
+            return reading.source, rows
+        return self._sampled, from_samples(self._samples, self._offset)
+
+    def _monitored(self, rows: History) -> npt.NDArray[np.bool_]:
+        """Which rows are of a monitored time."""
+        t = rows["t"]
+        mask: npt.NDArray[np.bool_] = t != t if self._periods else t == t
+        for begin, end in self._periods:
+            mask |= (t >= begin) & (t <= end)
+        return mask
+
+    def _summary(self, method: str, rows: History, begin: float, end: float) -> dict[str, Any]:
+        how = "every engine step" if method == names.HOOK else f"samples {self.collection_interval:g} s apart"
+        now = time.monotonic()
+        return {
+            "of": how if len(rows) else "nothing",
+            "monitored_seconds": None if begin == _EVER else min(end, now) - begin,
+            **cut(rows, (begin, end))[0],
+        }
+
+    def _trend(self, rows: History, begin: float, end: float) -> dict[str, Any]:
+        parts = cut(rows, even_edges(rows, begin, end, TREND_PARTS))
+        asked = [begin, *(t for t in self._asked if begin < t <= end)]
+        usage = ("end", "kv_cache_usage", "kv_cache_usage_peak", "num_running_reqs_peak", "num_waiting_reqs_peak")
+        rates = ("end", "prefix_cache_queries", "prefix_cache_hits", "prefix_cache_hit_rate")
+        return {
+            "usage_progression": [{name: part[name] for name in usage} for part in parts],
+            "hit_rate_progression": [
+                {name: part[name] for name in (*rates, "prefix_cache_hit_rate_so_far")} for part in parts
+            ],
+            "between_collections": cut(rows, asked),
+        }
+
+    def _errors(self) -> list[dict[str, Any]]:
+        return [
+            {"where": where, "error": self._guard.first[where], "times": times}
+            for where, times in self._guard.faults.items()
+        ]
+
+    @contextlib.contextmanager
+    def _contained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Unavailable:
+            raise
+        except Exception as error:
+            self._guard.fault(what, error, "the collector goes on without it")
+
+
+def need(module: str, extra: str) -> Any:
+    """An optional package.
+
+    Raises:
+        KvhookError: it is not installed; says what to type.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise KvhookError(f"this needs {module}, which is not installed: pip install 'kvhook[{extra}]'") from error
+
+
+def plain_fact(value: Any) -> Any:
+    """A configuration value as JSON can hold it: enums, dtypes and devices differ from release to release."""
+    if value is None or type(value) in (bool, int, str):
+        return value
+    try:
+        return str(getattr(value, "value", value))
+    except Exception:
+        return None
+
+
+def _positive(interval: Any) -> float:
+    if isinstance(interval, (int, float)) and 0 < interval < threading.TIMEOUT_MAX:
+        return float(interval)
+    raise KvhookError(f"collection_interval is a number of seconds above 0, not {interval!r}")
+
+
+def _weakly(engine: Any) -> Callable[[], Any]:
+    """A function that gives the engine as long as somebody else keeps it."""
+    if engine is None:
+        return _nothing
+    try:
+        return weakref.ref(engine)
+    except TypeError:
+        return lambda: engine
+
+
+def _nothing() -> None:
+    return None
+
+
+def _sample_until(collector: weakref.ref[VLLMMetricsCollector], stop: threading.Event, interval: float) -> None:
+    """The sampling thread. Keeps no collector alive."""
+    while not stop.wait(interval):
+        one = collector()
+        if one is None or not one._sample():
+            return
+        del one
+
+
+def _end(stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    if thread is not threading.current_thread():
+        thread.join(_JOIN)

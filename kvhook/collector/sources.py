@@ -1,0 +1,338 @@
+"""The three places that numbers come from, in the order in which they are tried."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvhook.adapters.table import read_path
+from kvhook.analysis import history
+from kvhook.collector import names, prometheus
+from kvhook.collector.reading import Histogram, Reading, Unavailable, histogram
+from kvhook.export.rows import as_rows
+
+if TYPE_CHECKING:
+    from kvhook.session import Session
+    from kvhook.trace import Trace
+
+#: Gives the engine; None if there is none (any more).
+Engine = Callable[[], Any]
+
+NO_ENGINE = "no engine to look into: none was given (llm=...), or it has been deleted"
+
+
+class Source(Protocol):
+    """A place that numbers come from."""
+
+    name: str
+    #: whether its past is lost unless somebody looks in time
+    polled: bool
+
+    def read(self) -> Reading:
+        """What it says now.
+
+        Raises:
+            Unavailable: it says nothing; why.
+        """
+
+
+class HookSource:
+    """kvhook's recording: every step, of the whole run."""
+
+    name = names.HOOK
+    polled = False
+
+    def __init__(self, engine: Engine, given: bool) -> None:
+        self._engine = engine
+        self._given = given
+        #: the session that is read; kept when it has been uninstalled
+        self.session: Session | None = None
+        #: number of the engine in it; None stands for all of them
+        self.number: int | None = None
+        #: whether `begin` installed kvhook
+        self.installed = False
+        self._refused = ""
+
+    def begin(self) -> None:
+        """Have the engine recorded, where that can still be done, or those that will be made if none was given."""
+        import kvhook
+        from kvhook import session as sessions
+
+        if self._find() and self.session is sessions._current:
+            return
+        before = sessions._current
+        engine = self._engine()
+        try:
+            if engine is not None:
+                kvhook.attach(engine)
+            elif not self._given:
+                kvhook.install()
+        except Exception as error:  # whatever was given as llm
+            self._refused = str(error) if isinstance(error, kvhook.KvhookError) else f"{type(error).__name__}: {error}"
+        if before is None and sessions._current is not None:
+            if self._refused:
+                kvhook.uninstall()
+            else:
+                self.installed = True
+        self._find()
+
+    def end(self) -> None:
+        """Uninstall kvhook, if `begin` installed it."""
+        from kvhook import session as sessions
+
+        if self.installed and self.session is sessions._current:
+            sessions.uninstall()
+        self.installed = False
+
+    def read(self) -> Reading:
+        """The totals of the run, the states after its last step, every single latency."""
+        if not self._find() or self.session is None:
+            raise Unavailable(self._why())
+        trace = self.session.trace()
+        engines = [e for e in trace.meta["engines"] if self.number in (None, e["engine"])]
+        if not engines:
+            raise Unavailable("no vLLM engine has been made since kvhook.install()")
+        steps = trace.steps(self.number)
+        rows = history.from_steps(steps, math.nan)
+        values: dict[str, float] = {}
+        absent = {name: why for name, why in trace.meta["absent"].items() if name in history.COLUMNS}
+        for name in (*history.STATES, *history.TOTALS):
+            column = rows[name][rows[name] == rows[name]]
+            if len(column):
+                values[name] = float(column[-1]) if name in history.STATES else int(column[-1])
+            elif name not in absent:
+                absent[name] = "no engine step has been recorded yet"
+        caching = {e.get("enable_prefix_caching") for e in engines}
+        raw: dict[str, Any] = {"engines": len(engines), "steps": len(steps)}
+        raw |= {name: trace.meta[name] for name in ("records", "records_lost", "records_dropped")}
+        raw["last_step"] = as_rows(steps[-1:], "step")[0] if len(steps) else {}
+        return Reading(
+            self.name,
+            values,
+            absent,
+            self._histograms(trace),
+            raw,
+            caching.pop() if len(caching) == 1 else None,
+            "kvhook began to record",
+            rows,
+        )
+
+    def _find(self) -> bool:
+        """Look for the session that records our engine. What was found stays."""
+        from kvhook import session as sessions
+
+        current, engine = sessions._current, self._engine()
+        if current is not None and current is not self.session:
+            if engine is not None:
+                recorder = current._by_engine.get(id(engine))
+                if recorder is not None:
+                    self.session, self.number = current, recorder.number
+            elif not self._given:
+                self.session, self.number = current, None
+        return self.session is not None
+
+    def _why(self) -> str:
+        if self._refused:
+            return self._refused
+        if self._engine() is not None:
+            return "this engine is not recorded: call kvhook.install() before LLM(...), or start_monitoring()"
+        if self._given:
+            return NO_ENGINE
+        return "kvhook is not installed: call kvhook.install() before LLM(...), or start_monitoring()"
+
+    def _histograms(self, trace: Trace) -> dict[str, Histogram]:
+        out = {}
+        requests = trace.requests(self.number)
+        for times in names.TIMES:
+            if times.series:
+                values, counts = trace.latencies(times.series, self.number)
+                out[times.name] = histogram(values, counts, times.bounds)
+            elif times.column in (requests.dtype.names or ()):
+                out[times.name] = histogram(requests[times.column], None, times.bounds)
+        return out
+
+
+class EngineSource:
+    """The engine's own objects.
+
+    V0 makes its ``Stats`` on request. V1 holds less: where its core lives in this process, the scheduler's queues and
+    the block pool, as they are at this moment; and, where vLLM's stats are on, the loggers of this very engine, with
+    totals and the last step's states. With the core in another process and stats off it holds nothing of use.
+    """
+
+    name = names.INTERNAL
+    polled = True
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def read(self) -> Reading:
+        """What the engine holds now; changes nothing in it."""
+        engine = self._engine()
+        if engine is None:
+            raise Unavailable(NO_ENGINE)
+        families = prometheus.from_collectors(_held_metrics(engine))
+        values = prometheus.numbers(families)
+        last = next((s for s in map(_last_stats, _loggers(engine)) if s is not None), None)
+        if last is not None:
+            values |= {k: v for k, v in _states_of_step(last).items() if k not in values}
+        now = _v0_states(engine) or _scheduler_states(engine)
+        values |= now
+        if not values:
+            raise Unavailable(
+                "the engine object holds no stats: its core is in another process and vLLM's stats are off "
+                "(LLM(..., disable_log_stats=False) turns them on)"
+            )
+        why = (
+            "it is counted by vLLM's loggers alone, and vLLM's stats are off in this engine "
+            "(LLM(..., disable_log_stats=False) turns them on)"
+        )
+        absent = {value.name: why for value in names.VALUES if value.name not in values and value.kind == names.TOTAL}
+        raw = prometheus.plain(families)
+        raw |= {"states": {"of": "this moment" if now else "the last step", **(now or _only_states(values))}}
+        caching = read_path(engine, names.FACTS["enable_prefix_caching"])
+        return Reading(
+            self.name,
+            values,
+            absent,
+            prometheus.histograms(families),
+            raw,
+            caching if isinstance(caching, bool) else prometheus.prefix_caching(families),
+            "the engine was made",
+        )
+
+
+class RegistrySource:
+    """``LLM.get_metrics()``, or the process's Prometheus registry: one for all engines of a process, of which the
+    last one that was made with its stats on has wiped the numbers of those before."""
+
+    name = names.REGISTRY
+    polled = True
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def read(self) -> Reading:
+        """A snapshot."""
+        families = self.families()
+        caching = prometheus.prefix_caching(families)
+        if caching is None:
+            said = read_path(self._engine(), names.FACTS["enable_prefix_caching"])
+            caching = said if isinstance(said, bool) else None
+        return Reading(
+            self.name,
+            prometheus.numbers(families),
+            {},
+            prometheus.histograms(families),
+            prometheus.plain(families),
+            caching,
+            "the engine was made",
+        )
+
+    def families(self) -> dict[str, prometheus.Family]:
+        """vLLM's metrics, all of them.
+
+        Raises:
+            Unavailable: there are none.
+        """
+        get_metrics = getattr(self._engine(), "get_metrics", None)
+        if callable(get_metrics):
+            try:
+                families = prometheus.from_snapshot(get_metrics())
+            except AssertionError as error:
+                raise Unavailable(f"LLM.get_metrics() refuses: {error}") from None
+        else:
+            client = sys.modules.get("prometheus_client")
+            if client is None:
+                raise Unavailable("prometheus_client is not loaded: no vLLM in this process makes metrics")
+            families = prometheus.from_collectors(client.REGISTRY.collect())
+        if not families:
+            raise Unavailable(
+                "this process's Prometheus registry has no vllm: metrics: no engine has been made, or only with "
+                "vLLM's stats off (LLM(..., disable_log_stats=False) turns them on)"
+            )
+        return families
+
+
+def _loggers(engine: Any) -> Iterator[Any]:
+    """The stat loggers that an engine holds, those inside others included."""
+    pending = [read_path(engine, path) for path in names.LOGGERS]
+    seen: set[int] = set()
+    while pending:
+        one = pending.pop()
+        if isinstance(one, dict):
+            pending += one.values()
+        elif isinstance(one, (list, tuple)):
+            pending += one
+        elif one is not None and id(one) not in seen and hasattr(one, "__dict__"):
+            seen.add(id(one))
+            pending.append(vars(one).get("per_engine_stat_loggers"))
+            yield one
+
+
+def _held_metrics(engine: Any) -> Iterator[Any]:
+    """The Prometheus metrics of an engine's own loggers: this engine's alone, whatever the registry has."""
+    seen: set[int] = set()
+    for logger in _loggers(engine):
+        # V0's logger keeps its metrics in an object of their own
+        inner = vars(logger).get("metrics")
+        pending = [*vars(logger).values(), *getattr(inner, "__dict__", {}).values()]
+        while pending:
+            one = pending.pop()
+            if isinstance(one, dict):
+                pending += one.values()
+            elif isinstance(one, (list, tuple)):
+                pending += one
+            elif type(one).__module__ == "prometheus_client.metrics" and id(one) not in seen:
+                seen.add(id(one))
+                yield from one.collect()
+
+
+def _last_stats(logger: Any) -> Any:
+    return vars(logger).get(names.LAST_STATS)
+
+
+def _states_of_step(stats: Any) -> dict[str, float]:
+    """Usage and queues out of V1's SchedulerStats."""
+    usage = getattr(stats, "kv_cache_usage", getattr(stats, "gpu_cache_usage", None))
+    waiting = getattr(stats, "num_waiting_reqs", None)
+    if waiting is not None:
+        waiting += getattr(stats, "num_skipped_waiting_reqs", 0)
+    states = {
+        "kv_cache_usage": usage,
+        "num_running_reqs": getattr(stats, "num_running_reqs", None),
+        "num_waiting_reqs": waiting,
+    }
+    return {name: value for name, value in states.items() if isinstance(value, (int, float))}
+
+
+def _v0_states(engine: Any) -> dict[str, float]:
+    """What V0's ``_get_stats`` says; {} where there is no such thing."""
+    get_stats = getattr(engine, "_get_stats", None)
+    if not callable(get_stats):
+        return {}
+    stats = get_stats(None)
+    found = {value.name: getattr(stats, name, None) for value in names.VALUES for name in value.v0}
+    if read_path(engine, names.FACTS["device"]) == "cpu":
+        found["kv_cache_usage"] = max(found["kv_cache_usage"] or 0.0, getattr(stats, names.V0_CPU_USAGE, 0.0))
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+
+
+def _scheduler_states(engine: Any) -> dict[str, float]:
+    """Usage and queues of a V1 scheduler in this process; {} where it is in another."""
+    scheduler = read_path(engine, names.SCHEDULER)
+    if scheduler is None:
+        return {}
+    try:
+        running, waiting = scheduler.get_request_counts()
+    except AttributeError:
+        running, waiting = len(scheduler.running), len(scheduler.waiting)
+    usage = read_path(scheduler, "kv_cache_manager.usage")
+    states = {"kv_cache_usage": usage, "num_running_reqs": running, "num_waiting_reqs": waiting}
+    return {name: value for name, value in states.items() if value is not None}
+
+
+def _only_states(values: dict[str, float]) -> dict[str, float]:
+    return {v.name: values[v.name] for v in names.VALUES if v.kind == names.STATE and v.name in values}

@@ -1,0 +1,94 @@
+"""`kvhook.StatLogger`, for those who want no name of vLLM patched: a stat logger to be handed to vLLM's AsyncLLM::
+
+    engine = AsyncLLM.from_engine_args(args, stat_loggers=[kvhook.StatLogger])
+    ...
+    print(kvhook.StatLogger.session().summary())
+
+Or as a plug-in, in the package metadata of a project of one's own, for every AsyncLLM of the environment::
+
+    [project.entry-points."vllm.stat_logger_plugins"]
+    kvhook = "kvhook.stat_logger:StatLogger"
+
+vLLM asks for a subclass of its own `StatLoggerBase`, so the class is made, and vLLM imported, when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from kvhook import hooks
+from kvhook.adapters.compiler import FINISHED_HOOK, PublishStep, Record
+from kvhook.adapters.v1 import ASYNC_LLM, LOGGERS
+from kvhook.errors import KvhookError
+from kvhook.session import for_logger
+
+if TYPE_CHECKING:
+    from kvhook.session import Session
+
+    StatLogger: Any
+
+
+class _Logger:
+    """What `StatLogger` has beyond vLLM's own base class.
+
+    Under `kvhook.install` the engine is recorded by its hooks already; a logger that is made then does nothing.
+    """
+
+    #: the arguments of vLLM's ``record``, in its order
+    order: tuple[str, ...] = ()
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        self.vllm_config = vllm_config
+        self.engine_index = engine_index
+        self._record: Record | None = None
+        if not hooks.being_built():
+            session = for_logger()
+            alive = weakref.ref(self)
+            self._record = hooks.publish_on_record(lambda rank: _open(session, alive(), rank), session.fault)
+            weakref.finalize(self, session.close_engine, id(self)).atexit = False
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Called by vLLM with the stats of each step."""
+        if self._record is not None:
+            given = {**dict(zip(self.order, args, strict=False)), **kwargs}
+            self._record(**{**given, "engine_idx": self.engine_index})
+
+    @staticmethod
+    def session() -> Session:
+        """The session that is recorded into: its `steps`, `summary`, `dump`..."""
+        return for_logger()
+
+
+def _open(session: Session, logger: _Logger | None, rank: int) -> tuple[Record, PublishStep] | None:
+    """The functions of the step path, when the first stats come: only then does vLLM know the number of KV blocks."""
+    if logger is None:
+        return None
+    facts = {"stats_on": True, "timed_steps": False, "engine_index": rank, FINISHED_HOOK: False}
+    return session.open_engine(logger, hooks.adapter_for(ASYNC_LLM.engine), facts)
+
+
+def _make() -> type:
+    try:
+        base: Any = importlib.import_module(LOGGERS).StatLoggerBase
+    except (ImportError, AttributeError) as error:
+        raise KvhookError(f"kvhook.StatLogger needs vLLM 0.8.5 or newer with its V1 engine: {error}") from None
+    # vLLM asks its loggers for more and more; what is not `record` is not for us
+    names: dict[str, Any] = {n: _nothing for n in getattr(base, "__abstractmethods__", ()) if not hasattr(_Logger, n)}
+    names |= {"__doc__": _Logger.__doc__, "__module__": __name__, "__qualname__": "StatLogger"}
+    names["order"] = tuple(inspect.signature(base.record).parameters)[1:]
+    made: type = type(base)("StatLogger", (_Logger, base), names)
+    return made
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def __getattr__(name: str) -> Any:
+    if name != "StatLogger":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = globals()[name] = _make()
+    return made
