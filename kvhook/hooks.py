@@ -510,7 +510,7 @@ def resolve(adapter: Adapter) -> tuple[tuple[Target, ...], list[str]]:
     needed = [s.path for s in adapter.sources if s.argument and not s.optional]
     for target in (*adapter.targets, *(Target("", path) for path in needed)):
         try:
-            _check(target)
+            check(target)
             found.append(target)
         except LookupError as error:
             if target.required:
@@ -522,7 +522,7 @@ def _too_old(adapter: Adapter) -> bool:
     return bool(adapter.until) and release(vllm_version()) >= release(adapter.until)
 
 
-def _check(target: Target) -> None:
+def check(target: Target) -> None:
     """LookupError if a target is not what the adapter says."""
     what = lookup(target.path)
     if target.field and not has_field(lookup(target.field[0]), target.field[1]):
@@ -550,15 +550,15 @@ def _patch_what_is_there() -> None:
         return
     try:
         for family in dict.fromkeys(a.family for a in ADAPTERS):
-            _patch_family([a for a in ADAPTERS if a.family == family and _is_there(a)])
+            _patch_family([a for a in ADAPTERS if a.family == family and a.trigger in _imported and is_there(a)])
     except Exception as error:
         owner.fault("patching vLLM", error, "nothing is recorded")
 
 
-def _is_there(adapter: Adapter) -> bool:
+def is_there(adapter: Adapter) -> bool:
     """Whether the adapter's module is loaded, and its engine is the module's own: not another family's under an old
     name, as ``vllm.engine.llm_engine.LLMEngine`` is V1's from 0.11 and under VLLM_USE_V1=1."""
-    if adapter.trigger not in _imported or adapter.trigger not in sys.modules:
+    if adapter.trigger not in sys.modules:
         return False
     try:
         return bool(lookup(adapter.engine).__module__ == adapter.trigger)
@@ -568,7 +568,7 @@ def _is_there(adapter: Adapter) -> bool:
 
 def _patch_family(adapters: list[Adapter]) -> None:
     """Patch one engine class after the other with the first adapter that fits; nothing if one of them has none."""
-    chosen = [_choose(engine) for engine in dict.fromkeys(a.engine for a in adapters)]
+    chosen = [choose(engine) for engine in dict.fromkeys(a.engine for a in adapters)]
     complaints = [text for _, _, missing in chosen for text in missing]
     if complaints:
         _say(
@@ -583,7 +583,7 @@ def _patch_family(adapters: list[Adapter]) -> None:
             _apply(adapter, found)
 
 
-def _choose(engine: str) -> tuple[Adapter, tuple[Target, ...], list[str]]:
+def choose(engine: str) -> tuple[Adapter, tuple[Target, ...], list[str]]:
     """The first adapter for this engine class that fits, and its targets; or the one of this vLLM's era, and what it
     lacks."""
     answers = [(a, *resolve(a)) for a in ADAPTERS if a.engine == engine]
@@ -597,7 +597,7 @@ def adapter_for(engine: str) -> Adapter:
     Raises:
         LookupError: there is none; the message says what is missing.
     """
-    adapter, _, missing = _choose(engine)
+    adapter, _, missing = choose(engine)
     if missing:
         raise LookupError("; ".join(missing))
     return adapter

@@ -6,14 +6,17 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvhook.errors import KvhookError
 from kvhook.ring.layout import CLOSED, MAX_HEADER, Header, parse_header
-from kvhook.ring.reader import RingReader, Slots, slot_head, writer_alive
+from kvhook.ring.reader import RingReader, slot_head, writer_alive
 from kvhook.rings import find_rings
 from kvhook.spool import pack_meta, trace_header
 from kvhook.trace import Trace, open_trace
+
+if TYPE_CHECKING:
+    from kvhook.ring.reader import Slots
 
 
 class Recovered(NamedTuple):

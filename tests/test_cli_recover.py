@@ -41,7 +41,7 @@ def crashed(tmp_path: Path) -> tuple[Recording, Path]:
 def test_the_trace_is_completed_in_place(
     crashed: tuple[Recording, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    recording, path = crashed
+    _, path = crashed
     before = kvhook.open(path)
     assert (len(before.steps()), len(before.requests())) == (59, 1)
     assert main(["recover", str(path), "--dir", str(tmp_path / "rings")]) == 0
@@ -144,7 +144,7 @@ def test_the_ring_of_another_process_is_not_taken(crashed: tuple[Recording, Path
 def test_where_it_cannot_be_written_the_trace_is_as_it_was(crashed: tuple[Recording, Path], tmp_path: Path):
     _, path = crashed
     before = path.read_bytes()
-    with pytest.raises(KvhookError, match="cannot write .*none/out.kvh: No such file"):
+    with pytest.raises(KvhookError, match=r"cannot write .*none/out\.kvh: No such file"):
         recover(path, [tmp_path / "rings"], tmp_path / "none" / "out.kvh")
     assert path.read_bytes() == before
 

@@ -382,10 +382,12 @@ def _root(expression: str) -> str:
     return sorted(name for name, _ in attributes(expression))[0]
 
 
-def _arguments(path: str) -> list[str]:
+def _arguments(record: str | tuple[str, ...]) -> list[str]:
     """The arguments of vLLM's ``record``, in its order."""
-    parameters = list(inspect.signature(lookup(path)).parameters.values())[1:]
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if isinstance(record, str):
+        parameters = list(inspect.signature(lookup(record)).parameters.values())[1:]
+        record = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    named = list(record)
     return named if ENGINE_INDEX in named else [*named, ENGINE_INDEX]
 
 

@@ -74,8 +74,8 @@ class Adapter(NamedTuple):
     #: how `kvhook.hooks` gets at the stats, and the attribute of the engine that it does it with
     tap: str
     holder: str
-    #: a method whose signature says in which order vLLM hands the sources over
-    record: str
+    #: a method whose signature says in which order vLLM hands the sources over; or that order
+    record: str | tuple[str, ...]
     sources: tuple[Source, ...]
     steps: tuple[Read, ...]
     #: the lists of single values: schema series name -> where the list is

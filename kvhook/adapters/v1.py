@@ -85,7 +85,8 @@ V1 = Adapter(
         Read("num_prompt_tokens_external", ("prompt.external_kv_transfer",), _PROMPT_SPLIT),
         Read("num_generation_tokens", ("iteration.num_generation_tokens",)),
         Read("num_preempted_reqs", ("iteration.num_preempted_reqs",)),
-        Read("num_corrupted_reqs", ("iteration.num_corrupted_reqs", "sched.num_corrupted_reqs")),
+        # 0.9.2 to 0.11.0 have one of SchedulerStats: how many of the *running* requests, a state and no count
+        Read("num_corrupted_reqs", ("iteration.num_corrupted_reqs",), "this vLLM does not count them as they finish"),
         Read("num_drafts", ("spec.num_drafts",), "this vLLM does not count drafts"),
         Read("num_draft_tokens", ("spec.num_draft_tokens",)),
         Read("num_accepted_tokens", ("spec.num_accepted_tokens",)),
@@ -175,7 +176,7 @@ V1_NO_LOGGER = V1._replace(
     ),
     tap="outputs",
     holder="",
-    record=f"{LOGGERS}:StatLoggerBase.record",
+    record=_STATS_ARGUMENTS,
     steps=_STEPS_0_8,
     until="0.9.0",
     notes=_NOTES_0_8,

@@ -27,7 +27,10 @@ def _lines(s: Summary) -> Iterator[str]:
         yield _row("no steps yet", "install kvhook before LLM(...), then call llm.generate(...)")
         return
     share = f" ({s.time_in_steps / s.wall_time:.0%} of it inside steps)" if s.wall_time else ""
-    yield _row("step time", f"p50 {seconds(s.step_time.p50)}, p99 {seconds(s.step_time.p99)}{share}")
+    if s.step_time.count:
+        yield _row("step time", f"p50 {seconds(s.step_time.p50)}, p99 {seconds(s.step_time.p99)}{share}")
+    else:
+        yield _row("step time", "not known: on an event loop (AsyncLLM) there is no step that could be timed")
     if s.steps_without_stats:
         yield _row("", f"{s.steps_without_stats:,} steps brought no stats")
     yield ""

@@ -19,6 +19,7 @@ from kvhook.errors import KvhookError
 #: Verb -> module with a class `Verb`, loaded only when the verb is used. In the order of the help.
 VERBS: dict[str, str] = {
     "demo": "kvhook.cli.demo",
+    "doctor": "kvhook.cli.doctor",
     "summary": "kvhook.cli.summary",
     "export": "kvhook.cli.export",
     "ls": "kvhook.cli.ls",

@@ -63,7 +63,7 @@ class Verb:
         if ring.state == ALIVE:
             raise KvhookError(
                 f"process {ring.pid} still runs, and nobody else has left a ring: kvhook tail {ring.pid} shows it live"
-                if which is None
+                if which is None and args.engine is None
                 else f"process {ring.pid} still runs: kvhook tail {ring.pid} shows it live"
             )
         return ring.path

@@ -75,7 +75,7 @@ class VLLMMetricsCollector:
         llm = llm if llm is not None else llm_instance
         self.collection_interval = _positive(collection_interval)
         self.enable_monitoring = enable_monitoring
-        engine = None if llm is None else getattr(llm, "llm_engine", llm)
+        engine = read_path(llm, "llm_engine") or llm
         self._engine = _weakly(engine)
         self._given = engine is not None
         self._hook = HookSource(self._engine, self._given)

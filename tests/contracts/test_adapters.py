@@ -5,9 +5,11 @@ What is expected is written down here as changes, release by release, and not ta
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import logging
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,9 +74,9 @@ STEP_COLUMNS = {
         "prefix_cache_hits prefix_cache_reset num_prompt_tokens num_generation_tokens num_preempted_reqs",
         "0.8.3": "num_draft_tokens num_accepted_tokens",
         "0.8.5": "num_drafts",
-        "0.9.2": "num_corrupted_reqs",
-        "0.11.1": "prefix_cache_preempted_requests prefix_cache_preempted_queries prefix_cache_preempted_hits "
-        "connector_prefix_cache_queries connector_prefix_cache_hits mm_cache_queries mm_cache_hits",
+        "0.11.1": "num_corrupted_reqs prefix_cache_preempted_requests prefix_cache_preempted_queries "
+        "prefix_cache_preempted_hits connector_prefix_cache_queries connector_prefix_cache_hits "
+        "mm_cache_queries mm_cache_hits",
         "0.12.0": "num_evicted_blocks_sampled",
         "0.16.0": "num_prompt_tokens_computed num_prompt_tokens_cached num_prompt_tokens_external",
         "0.20.0": "num_skipped_waiting_reqs",
@@ -533,6 +535,17 @@ def test_each_step_of_an_engine_is_one_record(release: str, name: str, log_stats
         assert len(session.steps()) == 4
 
 
+@pytest.mark.parametrize("release", since("0.8.0", "0.8.5.post1"))
+def test_the_engine_of_0_8_needs_no_module_that_it_does_not_import(release: str):
+    """Up to 0.8.4 nothing behind LLM imports V1's loggers."""
+    without = {n: m for n, m in engines_of(release).items() if n not in (LOGGERS, ASYNC)}
+    with stubs(without), kvhook.install(ring_slots=64) as session:
+        engine = make_engine(f"{ENGINE}:LLMEngine", log_stats=False)
+        engine.plan.append(v1_stats())
+        engine.step()
+        assert recorded(session) == ([4], [3])
+
+
 def test_v0_stats_that_are_not_of_a_step_are_not_recorded():
     with stubs(engines_of("0.9.2")), kvhook.install(ring_slots=64) as session:
         engine = make_engine(BY_NAME["v0"].engine, log_stats=True)
@@ -541,6 +554,26 @@ def test_v0_stats_that_are_not_of_a_step_are_not_recorded():
         engine.do_log_stats()
         engine.step()
         assert recorded(session) == ([4], [3])
+
+
+def test_v0_on_an_event_loop_has_a_record_for_each_stats_and_no_step_to_be_timed():
+    with stubs(engines_of("0.9.2")), kvhook.install(ring_slots=64) as session:
+        module: Any = sys.modules[V0_ENGINE]
+
+        class AsyncEngine(module.LLMEngine):  # type: ignore[misc]
+            """As vLLM's own `_AsyncLLMEngine`: it inherits everything but the step."""
+
+            async def step_async(self, virtual_engine: int) -> None:
+                self.do_log_stats(object(), None)
+
+        engine = AsyncEngine(config_of(), object, log_stats=False)
+        for running in (1, 2):
+            engine.made = [v0_stats(num_running_sys=running)]
+            asyncio.run(engine.step_async(0))
+        assert session.faults == {}
+        assert recorded(session) == ([4, 4], [1, 2])
+        assert (session.steps()["t_start_ns"] == session.steps()["t_end_ns"]).all()
+        assert session.summary().step_time.count == 0
 
 
 def test_v0_stats_are_made_once_and_given_to_every_logger():

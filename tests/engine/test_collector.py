@@ -70,9 +70,9 @@ def test_every_key_metric_is_present_and_right(collected: Collected):
     assert k["gpu_prefix_cache_hit_rate"] == k["prefix_cache_hit_rate"] == rate
     assert k["gpu_prefix_cache_hit_rate_percent"] == 100 * rate
     assert k["gpu_cache_usage_sys"] == k["gpu_cache_usage_percent"] == k["kv_cache_usage"] == 0
-    assert (
-        k["kv_cache_usage_peak"] == max(s.blocks_in_use for s in collected.seen.steps) / USABLE == 1
-    ), "the workload fills the cache"
+    assert k["kv_cache_usage_peak"] == max(s.blocks_in_use for s in collected.seen.steps) / USABLE == 1, (
+        "the workload fills the cache"
+    )
     assert k["num_running_sys"] == k["requests_running"] == k["num_waiting_sys"] == k["requests_waiting"] == 0
     assert not [name for name, value in k.items() if value is None]
     assert collected.stats["absent"] == {}

@@ -49,6 +49,14 @@ NEVER = {
     "step": {"num_swapped_reqs", "cpu_kv_cache_usage", "v0_prefix_cache_hit_rate", "num_evicted_blocks_sampled"},
     "request": set(),
 }
+#: V0 has none of the numbers that only some V1 engines have, nor V1's of the prefix cache; and on a CPU its KV cache
+#: itself is in the CPU's memory, so that there is nothing to swap out to.
+V0_ABSENT = {
+    "step": set(NEEDS["step"])
+    | {f"prefix_cache_{what}" for what in ("requests", "queries", "hits", "reset")}
+    | {"num_evicted_blocks_sampled", "cpu_kv_cache_usage"},
+    "request": set(NEEDS["request"]) - {"time_to_first_token"},
+}
 
 
 @cache
@@ -66,6 +74,12 @@ def has_field(cls: str, field: str, module: str = STATS) -> bool:
 def absent(kind: str) -> set[str]:
     """The columns that a record of this kind cannot have here."""
     return NEVER[kind] | {column for column, (cls, field) in NEEDS[kind].items() if not has_field(cls, field)}
+
+
+def usage(blocks_in_use: Any, usable: int) -> Any:
+    """V1's own figure for its KV cache: before 0.10.2 the null block counts, as one that is always in use."""
+    release = tuple(map(int, facts().release.split(".")[:3]))
+    return blocks_in_use / usable if release >= (0, 10, 2) else (blocks_in_use + 1) / (usable + 1)
 
 
 def engine_has(attribute: str) -> bool:

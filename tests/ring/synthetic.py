@@ -75,7 +75,7 @@ class Recording:
                 "has_iteration_stats": 1,
                 "kv_cache_usage": usage,
                 "num_kv_blocks": BLOCKS,
-                "num_kv_blocks_used": int(usage * BLOCKS + 0.5),
+                "num_kv_blocks_used": int(usage * BLOCKS + 0.5) if usage == usage else -1,
                 "num_running_reqs": 4,
                 "num_waiting_reqs": 0,
                 "num_generation_tokens": self.steps,

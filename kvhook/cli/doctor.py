@@ -1,0 +1,70 @@
+"""``kvhook doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvhook.doctor import Diagnosis, EngineFound
+
+
+class Verb:
+    """Tell whether kvhook would record here, and which columns it would fill.
+
+    Looks at the vLLM of this Python, every place that kvhook patches in it, every column, wrapt, the ring's directory
+    and the environment. No engine is started. The exit code is 0 if a run would be recorded, 1 if not.
+    """
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parser.add_argument("--source", action="store_true", help="print the code that would run in every step")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Look, and say it."""
+        from kvhook.doctor import examine
+
+        found = examine()
+        if args.json:
+            print(json.dumps(found.as_dict(), indent=2))
+        elif args.source:
+            print("\n".join(f"# {e.engine} ({e.adapter})\n{e.source}" for e in found.engines))
+        else:
+            print("\n".join(_lines(found)))
+        return 1 if found.problems else 0
+
+
+def _lines(d: Diagnosis) -> Iterator[str]:
+    yield f"kvhook {d.kvhook}, Python {d.python}, {d.machine}"
+    yield f"vLLM {d.vllm or 'not found'} (this kvhook knows releases up to {d.newest_known})"
+    yield f"wrapt {d.wrapt}, {'with' if d.wrapt_c_extension else 'WITHOUT'} its C extension"
+    if d.ring_directory:
+        yield f"rings go to {d.ring_directory} ({d.ring_directory_free_bytes / 2**20:,.0f} MiB free)"
+    for name, value in d.environment.items():
+        yield f"environment: {name}={value}"
+    for engine in d.engines:
+        yield ""
+        yield from _engine_lines(engine)
+    yield ""
+    for note in d.notes:
+        yield f"note: {note}"
+    for problem in d.problems:
+        yield f"PROBLEM: {problem}"
+    yield "A run here is NOT recorded." if d.problems else "A run here is recorded."
+
+
+def _engine_lines(e: EngineFound) -> Iterator[str]:
+    yield f"{e.engine}, served by the adapter {e.adapter}"
+    for target in e.targets:
+        mark = "found  " if target.found else "MISSING" if target.required else "not had"
+        yield f"  {mark}  {target.role or 'needed':12} {target.path}{f'  ({target.says})' if target.says else ''}"
+    for kind in e.live:
+        yield f"  {len(e.live[kind])} columns of a {kind} are live:"
+        yield textwrap.fill(", ".join(e.live[kind]), 110, initial_indent="    ", subsequent_indent="    ")
+        yield f"  absent:{'' if e.absent[kind] else ' none'}"
+        for name, why in e.absent[kind].items():
+            yield f"    {name:34} {why}"
