@@ -352,15 +352,39 @@ class _Array(_Source):
         yield self._slots
 
 
-def open_trace(path: str | os.PathLike[str]) -> Trace:
+class _Beside(_Source):
+    """A source of one trace among others: its engines have other numbers there."""
+
+    def __init__(self, source: _Source, first_engine: int) -> None:
+        super().__init__(source.layout, source.header)
+        self._source = source
+        self._first_engine = first_engine
+
+    def chunks(self) -> Iterator[Slots]:
+        for slots in self._source.chunks():
+            slots = slots[_whole(slots)]
+            slots = slots[slot_head(slots)["kind"] != META].copy()  # what it tells has been read already
+            slot_head(slots)["engine"] += self._first_engine
+            yield slots
+
+
+def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Trace:
     """Open a recorded run: a ``.kvh`` trace, or the ring of a process, living or dead.
 
     A trace that was cut off anywhere opens up to its last whole record.
+
+    Args:
+        path: the file.
+        more: further runs, of any vLLM, to have side by side in one trace: then ``engine`` counts the engines of all
+            of them, in the order of the files, and ``meta["engines"]`` says of each which ``trace`` it is from. A
+            column that only some of them fill is blank in the others.
 
     Raises:
         TraceFormatError: it is neither, is damaged, or was written by a kvhook whose layout this one does not read.
         KvhookError: there is no such file, or it cannot be read.
     """
+    if more:
+        return _beside([open_trace(one) for one in (path, *more)])
     place = Path(path)
     try:
         if not place.is_file():
@@ -404,6 +428,20 @@ def open_files(
         return Trace(files, name, more, facts)
     except OSError as error:
         raise KvhookError(f"cannot read {error.filename or name}: {error.strerror or error}") from None
+
+
+def _beside(traces: Sequence[Trace]) -> Trace:
+    """Several traces as one."""
+    sources: list[_Source] = []
+    facts: dict[int, dict[str, Any]] = {}
+    for trace in traces:
+        first = len(facts)
+        told = trace.meta["engines"]
+        numbers = range(max((e["engine"] for e in told), default=-1) + 1)
+        known = {e["engine"]: e for e in told}
+        facts |= {first + n: known.get(n, {}) | {"trace": trace.name} for n in numbers}
+        sources += [_Beside(source, first) for source in trace._sources]
+    return Trace(sources, ", ".join(t.name for t in traces), {"damaged": sum(t.damaged for t in traces)}, facts)
 
 
 def from_slots(slots: Slots, header: Header, name: str) -> Trace:

@@ -185,8 +185,13 @@ class V0Engine:
             assert self.asked.acquire(timeout=60)
 
 
+def collect(engine: Any) -> dict[str, Any]:
+    """One collection; the engine lives until it is done, which a collector does not see to."""
+    return VLLMMetricsCollector(engine).collect_current_stats()
+
+
 def test_v0_gives_its_states_and_no_totals():
-    found = VLLMMetricsCollector(V0Engine()).collect_current_stats()
+    found = collect(V0Engine())
     m = found["metrics_found"]
     assert (m["num_running_sys"], m["num_waiting_sys"], m["gpu_cache_usage_percent"]) == (3, 4, 25)
     assert (m["gpu_prefix_cache_hit_rate"], m["gpu_prefix_cache_hit_rate_percent"]) == (0.5, 50)
@@ -195,7 +200,7 @@ def test_v0_gives_its_states_and_no_totals():
 
 
 def test_v0_with_prefix_caching_off_says_so():
-    found = VLLMMetricsCollector(V0Engine(V0Stats(gpu_prefix_cache_hit_rate=-1.0))).collect_current_stats()
+    found = collect(V0Engine(V0Stats(gpu_prefix_cache_hit_rate=-1.0)))
     assert "gpu_prefix_cache_hit_rate" not in found["metrics_found"]
     assert "prefix caching is off" in found["absent"]["gpu_prefix_cache_hit_rate_percent"]
 
@@ -203,7 +208,7 @@ def test_v0_with_prefix_caching_off_says_so():
 def test_v0_on_a_cpu_has_its_usage_elsewhere():
     engine = V0Engine(V0Stats(gpu_cache_usage_sys=0.0, cpu_cache_usage_sys=0.75))
     engine.vllm_config = types.SimpleNamespace(device_config=types.SimpleNamespace(device_type="cpu"))
-    assert VLLMMetricsCollector(engine).collect_current_stats()["metrics_found"]["gpu_cache_usage_sys"] == 0.75
+    assert collect(engine)["metrics_found"]["gpu_cache_usage_sys"] == 0.75
 
 
 def v1_engine(*, in_process: bool = True, loggers: tuple[Any, ...] = ()) -> Any:
@@ -219,7 +224,7 @@ def v1_engine(*, in_process: bool = True, loggers: tuple[Any, ...] = ()) -> Any:
 
 
 def test_v1_in_process_gives_the_schedulers_queues_and_the_usage_of_the_blocks():
-    m = VLLMMetricsCollector(v1_engine()).collect_current_stats()["metrics_found"]
+    m = collect(v1_engine())["metrics_found"]
     assert (m["num_running_sys"], m["num_waiting_sys"], m["gpu_cache_usage_sys"]) == (1, 2, 0.5)
 
 
@@ -228,13 +233,13 @@ def test_v1_in_another_process_gives_what_its_logger_was_last_told():
         kv_cache_usage=0.75, num_running_reqs=5, num_waiting_reqs=1, num_skipped_waiting_reqs=2
     )
     adapter = types.SimpleNamespace(per_engine_stat_loggers={0: types.SimpleNamespace(last_scheduler_stats=last)})
-    found = VLLMMetricsCollector(v1_engine(in_process=False, loggers=(adapter,))).collect_internal_stats()
+    found = collect(v1_engine(in_process=False, loggers=(adapter,)))
     m = found["metrics_found"]
     assert (m["num_running_sys"], m["num_waiting_sys"], m["gpu_cache_usage_sys"]) == (5, 3, 0.75)
 
 
 def test_v1_in_another_process_with_stats_off_holds_nothing_and_says_so():
-    found = VLLMMetricsCollector(v1_engine(in_process=False)).collect_internal_stats()
+    found = collect(v1_engine(in_process=False))
     assert found["collection_method"] == "unavailable"
     assert "another process" in found["debug_info"]["not_available"][names.INTERNAL]
 
@@ -500,19 +505,23 @@ def polled(interval: float = 3600.0) -> tuple[V0Engine, VLLMMetricsCollector]:
     return engine, VLLMMetricsCollector(engine, interval, source=names.INTERNAL)
 
 
+def is_on(collector: VLLMMetricsCollector) -> bool:
+    return collector.monitoring
+
+
 def test_start_stop_start_and_twice():
     engine, collector = polled()
-    assert not collector.monitoring
+    assert not is_on(collector)
     collector.stop_monitoring()
-    assert not collector.monitoring
+    assert not is_on(collector)
     collector.start_monitoring()
     thread = collector._thread
     collector.start_monitoring()
-    assert collector.monitoring
+    assert is_on(collector)
     assert collector._thread is thread
     collector.stop_monitoring()
     collector.stop_monitoring()
-    assert not collector.monitoring
+    assert not is_on(collector)
     assert thread is not None
     assert not thread.is_alive()
     assert len(collector.history()) == 2, "a sample at the start and one at the end"
@@ -545,8 +554,8 @@ def test_with_statement():
     _engine, collector = polled()
     with collector:
         thread = collector._thread
-        assert collector.monitoring
-    assert not collector.monitoring
+        assert is_on(collector)
+    assert not is_on(collector)
     assert thread is not None
     assert not thread.is_alive()
 
@@ -555,7 +564,7 @@ def test_disabled_monitoring_still_collects_by_hand():
     engine = V0Engine()
     collector = VLLMMetricsCollector(engine, 0.001, False)
     collector.start_monitoring()
-    assert not collector.monitoring
+    assert not is_on(collector)
     assert collector._thread is None
     assert collector.collect_current_stats()["metrics_found"]["num_running_sys"] == 3
     assert len(collector.history()) == 1
