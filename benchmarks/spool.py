@@ -6,8 +6,8 @@
 
 1. A writer in a process of its own publishes at a given rate, and the spool of this process streams its ring.
 2. The writer is this process's main thread, as an engine's is: spool and writer share one interpreter lock.
-3. 500 steps a second, as a small model does them: the processor time of the spool's thread. It holds the interpreter
-   lock for less than that, since copying and writing let go of it.
+3. 500 steps a second, as a small model does them: the processor time of the spool's thread, and the same without the
+   system call that writes, during which it lets go of the interpreter lock: what it can take from the engine's thread.
 
 After 1 and 2 the trace is opened and every record is looked at: none may be lost, and each must hold what was written.
 """
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from hook_cost import machine
 
+from kvhook import spool as module
 from kvhook.ring.layout import make_layout
 from kvhook.ring.writer import RingWriter
 from kvhook.schema import STEP
@@ -78,12 +79,13 @@ def show(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
     )
     print(
         f"{'writer':<14}{'records':>12}{'per second':>13}{'MB/s':>7}{'in the trace':>14}"
-        f"{'lost':>11}{'wrong':>7}{'spool CPU':>11}"
+        f"{'lost':>11}{'wrong':>7}{'spool CPU':>11}{'with lock':>11}"
     )
     for name, r in results.items():
         print(
             f"{name:<14}{r['records']:>12,}{r['rate']:>13,.0f}{r['rate'] * LAYOUT.slot_bytes / 1e6:>7.0f}"
             f"{r['in_trace']:>14,}{r['lost']:>11,}{r['wrong']:>7,}{100 * r['spool_share']:>10.3f}%"
+            + (f"{100 * r['lock_share']:>10.3f}%" if "lock_share" in r else "")
         )
 
 
@@ -215,11 +217,14 @@ def at_rest(rings: Path, disk: Path, seconds: float) -> dict[str, Any]:
     writer = Writer(rings / "rest.ring", 8192)
     trace = disk / "rest.kvh"
     spool, cpu = start_spool(writer.ring, trace)
+    without_lock = [0]
+    module.os = SimpleNamespace(**vars(os) | {"pwrite": timed(os.pwrite, without_lock)})
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    for n in range(int(seconds * STEPS_PER_SECOND)):
         writer.write(1)
-        time.sleep(1 / STEPS_PER_SECOND)
+        time.sleep(max(0.0, start + n / STEPS_PER_SECOND - time.perf_counter()))
     took, used = time.perf_counter() - start, cpu()
+    module.os = os
     spool.close()
     in_trace, wrong = check(trace)
     return {
@@ -229,7 +234,21 @@ def at_rest(rings: Path, disk: Path, seconds: float) -> dict[str, Any]:
         "lost": writer.n - in_trace,
         "wrong": wrong,
         "spool_share": used / took,
+        "lock_share": (used - without_lock[0] / 1e9) / took,
     }
+
+
+def timed(call: Callable[..., int], total: list[int]) -> Callable[..., int]:
+    """The same call, with its processor time added up."""
+
+    def run(*args: Any) -> int:
+        start = time.thread_time_ns()
+        try:
+            return call(*args)
+        finally:
+            total[0] += time.thread_time_ns() - start
+
+    return run
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from kvhook.ring.reader import Batch, Slots
 
 TRACE_SUFFIX = ".kvh"
-#: Seconds between two looks at the rings: five short wake-ups a second.
-INTERVAL = 0.2
+#: Seconds between two looks at the rings: while nothing happens, and at the least and the most while an engine works.
+#: The longer, the less it takes from the engine's thread: what a look costs is waking up with cold caches.
+INTERVAL, SHORTEST, LONGEST = 0.2, 0.005, 1.0
 #: A bounded history is cut into so many files, of which the oldest goes when the bound is reached.
 SEGMENTS = 8
 
@@ -161,6 +162,20 @@ def pack_meta(layout: Layout, engine: int, meta: dict[str, Any]) -> Slots:
     return np.frombuffer(raw, np.uint8).reshape(parts, layout.slot_bytes)
 
 
+def next_pause(taken: int, seconds: float, capacity: int, last: float) -> float:
+    """How long the spool may rest: until an eighth of the smallest ring is full at the present rate.
+
+    Args:
+        taken: records that came in the last `seconds`.
+        seconds: since it came before.
+        capacity: of the smallest ring.
+        last: the last pause, of which the next one is twice as long at most.
+    """
+    if not taken:
+        return INTERVAL  # nobody works: then it costs nobody anything to be ready for a burst
+    return max(SHORTEST, min(capacity / 8 * seconds / taken, 2 * last, LONGEST))
+
+
 class _Engine(NamedTuple):
     """An engine that is being drained."""
 
@@ -282,16 +297,16 @@ class Spool:
                     self._fault("closing the trace", error, "it ends with the last whole record")
 
     def _run(self) -> None:
-        pause = INTERVAL
+        pause, last = INTERVAL, time.monotonic()
         while not self._wake.wait(pause):
             try:
                 taken = self.drain()
             except Exception as error:
                 self._fault("draining the ring", error, "the records stay in the ring until it comes round")
                 continue
-            # come again sooner when a good part of a ring was full
+            now = time.monotonic()
             smallest = min((e.recorder.ring.capacity for e in list(self._engines.values())), default=1)
-            pause = INTERVAL if taken < smallest // 8 else 0.0 if taken > smallest // 2 else INTERVAL / 20
+            pause, last = next_pause(taken, now - last, smallest, pause), now
 
     def _drain(self, engine: _Engine) -> int:
         taken = 0

@@ -62,6 +62,11 @@ def from_samples(samples: Sequence[tuple[float, dict[str, float]]], unix_offset:
     return out
 
 
+def plain(name: str, value: float) -> float:
+    """A value of a column: counts of requests and tokens as int, shares as float."""
+    return int(value) if name.startswith(("num_", "prefix_")) else float(value)
+
+
 def cut(history: History, edges: Sequence[float]) -> list[dict[str, Any]]:
     """What happened between each edge and the next, as plain values; None where it is not known.
 

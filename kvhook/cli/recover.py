@@ -12,8 +12,8 @@ from kvhook.rings import directories
 class Verb:
     """Complete the trace of a process that was killed with what only its ring still holds.
 
-    The spool writes a trace five times a second; what came after its last time is in the ring. The file is replaced
-    when the new one is whole, or left alone with --out.
+    The spool writes a trace once a second or more often; what came after its last time is in the ring. The file is
+    replaced when the new one is whole, or left alone with --out.
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from kvhook.analysis.history import STATES, TOTALS
-from kvhook.collector.names import KEYS, TIMES, UNAVAILABLE
+from kvhook.analysis.history import STATES, TOTALS, plain
+from kvhook.collector.names import KEYS, TIMES, UNAVAILABLE, V0_RATE, VALUES
 from kvhook.collector.reading import Reading
 
 if TYPE_CHECKING:
     import numpy as np
+
+#: Every name that is in the key metrics: compatible ones, and vLLM's own.
+_ALL = (*(k.key for k in KEYS), "prefix_cache_hit_rate", *(v.name for v in VALUES if v.name != V0_RATE))
 
 
 def collection(reading: Reading | None, reasons: dict[str, str], timestamp: float, seconds: float) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def absent_of(reading: Reading | None) -> dict[str, str]:
     """Every key that has no value, and why."""
     if reading is None:
         why = "no source can be read; debug_info['not_available'] says why"
-        return {k.key: why for k in KEYS} | {k.value: why for k in KEYS}
+        return dict.fromkeys(_ALL, why)
     out = dict(reading.absent)
     return out | {k.key: out[k.value] for k in KEYS if k.value in out}
 
@@ -70,8 +73,7 @@ def histograms_of(reading: Reading | None) -> dict[str, Any]:
 def key_metrics(reading: Reading | None, peak: float | None) -> dict[str, float | None]:
     """The compatible keys and vLLM's current names; None for what is absent. `peak` is that of the usage."""
     metrics = metrics_of(reading)
-    out: dict[str, float | None] = {k.key: metrics.get(k.key) for k in KEYS}
-    out |= {k.value: metrics.get(k.value) for k in KEYS}
+    out: dict[str, float | None] = {name: metrics.get(name) for name in _ALL}
     out["kv_cache_usage_peak"] = peak
     out["gpu_cache_usage_peak_percent"] = None if peak is None else 100 * peak
     return out
@@ -90,6 +92,5 @@ def histogram_analysis(reading: Reading | None) -> dict[str, float | None]:
 
 def of_row(method: str, row: np.void) -> dict[str, Any]:
     """A row of the history as a collection."""
-    values: dict[str, float] = {n: float(row[n]) for n in STATES if row[n] == row[n]}
-    values |= {n: int(row[n]) for n in TOTALS if row[n] == row[n]}
+    values = {name: plain(name, row[name]) for name in (*STATES, *TOTALS) if row[name] == row[name]}
     return collection(Reading(method, values, {}, {}, {}, None, ""), {}, float(row["timestamp"]), 0.0)

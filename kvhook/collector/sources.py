@@ -101,7 +101,7 @@ class HookSource:
         for name in (*history.STATES, *history.TOTALS):
             column = rows[name][rows[name] == rows[name]]
             if len(column):
-                values[name] = float(column[-1]) if name in history.STATES else int(column[-1])
+                values[name] = history.plain(name, column[-1])
             elif name not in absent:
                 absent[name] = "no engine step has been recorded yet"
         caching = {e.get("enable_prefix_caching") for e in engines}

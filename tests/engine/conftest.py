@@ -25,7 +25,6 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # one thread, on any core: two would wait for each other ten times as long as they work if others use the machine
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_LOG_STATS_INTERVAL": "0.05",
@@ -56,6 +55,7 @@ def engine_environment() -> Iterator[dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", vllm_here.no_binding())
         yield {**os.environ}
 
 

@@ -7,7 +7,10 @@ Read from the contracts (`tests/contracts`), that is from vLLM's code, never fro
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from tests.contracts.loader import ReleaseFacts, load
@@ -61,10 +64,23 @@ V0_ABSENT = {
 
 @cache
 def facts() -> ReleaseFacts:
-    """The contract of the installed release."""
-    import vllm  # type: ignore[import-not-found, unused-ignore]
+    """The contract of the installed release. vLLM is not imported for that: some tests do it themselves, later."""
+    found = find_spec("vllm")
+    assert found is not None
+    assert found.origin is not None
+    text = Path(found.origin).with_name("_version.py").read_text(encoding="utf-8")
+    (version,) = re.findall(r"^__version__ = version = '([\d.a-z]+)", text, re.MULTILINE)
+    return load(version)
 
-    return load(vllm.__version__.partition("+")[0])
+
+def since(*release: int) -> bool:
+    """Whether this vLLM is at least of that release."""
+    return tuple(int(part) for part in re.findall(r"\d+", facts().release)[: len(release)]) >= release
+
+
+def no_binding() -> str:
+    """The value of VLLM_CPU_OMP_THREADS_BIND with which a thread may run on any core."""
+    return "nobind" if since(0, 11) else "all"
 
 
 def has_field(cls: str, field: str, module: str = STATS) -> bool:
@@ -78,8 +94,7 @@ def absent(kind: str) -> set[str]:
 
 def usage(blocks_in_use: Any, usable: int) -> Any:
     """V1's own figure for its KV cache: before 0.10.2 the null block counts, as one that is always in use."""
-    release = tuple(map(int, facts().release.split(".")[:3]))
-    return blocks_in_use / usable if release >= (0, 10, 2) else (blocks_in_use + 1) / (usable + 1)
+    return blocks_in_use / usable if since(0, 10, 2) else (blocks_in_use + 1) / (usable + 1)
 
 
 def engine_has(attribute: str) -> bool:

@@ -127,6 +127,8 @@ class Entry(NamedTuple):
             "HF_HUB_OFFLINE": "1",
             # without this the first generate() compiles for up to a minute
             "TORCHDYNAMO_DISABLE": "1",
+            # more threads only wait for each other where others use the machine as well
+            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
         # Before the choice was there, and since it is gone, vLLM complains about the variable.

@@ -5,6 +5,7 @@ Run by matrix.py with the Python of the release, after the tests. Which engine i
 
 from __future__ import annotations
 
+import os
 import sys
 
 import kvhook
@@ -13,6 +14,7 @@ from tests.workloads import run, workload
 
 
 def main(model: str, trace: str) -> None:
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = vllm_here.no_binding()
     with kvhook.install(trace=trace) as session:
         from vllm import LLM  # type: ignore[import-not-found, unused-ignore]
 

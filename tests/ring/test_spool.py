@@ -15,7 +15,7 @@ import pytest
 import kvhook
 from kvhook.errors import KvhookError
 from kvhook.ring.layout import CLOSED
-from kvhook.spool import BATCH, INTERVAL, Spool, TraceWriter
+from kvhook.spool import BATCH, INTERVAL, LONGEST, SHORTEST, Spool, TraceWriter, next_pause
 from kvhook.trace import open_trace
 from tests.conftest import Python
 from tests.ring.synthetic import Recording
@@ -54,9 +54,25 @@ def test_a_step_is_in_the_file_within_a_second_without_anybody_asking(tmp_path: 
             time.sleep(0.01)
         waits.append(time.monotonic() - start)
     spool.close()
-    assert min(waits) < INTERVAL + 0.2
+    assert min(waits) < LONGEST + 0.2
     assert max(waits) < 5, "a busy machine may be late, but not for ever"
     assert faults == []
+
+
+@pytest.mark.parametrize(
+    ("taken", "seconds", "last", "pause"),
+    [
+        (0, 0.2, 0.2, INTERVAL),  # idle
+        (0, 1.0, 1.0, INTERVAL),
+        (100, 0.2, 0.2, 0.4),  # 500 a second: longer, step by step
+        (400, 0.8, 0.8, LONGEST),
+        (4096, 1.0, 1.0, 0.25),  # an eighth of the ring takes a quarter of a second
+        (8000, 0.2, 0.2, 0.0256),
+        (100_000, 0.2, 0.2, SHORTEST),
+    ],
+)
+def test_how_long_the_spool_rests(taken: int, seconds: float, last: float, pause: float):
+    assert next_pause(taken, seconds, 8192, last) == pytest.approx(pause)
 
 
 def test_the_file_is_complete_and_says_so_after_the_end(tmp_path: Path):

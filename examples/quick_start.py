@@ -1,0 +1,27 @@
+"""Quick start: what the KV cache did while `generate` ran, by the session and by the collector."""
+
+from common import arguments, make_llm, percent, sampling
+
+args = arguments(__doc__, "quick_start.kvh")
+
+import kvhook  # noqa: E402
+
+session = kvhook.install()  # before LLM(...): every step is recorded from here on
+llm = make_llm(args)
+
+collector = kvhook.VLLMMetricsCollector(llm)
+collector.start_monitoring()
+for question in ("What is a KV cache?", "Who needs one?", "What is it made of?"):
+    llm.generate(f"You are a helpful assistant. Answer in one sentence. {question}", sampling(32), use_tqdm=False)
+stats = collector.get_comprehensive_stats()
+collector.stop_monitoring()
+
+key = stats["key_metrics"]
+print(f"source:        {stats['collection_method']}")
+print(f"usage:         {key['gpu_cache_usage_percent']:.1f} % now, {key['gpu_cache_usage_peak_percent']:.1f} % at most")
+print(f"hit rate:      {percent(key['gpu_prefix_cache_hit_rate'])}")
+print(f"tokens:        {key['prompt_tokens_total']} of prompts, {key['generation_tokens_total']} generated")
+print(f"first token:   {1e3 * stats['histogram_analysis']['avg_time_to_first_token_seconds']:.1f} ms on average")
+print(f"\n{session.summary()}")
+session.dump(args.out, overwrite=True)
+print(f"\nThe trace is in {args.out}: kvhook summary {args.out}")
