@@ -10,7 +10,7 @@ RUNNER := $(shell command -v python3 || command -v python3.11 || command -v pyth
 SETUP = $(RUNNER) -IS tests/engines/setup_env.py $(if $(PYTHON),--python "$(PYTHON)")
 PY := .venv/bin/python
 
-.PHONY: help setup demo test lint types clean-env
+.PHONY: help setup demo test lint types clean-env matrix
 
 help:
 	@echo "make demo       run kvhook on a real vLLM engine (CPU) and show what it saw"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint       ruff: check and formatting"
 	@echo "make types      mypy --strict"
 	@echo "make setup      only make .venv (2.5 GB: vLLM's CPU build, pinned); the others do it by themselves"
+	@echo "make matrix     run the truth tests on ten vLLM releases, 0.6.6 to 0.32.0; one: make matrix VLLM=0.9.2"
 	@echo "make clean-env  remove .venv"
 	@echo
 	@echo "PYTHON=/path/to/python3.11 chooses the Python for .venv."
@@ -38,6 +39,10 @@ lint: setup
 
 types: setup
 	$(PY) -m mypy --strict
+
+# See tests/engines/README.md; the environments are kept in a cache outside of the checkout, 2 GB each.
+matrix: setup
+	$(PY) tests/engines/matrix.py $(VLLM) $(ARGS)
 
 clean-env:
 	rm -rf .venv

@@ -31,7 +31,8 @@ def examine(release: str, *, use_v1: bool = True) -> doctor.Diagnosis:
 
 def test_a_known_release_is_recorded_and_every_target_found():
     found = examine("0.32.0")
-    assert found.vllm == "0.32.0" and not found.problems
+    assert found.vllm == "0.32.0"
+    assert not found.problems
     engine = next(e for e in found.engines if e.engine == "vllm.v1.engine.llm_engine:LLMEngine")
     assert all(t.found for t in engine.targets)
     assert {"kv_cache_usage", "prefix_cache_hits", "ttft_sum"} <= set(engine.live["step"])
@@ -47,7 +48,7 @@ def test_an_older_release_says_what_it_does_not_count():
 
 def test_a_missing_target_is_a_problem_that_names_it():
     modules = build_stub_modules(load("0.32.0"), use_v1=True)
-    del modules["vllm.v1.engine.llm_engine"].LLMEngine.step  # type: ignore[attr-defined]
+    del modules["vllm.v1.engine.llm_engine"].LLMEngine.step
     with stubs(modules):
         found = doctor.examine()
     assert any("LLMEngine.step" in problem for problem in found.problems)
@@ -63,7 +64,8 @@ def test_json_is_the_whole_diagnosis(capsys: pytest.CaptureFixture[str]):
     with stubs(build_stub_modules(load("0.32.0"), use_v1=True)):
         assert main(["doctor", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["engines"][0]["live"]["step"] and told["ring_directory"]
+    assert told["engines"][0]["live"]["step"]
+    assert told["ring_directory"]
 
 
 def test_source_prints_the_code_of_the_step_path(capsys: pytest.CaptureFixture[str]):

@@ -43,16 +43,16 @@ def test_one_engine_of_many_is_what_its_own_file_says(runs: tuple[Path, Path]):
     both = kvhook.open(*runs)
     for engine, path in enumerate(runs):
         alone, beside = kvhook.open(path).steps(), both.steps(engine)
-        for name in alone.dtype.names:
+        for name in alone.dtype.names or ():
             if name != "engine":
                 np.testing.assert_array_equal(alone[name], beside[name], err_msg=name)
 
 
 def test_a_column_that_one_of_them_lacks_is_there_and_is_absent_only_where_all_lack_it(runs: tuple[Path, Path]):
     new, old, both = kvhook.open(runs[0]), kvhook.open(runs[1]), kvhook.open(*runs)
-    only_new = set(new.steps().dtype.names) - set(old.steps().dtype.names)
+    only_new = set(new.steps().dtype.names or ()) - set(old.steps().dtype.names or ())
     assert "num_prompt_tokens_computed" in only_new
-    assert only_new <= set(both.steps().dtype.names)
+    assert only_new <= set(both.steps().dtype.names or ())
     assert "num_prompt_tokens_computed" not in both.meta["absent"]
 
 

@@ -67,7 +67,7 @@ def record(session: kvhook.Session, number: int, model: str, **options: Any) -> 
     times = steps["t_start_ns"], steps["t_end_ns"]
     return {
         "core in this process": "vllm.v1.worker.cpu_worker" in sys.modules,
-        "sums": {column: int(steps[column].sum()) for column in SUMS if column in steps.dtype.names},
+        "sums": {column: int(steps[column].sum()) for column in SUMS if column in (steps.dtype.names or ())},
         "counters": {name: value - before[name] for name, value in after.items()},
         "calls": calls,
         "steps": steps["step"].tolist(),
@@ -80,7 +80,7 @@ def record(session: kvhook.Session, number: int, model: str, **options: Any) -> 
         "requests": {
             name: requests[name].tolist()
             for name in ("request_id", "num_generation_tokens", "time_to_first_token")
-            if name in requests.dtype.names
+            if name in (requests.dtype.names or ())
         },
         "absent": {k: sorted(reasons) for k, reasons in session.meta["engines"][number]["absent"].items()},
         "lost": summary.records_lost + summary.records_dropped,

@@ -159,7 +159,7 @@ def twice(make_llm: MakeLLM) -> dict[int, Any]:
             before = len(session.steps())
             run(llm, [Call([prompt], {"max_tokens": 1})])
             steps = session.steps()[before:]
-            return {c: int(steps[c].sum()) for c in columns if c in steps.dtype.names}
+            return {c: int(steps[c].sum()) for c in columns if c in (steps.dtype.names or ())}
 
         for n in (1, 2, 31, 32, 33, 63, 64, 65, 100, 257, 600):
             llm.reset_prefix_cache()
@@ -271,8 +271,10 @@ def test_a_latency_for_each_token_and_each_request(recorded: Recorded):
 def test_time_to_first_token_of_each_request_is_that_of_its_output(recorded: Recorded):
     if recorded.lacks("time_to_first_token", kind="request"):
         return
-    of_requests, returned = recorded.per_request("time_to_first_token", lambda one: one.metrics.first_token_latency)
-    assert of_requests == returned
+    of_requests = recorded.requests["time_to_first_token"].tolist()
+    if vllm_here.outputs_have_metrics():
+        of_requests, returned = recorded.per_request("time_to_first_token", lambda one: one.metrics.first_token_latency)
+        assert of_requests == returned
     values, counts = recorded.session.latencies("time_to_first_token")
     assert sorted(np.repeat(values, counts)) == sorted(of_requests)
 
@@ -293,8 +295,6 @@ HISTOGRAMS = {
 
 @pytest.mark.parametrize("column", HISTOGRAMS)
 def test_request_column_adds_up_to_vllms_histogram(stats_on: Recorded, column: str):
-    if stats_on.lacks(column, kind="request"):
-        return
     if stats_on.lacks(column, kind="request"):
         return
     count, total = stats_on.seen.histograms[HISTOGRAMS[column]]
@@ -318,6 +318,7 @@ def test_times_of_each_request_are_those_of_its_output(recorded: Recorded):
         return
     for column, (to, since) in parts.items():
         of_requests, returned = recorded.per_request(
-            column, lambda one, to=to, since=since: getattr(one.metrics, to) - getattr(one.metrics, since)
+            column,
+            lambda one, a=since, b=to: getattr(one.metrics, b) - getattr(one.metrics, a),  # type: ignore[misc]
         )
         assert of_requests == returned, column

@@ -23,7 +23,7 @@ from tests.engine.conftest import MakeLLM
 from tests.workloads import run, workload
 
 SENT = [prompt for call in workload() for prompt in call.prompts]
-BLOCKS = vllm_here.options().get("num_gpu_blocks_override")
+BLOCKS: int = vllm_here.options().get("num_gpu_blocks_override", 0)
 THROUGHPUT = "Avg prompt throughput"
 
 

@@ -26,7 +26,8 @@ def main(model: str, trace: str) -> None:
     assert session.faults == {}, session.faults
     assert int(steps["num_generation_tokens"].sum()) == generated, "the trace has other tokens than the outputs"
     print(
-        f"{len(outputs)} requests, {generated} tokens, {len(steps)} steps, {len(steps.dtype.names)} columns in {trace}"
+        f"{len(outputs)} requests, {generated} tokens, {len(steps)} steps, "
+        f"{len(steps.dtype.names or ())} columns in {trace}"
     )
 
 

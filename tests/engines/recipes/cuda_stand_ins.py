@@ -65,7 +65,8 @@ def missing(libraries: list[Path]) -> dict[str, dict[str, list[str]]]:
     """What the libraries need and nobody has: library name -> symbol version ("" without one) -> symbols."""
     own = {path.name for path in libraries}
     needed: dict[str, dict[str, list[str]]] = {}
-    defined, undefined = set(), {}
+    defined: set[str] = set()
+    undefined: dict[str, None] = {}
     for path in libraries:
         for name in re.findall(r"\(NEEDED\).*\[(.*?)\]", output_of("readelf", "-dW", path)):
             if name not in own and re.match(r"lib(cu|nv|nccl)", name):
