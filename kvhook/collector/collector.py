@@ -75,7 +75,8 @@ class VLLMMetricsCollector:
         llm = llm if llm is not None else llm_instance
         self.collection_interval = _positive(collection_interval)
         self.enable_monitoring = enable_monitoring
-        engine = read_path(llm, "llm_engine") or llm
+        # LLM has its engine in `llm_engine`, V0's AsyncLLMEngine in `engine`; V1's AsyncLLM is one
+        engine = read_path(llm, "llm_engine") or read_path(llm, "engine") or llm
         self._engine = _weakly(engine)
         self._given = engine is not None
         self._hook = HookSource(self._engine, self._given)

@@ -49,7 +49,7 @@ class HookSource:
         self._given = given
         #: the session that is read; kept when it has been uninstalled
         self.session: Session | None = None
-        #: number of the engine in it; None stands for all of them
+        #: number of the engine in it; None stands for all of them (several ranks are several engines)
         self.number: int | None = None
         #: whether `begin` installed kvhook
         self.installed = False
@@ -126,9 +126,9 @@ class HookSource:
         current, engine = sessions._current, self._engine()
         if current is not None and current is not self.session:
             if engine is not None:
-                recorder = current._by_engine.get(id(engine))
-                if recorder is not None:
-                    self.session, self.number = current, recorder.number
+                ranks = current._ranks.get(id(engine), [])
+                if ranks:
+                    self.session, self.number = current, ranks[0].number if len(ranks) == 1 else None
             elif not self._given:
                 self.session, self.number = current, None
         return self.session is not None

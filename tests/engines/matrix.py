@@ -239,13 +239,13 @@ def built_size(release: Release) -> int:
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Two runs do not build the same environment at the same time."""
+    """Two runs neither build the same environment nor run the same entry at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as guard:
         try:
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            say(f"  another run is building {path.stem}; waiting for it")
+            say(f"  another run is at {path.name.removesuffix('.lock')}; waiting for it")
             fcntl.flock(guard, fcntl.LOCK_EX)
         yield
 
@@ -590,8 +590,9 @@ def run(releases: list[Release], options: argparse.Namespace) -> list[Outcome]:
             continue
         for entry in entries:
             say(f"vLLM {release.version}, {entry.engine}, {entry.process}: {entry.reason or 'running'}")
-            outcome = run_entry(entry, model, shlex.split(options.under), shlex.split(options.pytest))
-            write_json(place("results", f"{entry.name}.json"), outcome._asdict())
+            with alone(place("logs", f"{entry.name}.lock")):
+                outcome = run_entry(entry, model, shlex.split(options.under), shlex.split(options.pytest))
+                write_json(place("results", f"{entry.name}.json"), outcome._asdict())
             outcomes.append(outcome)
             if not entry.reason:
                 counts = f"{outcome.passed} passed, {outcome.failed} failed, {outcome.skipped} skipped"
