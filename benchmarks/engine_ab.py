@@ -174,9 +174,8 @@ def interval(ratios: np.ndarray) -> tuple[float, float, float]:
     return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))
 
 
-def compare(llm: Any, batch: int, rounds: int, tokens: int, arms: list[str]) -> dict[str, Any]:
+def compare(llm: Any, switch: Switch, batch: int, rounds: int, tokens: int, arms: list[str]) -> dict[str, Any]:
     """All arms at one batch size."""
-    switch = Switch(llm)
     wall: dict[str, list[float]] = {arm: [] for arm in arms}
     median: dict[str, list[float]] = {arm: [] for arm in arms}
     tail: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -221,7 +220,8 @@ def main() -> int:
     from hook_cost import machine
 
     llm = make_engine(args.size, max(args.batches))
-    results = [compare(llm, b, args.rounds, args.tokens, args.arms) for b in args.batches]
+    switch = Switch(llm)
+    results = [compare(llm, switch, b, args.rounds, args.tokens, args.arms) for b in args.batches]
     about = machine() | {"model": args.size, "device": str(llm.llm_engine.vllm_config.device_config.device_type)}
     if args.json:
         print(json.dumps({"machine": about, "results": results}, indent=1))

@@ -19,6 +19,7 @@ session = kvhook.install()
 for caching in (True, False):
     llm = make_llm(args, enable_prefix_caching=caching)
     rounds = [encode(llm, texts) for texts in ROUNDS]
+    llm.generate("to get warm", sampling(8), use_tqdm=False)
     collector = kvhook.VLLMMetricsCollector(llm)
     collector.start_monitoring()
     began = time.monotonic()

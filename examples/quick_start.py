@@ -6,13 +6,15 @@ args = arguments(__doc__, "quick_start.kvh")
 
 import kvhook  # noqa: E402
 
+SYSTEM = "You are a helpful assistant. You answer in one sentence, in plain words, and say so if you do not know."
+
 session = kvhook.install()  # before LLM(...): every step is recorded from here on
-llm = make_llm(args)
+llm = make_llm(args, num_gpu_blocks_override=64)
 
 collector = kvhook.VLLMMetricsCollector(llm)
 collector.start_monitoring()
 for question in ("What is a KV cache?", "Who needs one?", "What is it made of?"):
-    llm.generate(f"You are a helpful assistant. Answer in one sentence. {question}", sampling(32), use_tqdm=False)
+    llm.generate(f"{SYSTEM} {question}", sampling(32), use_tqdm=False)
 stats = collector.get_comprehensive_stats()
 collector.stop_monitoring()
 

@@ -11,7 +11,7 @@ Where such a test fails, the summary stands in its report, and the trace is kept
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,8 @@ FIXTURE = "kvhook"
 MARKER = "kvhook_session"
 
 _MARKER_HELP = (
-    f"{MARKER}(whole=False): record this test although it does not take the `{FIXTURE}` fixture. whole=True: the fixture "
-    "shows everything since the session began, and not only this test"
+    f"{MARKER}(whole=False): record this test although it does not take the `{FIXTURE}` fixture. "
+    "whole=True: show everything since the session began, and not only this test"
 )
 
 
@@ -112,12 +112,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(name=FIXTURE)
-def _recording(request: pytest.FixtureRequest) -> Iterator[Recording]:
+def _recording(request: pytest.FixtureRequest) -> Recording:
     """What vLLM's KV cache does in this test: summary(), steps(), requests(), latencies(series), dump(path)."""
     marker = request.node.get_closest_marker(MARKER)
     whole = bool(marker and marker.kwargs.get("whole"))
-    recording = request.node.stash[_RECORDING] = Recording(_install(), whole=whole)
-    yield recording
+    recording = Recording(_install(), whole=whole)
+    request.node.stash[_RECORDING] = recording
+    return recording
 
 
 @pytest.hookimpl(wrapper=True)

@@ -25,7 +25,7 @@ class Window(Trace):
 
     def __init__(self, trace: Trace, after: Mapping[int, int]) -> None:
         self._after = after
-        more = {name: trace.meta[name] for name in ("faults", "hook_call_ns") if name in trace.meta}
+        more: dict[str, Any] = {name: trace.meta[name] for name in ("faults", "hook_call_ns") if name in trace.meta}
         facts = {engine["engine"]: engine for engine in trace.meta["engines"]}
         super().__init__([_Later(source, after) for source in trace._sources], trace.name, more, facts)
 
