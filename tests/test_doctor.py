@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
@@ -16,12 +15,6 @@ from tests.contracts.loader import build_stub_modules, load, stubs
 def _no_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-ins are in `sys.modules`; there is nothing to be imported."""
     monkeypatch.setattr(doctor, "_import_vllm", lambda problems: None)
-
-
-@pytest.fixture(autouse=True)
-def _no_real_vllm() -> None:
-    if any(name == "vllm" or name.startswith("vllm.") for name in sys.modules):
-        pytest.skip("vLLM itself is imported in this process, and the stand-ins would stand beside it")
 
 
 def examine(release: str, *, use_v1: bool = True) -> doctor.Diagnosis:

@@ -50,6 +50,9 @@ def side_by_side(summaries: Sequence[Summary], names: Sequence[str]) -> str:
     width = max(_CELL, *(len(head) + 2 for head in heads))
     lines = [" " * _NAME + "".join(f"{head:>{width}}" for head in heads)]
     lines += [f"{name:{_NAME}}" + "".join(f"{read(s):>{width}}" for s in summaries) for name, read in ROWS]
+    if len({s.vllm for s in summaries}) > 1:
+        lines.append("\nvLLM counts prefix-cache look-ups differently from release to release: where requests were")
+        lines.append("preempted or had to wait for blocks, compare hit tokens and computed tokens, not hit rates.")
     return "\n".join(lines)
 
 
