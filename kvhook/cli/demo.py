@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import sys
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,14 +73,24 @@ def _run(session: Session, model: Path | None, out: Path, log: Path) -> None:
     print(f"\n{session.summary()}\n")
     _print_progression(session)
     session.close()
+    kvhook, python = _as_typed("kvhook"), _as_typed("python")
     print(
         f"\nThe trace is in {out} ({out.stat().st_size / 1e6:.1f} MB), vLLM's own messages in {log}. Next:\n"
-        f"  kvhook summary {out}              the table above, again\n"
-        f"  kvhook export {out} demo.csv      steps and requests for a spreadsheet\n"
-        f'  python -c "import kvhook; print(kvhook.open({str(out)!r}).steps())"\n'
+        f"  {kvhook} summary {out}              the table above, again\n"
+        f"  {kvhook} export {out} demo.csv      steps and requests for a spreadsheet\n"
+        f'  {python} -c "import kvhook; print(kvhook.open({str(out)!r}).steps())"\n'
         "and in your own program, before LLM(...):\n"
         "  session = kvhook.install()"
     )
+
+
+def _as_typed(program: str) -> str:
+    """How a program of this Python's environment is called from here: by its name alone only if that finds it."""
+    mine = Path(sys.executable).with_name(program)
+    found = shutil.which(program)
+    if not mine.exists() or (found and Path(found).parent == mine.parent):
+        return program
+    return os.path.relpath(mine) if mine.is_relative_to(Path.cwd()) else str(mine)
 
 
 def _print_progression(session: Session) -> None:
