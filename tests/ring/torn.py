@@ -185,7 +185,7 @@ def run(directory: Path, writer: str, eye: str, reads: int, *, crc: bool = False
             time.sleep(0.001)
         until = time.monotonic() + seconds
         with RingReader(path, 0) as reader:
-            while total.reads < reads and time.monotonic() < until:
+            while (total.reads < reads or total.accepted <= 1000) and time.monotonic() < until:
                 seen = EYES[eye](reader, 2000)
                 total = Seen(*(a + b for a, b in zip(total, seen, strict=True)))
                 if writer != "good" and total.torn:
