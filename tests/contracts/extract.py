@@ -100,6 +100,11 @@ MODULES: Mapping[str, Wanted] = {
         attributes=_STAT_NAMES,
     ),
     "vllm.v1.engine.llm_engine": _ENGINE,
+    "vllm.v1.engine.output_processor": Wanted(
+        classes="OutputProcessor|RequestState",
+        methods="process_outputs|_update_stats_from_output|_update_stats_from_finished",
+        attributes="request_states|is_prefilling|prompt_len|log_stats|stats",
+    ),
     "vllm.v1.metrics.loggers": _LOGGERS,
     "vllm.v1.metrics.perf": Wanted(classes="PerfStats"),
     "vllm.v1.metrics.stats": Wanted(classes=r".*"),
