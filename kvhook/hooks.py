@@ -7,7 +7,6 @@ import with wrapt's post-import hooks, or patches at once what is loaded already
 from __future__ import annotations
 
 import contextvars
-import functools
 import inspect
 import logging
 import os
@@ -19,10 +18,12 @@ from typing import Any, NamedTuple, Protocol
 
 import wrapt
 
-from kvhook.adapters import ADAPTERS, NEWEST
+from kvhook.adapters import BY_LEVEL, NEWEST
 from kvhook.adapters.compiler import FINISHED_HOOK, PublishStep, Record
 from kvhook.adapters.table import Adapter, Target, has_field, lookup, release, vllm_version
+from kvhook.adapters.v1 import SETTINGS
 from kvhook.errors import StatsOffError
+from kvhook.taps import TAPS, Tap, make_no_stats, nothing, quiet_manager
 
 log = logging.getLogger("kvhook")
 
@@ -78,6 +79,8 @@ _engines: dict[int, Callable[[], None]] = {}
 _quiet: set[int] = set()
 _patches: list[Patch] = []
 _owner: Owner | None = None
+#: how much the owner wants to be recorded
+_level = "full"
 _waiting_for: set[str] = set()
 #: modules that are waited for and have been imported, to the end
 _imported: set[str] = set()
@@ -163,7 +166,8 @@ def on_engine_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         signature = inspect.signature(wrapped)
         arguments = signature.bind(*args, **kwargs)
         stats_were_on = bool(arguments.arguments["log_stats"])
-        arguments.arguments["log_stats"] = True
+        if adapter.level == "full":
+            arguments.arguments["log_stats"] = True
         if not stats_were_on:
             arguments.arguments |= {n: make() for n, make in adapter.quiet.items() if n in signature.parameters}
         args, kwargs = arguments.args, arguments.kwargs
@@ -175,6 +179,7 @@ def on_engine_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     finally:
         _building.reset(token)
     try:
+        _read_settings()
         watch(instance, stats_were_on=stats_were_on, built_by_us=True)
     except Exception as error:
         owner.fault("starting to record an engine", error, "this engine is not recorded")
@@ -193,13 +198,20 @@ def on_manager(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if building.on_event_loop and kwargs.get("custom_stat_loggers") and "enable_default_loggers" in kwargs:
         # with loggers of the user's own, vLLM would have turned stats on by itself, for them alone
         return wrapped(*args, **{**kwargs, "enable_default_loggers": False})
-    return _quiet_manager(wrapped)
+    return quiet_manager(wrapped)
 
 
 def on_core(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Around ``EngineCoreClient.make_client`` of vLLM 0.8, whose LLMEngine has its core make no stats."""
-    if _building.get() is not None and "log_stats" in kwargs:
-        kwargs = {**kwargs, "log_stats": True}
+    """Around ``EngineCoreClient.make_client``, where the core alone is to make stats: at level light, and in vLLM 0.8,
+    whose LLMEngine turns its core's stats off whatever the user says."""
+    owner = _owner
+    if owner is not None and _building.get() is not None:
+        try:
+            arguments = inspect.signature(wrapped).bind(*args, **kwargs)
+            arguments.arguments["log_stats"] = True
+            args, kwargs = arguments.args, arguments.kwargs
+        except Exception as error:
+            owner.fault("turning the engine core's stats on", error, "this engine is recorded only if they are on anyway")
     return wrapped(*args, **kwargs)
 
 
@@ -227,11 +239,12 @@ def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> boo
     owner, adapter = _owner, adapter_of(engine)
     if owner is None or adapter is None or id(engine) in _engines:
         return False
-    if adapter.tap == "outputs" and not built_by_us:
+    if adapter.must_be_built and not built_by_us:
         raise StatsOffError(
             f"this vLLM ({vllm_version()}) makes no stats behind LLM, whatever disable_log_stats says, unless kvhook "
             "is there when the engine is built: call kvhook.install() before LLM(...)"
         )
+    key = id(engine)
     hooked = {t.role for t in _patched[adapter.name].targets}
     facts: dict[str, Any] = {"stats_on": stats_were_on, FINISHED_HOOK: "finished" in hooked}
     if adapter.timed and not hasattr(engine, "step_async"):
@@ -239,17 +252,59 @@ def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> boo
         if functions is None:
             return False
         record, publish = functions
-        _steps[id(engine)] = publish
+        _steps[key] = publish
     else:
         record = _on_event_loop(engine, adapter, facts | {"timed_steps": False})
-    _engines[id(engine)] = _nothing
+    _engines[key] = nothing
     try:
-        _engines[id(engine)] = TAPS[adapter.tap](engine, adapter, record)
+        _engines[key] = _tap(engine, adapter, record)
+        if not stats_were_on and adapter.level == "full":
+            _quiet.add(key)
     except Exception:
-        _forget(id(engine))
+        _forget(key)
         raise
-    weakref.finalize(engine, _forget, id(engine)).atexit = False
+    weakref.finalize(engine, _forget, key).atexit = False
     return True
+
+
+def step_down(engine: Any, every: int, functions_of: Callable[[Adapter], tuple[Record, PublishStep]]) -> bool:
+    """Record an engine at level light from its next step on. It is called at the end of a step, by the engine's thread.
+
+    Args:
+        every: in every how-many-th step outputs are counted.
+        functions_of: gives the functions that record at that level.
+
+    Returns:
+        Whether that can be done with this engine.
+
+    Raises:
+        LookupError: vLLM's classes are not where the adapter says; nothing has been changed.
+    """
+    key, full = id(engine), adapter_of(engine)
+    if full is None or key not in _engines:
+        return False
+    adapter, _, missing = choose(full.engine, "light")
+    if missing or adapter.level != "light":
+        return False
+    record, publish = functions_of(adapter)
+    _engines[key]()
+    if key in _quiet:
+        make_no_stats(engine, full.holder)
+    _engines[key] = _tap(engine, adapter, record, every)
+    _steps[key] = publish
+    return True
+
+
+def _tap(engine: Any, adapter: Adapter, record: Record, every: int = 1) -> Callable[[], None]:
+    key = id(engine)
+
+    def failed(error: Exception) -> None:
+        _steps.pop(key, None)
+        undo, _engines[key] = _engines.get(key, nothing), nothing
+        undo()
+        _fault("counting what a step gave", error, _NOT_ANY_FURTHER)
+
+    return TAPS[adapter.tap](Tap(engine, adapter, record, _records, failed, every))
 
 
 def _on_event_loop(engine: Any, adapter: Adapter, facts: dict[str, Any]) -> Record:
@@ -297,129 +352,6 @@ def publish_on_record(
     return record
 
 
-# ---- how the stats of an engine are got at -------------------------------------------------------------------------
-
-
-def tap_manager(engine: Any, adapter: Adapter, record: Record) -> Callable[[], None]:
-    """A logger or manager that is given the stats: it is ours, or its ``record`` is patched."""
-    manager = getattr(engine, adapter.holder)
-    if manager is None:
-        raise LookupError(f"it has no {adapter.holder}")
-    if isinstance(manager, _QuietManager):
-        manager.hand_over_to(record)
-        _quiet.add(id(engine))
-        return lambda: manager.hand_over_to(_nothing)
-    key = id(manager)
-    _records[key] = record
-    return lambda: _drop(_records, key)
-
-
-def tap_engine(engine: Any, adapter: Adapter, record: Record) -> Callable[[], None]:
-    """V0: the engine makes the stats itself, in a method that is patched."""
-    key = id(engine)
-    _records[key] = record
-    return lambda: _drop(_records, key)
-
-
-def tap_lists(engine: Any, adapter: Adapter, record: Record) -> Callable[[], None]:
-    """AsyncLLM up to 0.9: a list of loggers for each rank, up to 0.8.2 one list. One more logger goes into each."""
-    loggers = getattr(engine, adapter.holder)
-    lists = loggers if loggers and isinstance(loggers[0], list) else [loggers]
-    ours = [(each, _OnlyLogger(functools.partial(record, engine_idx=rank))) for rank, each in enumerate(lists)]
-    for each, logger in ours:
-        each.append(logger)
-
-    def undo() -> None:
-        for each, logger in ours:
-            if logger in each:
-                each.remove(logger)
-
-    return undo
-
-
-def tap_outputs(engine: Any, adapter: Adapter, record: Record) -> Callable[[], None]:
-    """LLMEngine of 0.8: the core's stats come with its outputs and are left there; IterationStats are what its output
-    processor would fill in if it were given some. So it is, as AsyncLLM does it, and both are taken from there."""
-    client, processor = engine.engine_core, engine.output_processor
-    get_output, process_outputs = client.get_output, processor.process_outputs
-    make_stats = lookup(next(s.path for s in adapter.sources if s.argument == "iteration_stats"))
-    latest: list[Any] = [None]
-
-    def get_output_and_keep(*args: Any, **kwargs: Any) -> Any:
-        latest[0] = outputs = get_output(*args, **kwargs)
-        return outputs
-
-    def process_outputs_with_stats(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs, latest[0] = latest[0], None
-        if outputs is None or args or kwargs:
-            return process_outputs(engine_core_outputs, *args, **kwargs)
-        stats = make_stats() if engine_core_outputs else None
-        result = process_outputs(engine_core_outputs, engine_core_timestamp=outputs.timestamp, iteration_stats=stats)
-        record(outputs.scheduler_stats, stats)
-        return result
-
-    replaced = ((client, "get_output", get_output_and_keep), (processor, "process_outputs", process_outputs_with_stats))
-    processor.log_stats = True  # from now on it keeps the clocks of new requests; there are none yet
-    for owner, name, function in replaced:
-        setattr(owner, name, function)
-
-    def undo() -> None:
-        for owner, name, function in replaced:
-            if vars(owner).get(name) is function:
-                delattr(owner, name)
-
-    return undo
-
-
-#: `Adapter.tap` -> puts `record` where the stats of this engine pass; gives what takes it out again.
-TAPS: dict[str, Callable[[Any, Adapter, Record], Callable[[], None]]] = {
-    "manager": tap_manager,
-    "engine": tap_engine,
-    "lists": tap_lists,
-    "outputs": tap_outputs,
-}
-
-
-class _QuietManager:
-    """Marks the loggers and managers that `_quiet_manager` makes."""
-
-    stat_loggers: list[Any]
-
-    def hand_over_to(self, record: Record) -> None:
-        """From now on the engine's stats go straight to `record`, without a frame in between."""
-        self.stat_loggers = [_OnlyLogger(record)]
-        self.record = record
-
-
-class _OnlyLogger:
-    """kvhook alone in vLLM's list of loggers: records, and does nothing at everything else a manager may ask."""
-
-    def __init__(self, record: Record) -> None:
-        self.record = record
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _nothing
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
-def _quiet_manager(logger_class: Any) -> Any:
-    """A logger (manager) of vLLM's own type that does nothing: what asks for its type still gets it."""
-    silent = {name: _nothing for name in dir(logger_class) if not name.startswith("_")}
-    made: Any = object.__new__(type("KvhookStatLoggerManager", (_QuietManager, logger_class), silent))
-    made.engine_indexes = [0]
-    made.hand_over_to(_nothing)
-    return made
-
-
-def _drop(table: dict[int, Any], key: int) -> None:
-    table.pop(key, None)
-
-
 def _forget(engine_id: int) -> None:
     """An engine was deleted, or could not be recorded."""
     _steps.pop(engine_id, None)
@@ -458,12 +390,44 @@ ROLES: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
 }
 
 
-def arm(owner: Owner) -> None:
-    """Patch vLLM for this owner: at once if it is imported, else as soon as it is. Never imports it."""
-    global _owner
-    _owner = owner
+class Settings:
+    """In place of ``vllm.envs`` in vLLM's stats module: the same, with what is asked for each output kept as a value.
+
+    os.environ is looked up and parsed each time otherwise, for each output of each step: most of what making
+    IterationStats takes (`benchmarks/hook_cost.py`). The values are read when an engine has been built; changing the
+    environment later has no effect on them, as in the engine core, where vLLM itself keeps all its settings so.
+    """
+
+    def __init__(self, envs: Any) -> None:
+        self._envs = envs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._envs, name)
+
+    def read(self) -> None:
+        """Take over the values of now."""
+        for name in SETTINGS:
+            vars(self).pop(name, None)
+            if hasattr(self._envs, name):
+                setattr(self, name, getattr(self._envs, name))
+
+
+def _read_settings() -> None:
+    for patch in _patches:
+        if isinstance(patch.wrapper, Settings):
+            patch.wrapper.read()
+
+
+def arm(owner: Owner, level: str = "full") -> None:
+    """Patch vLLM for this owner: at once if it is imported, else as soon as it is. Never imports it.
+
+    Args:
+        level: how much is to be recorded, a key of `kvhook.adapters.BY_LEVEL`.
+    """
+    global _owner, _level
+    _owner, _level = owner, level
     _said.clear()
-    for trigger in dict.fromkeys(a.trigger for a in ADAPTERS):
+    for trigger in dict.fromkeys(a.trigger for a in BY_LEVEL[level]):
         if trigger in sys.modules:
             _imported.add(trigger)
         elif trigger not in _waiting_for:
@@ -549,8 +513,9 @@ def _patch_what_is_there() -> None:
     if owner is None:
         return
     try:
-        for family in dict.fromkeys(a.family for a in ADAPTERS):
-            _patch_family([a for a in ADAPTERS if a.family == family and a.trigger in _imported and is_there(a)])
+        adapters = BY_LEVEL[_level]
+        for family in dict.fromkeys(a.family for a in adapters):
+            _patch_family([a for a in adapters if a.family == family and a.trigger in _imported and is_there(a)])
     except Exception as error:
         owner.fault("patching vLLM", error, "nothing is recorded")
 
@@ -568,7 +533,7 @@ def is_there(adapter: Adapter) -> bool:
 
 def _patch_family(adapters: list[Adapter]) -> None:
     """Patch one engine class after the other with the first adapter that fits; nothing if one of them has none."""
-    chosen = [choose(engine) for engine in dict.fromkeys(a.engine for a in adapters)]
+    chosen = [choose(engine, _level) for engine in dict.fromkeys(a.engine for a in adapters)]
     complaints = [text for _, _, missing in chosen for text in missing]
     if complaints:
         _say(
@@ -583,10 +548,10 @@ def _patch_family(adapters: list[Adapter]) -> None:
             _apply(adapter, found)
 
 
-def choose(engine: str) -> tuple[Adapter, tuple[Target, ...], list[str]]:
+def choose(engine: str, level: str = "full") -> tuple[Adapter, tuple[Target, ...], list[str]]:
     """The first adapter for this engine class that fits, and its targets; or the one of this vLLM's era, and what it
     lacks."""
-    answers = [(a, *resolve(a)) for a in ADAPTERS if a.engine == engine]
+    answers = [(a, *resolve(a)) for a in BY_LEVEL[level] if a.engine == engine]
     fitting = next((answer for answer in answers if not answer[2]), None)
     return fitting or next((answer for answer in reversed(answers) if not _too_old(answer[0])), answers[0])
 
@@ -621,7 +586,9 @@ def _apply(adapter: Adapter, found: tuple[Target, ...]) -> None:
             parent, attribute, original = wrapt.resolve_path(sys.modules[module], name)
             if not target.role or any(p.parent is parent and p.attribute == attribute for p in _patches):
                 continue
-            wrapper = wrapt.FunctionWrapper(original, ROLES[target.role])
+            wrapper: Any = Settings(original)
+            if target.role != "settings":
+                wrapper = wrapt.FunctionWrapper(original, ROLES[target.role])
             inherited = attribute not in vars(parent)
             setattr(parent, attribute, wrapper)
             new.append(Patch(parent, attribute, original, wrapper, inherited))

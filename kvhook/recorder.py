@@ -12,7 +12,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvhook.adapters.compiler import Compiled, compile_publisher
+from kvhook.adapters.compiler import (
+    Compiled,
+    Counters,
+    OnSample,
+    PublishStep,
+    Record,
+    compile_publisher,
+    no_sample,
+)
 from kvhook.adapters.table import Adapter, vllm_version
 from kvhook.ring.place import RING_SUFFIX, pid_namespace, process_start
 from kvhook.ring.writer import RingWriter
@@ -35,6 +43,7 @@ class Recorder:
         directory: where the ring goes.
         slots: its capacity, a power of two.
         clock: monotonic nanoseconds.
+        on_sample: is told what kvhook took in a step, see `kvhook.adapters.compiler.OnSample`.
 
     Raises:
         OSError: the ring cannot be made.
@@ -49,8 +58,10 @@ class Recorder:
         directory: Path,
         slots: int,
         clock: Callable[[], int],
+        on_sample: OnSample = no_sample,
     ) -> None:
         self.number = number
+        self._facts, self._clock, self._on_sample = facts, clock, on_sample
         self.compiled: Compiled = compile_publisher(adapter, facts)
         self.meta: dict[str, Any] = {
             "engine": number,
@@ -58,6 +69,7 @@ class Recorder:
             **process_facts(),
             **facts,
             "absent": self.compiled.absent,
+            "levels": [{"step": 0, "level": adapter.level}],
         }
         with contextlib.suppress(Exception):  # a tidy directory is worth no engine
             prune(directory)
@@ -68,8 +80,19 @@ class Recorder:
             with contextlib.suppress(FileExistsError):
                 self.ring = RingWriter(directory / name, self.compiled.layout, slots, self.meta, crc=NEEDS_CRC)
                 break
-        self.record, self.publish = self.compiled.bind(self.ring.publish, number, clock)
+        self.record, self.publish = self.compiled.bind(self.ring.publish, number, clock, on_sample)
         self._closing = threading.Lock()
+
+    def go_on(self, adapter: Adapter, level: str, start: Counters) -> tuple[Record, PublishStep]:
+        """The functions that record from here on at another level, into the same ring.
+
+        Raises:
+            LookupError: vLLM's classes are not where the adapter says.
+        """
+        facts = {**self._facts, **{name: ask() for name, ask in adapter.asks.items()}}
+        compiled = compile_publisher(adapter, facts, level=level, layout=self.compiled.layout)
+        self.record, self.publish = compiled.bind(self.ring.publish, self.number, self._clock, self._on_sample, start)
+        return self.record, self.publish
 
     def close(self) -> None:
         """Mark the ring closed; what it holds can still be read. Closing twice is fine."""

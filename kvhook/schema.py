@@ -40,6 +40,7 @@ STEP_FIELDS: tuple[Field, ...] = (
     Field("t_end_ns", "i8", TIME, "ns", "end of LLMEngine.step, monotonic clock; AsyncLLM: when its stats came"),
     Field("has_scheduler_stats", "i8", FLAG, "0/1", "1 if the step brought the scheduler's stats"),
     Field("has_iteration_stats", "i8", FLAG, "0/1", "1 if the step brought iteration stats (outputs came back)"),
+    Field("level", "i8", FLAG, "0-2", "how much of the step was recorded: an index into LEVELS"),
     Field("num_running_reqs", "i8", GAUGE, "requests", "requests in the running batch"),
     Field("num_waiting_reqs", "i8", GAUGE, "requests", "requests that wait, the deferred ones included"),
     Field("num_skipped_waiting_reqs", "i8", GAUGE, "requests", "the deferred part of the waiting requests"),
@@ -78,6 +79,13 @@ STEP_FIELDS: tuple[Field, ...] = (
     Field("num_evicted_blocks_sampled", "i8", COUNTER, "blocks", "evictions among the blocks that vLLM samples"),
     Field("num_swapped_reqs", "i8", GAUGE, "requests", "requests swapped out to the CPU (V0)"),
     Field("kvhook_ns", "i8", GAUGE, "ns", "what kvhook itself took in an earlier step; measured now and then, else -1"),
+    Field(
+        "vllm_stats_ns",
+        "i8",
+        GAUGE,
+        "ns",
+        "what vLLM took in an earlier step to make iteration stats that only kvhook had asked for; now and then, else -1",
+    ),
     Field("kv_cache_usage", "f8", GAUGE, "0-1", "share of the usable KV blocks in use at the end of the step"),
     Field("cpu_kv_cache_usage", "f8", GAUGE, "0-1", "share of the CPU swap space in use (V0)"),
     Field("v0_prefix_cache_hit_rate", "f8", GAUGE, "0-1", "V0's own running hit rate, over blocks, not tokens"),
@@ -125,6 +133,10 @@ META_FIELDS: tuple[Field, ...] = (
 #: Lists of single values kept beside the steps. A list takes slots of its own only when the step record does not
 #: tell it already: one or two values are its min and max, equal ones are min = max.
 VALUE_SERIES = ("time_to_first_token", "inter_token_latency")
+
+#: Values of ``level``. Light: what the engine core sends, and counts of its outputs. Sparse: as light, with the outputs
+#: counted in every n-th step only (in the others ``has_iteration_stats`` is 0).
+LEVELS = ("full", "light", "sparse")
 
 #: Codes of ``finish_reason``, in the order of vLLM's FinishReason. Newer reasons keep their number as text.
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import re
 import shutil
 import tempfile
 import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvhook import hooks
+from kvhook.adapters import BY_LEVEL
+from kvhook.adapters.compiler import STATS_FOR_KVHOOK, no_sample
 from kvhook.adapters.config import engine_facts
+from kvhook.cost import Cost, probe_of
 from kvhook.errors import KvhookError, StatsOffError
 from kvhook.guard import Guard
 from kvhook.recorder import Recorder
@@ -26,9 +32,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from kvhook.adapters.compiler import PublishStep, Record
+    from kvhook.adapters.compiler import Counters, PublishStep, Record
     from kvhook.adapters.table import Adapter
     from kvhook.analysis.summary import Summary
+    from kvhook.cost import Level
     from kvhook.trace import Trace
 
 log = logging.getLogger("kvhook")
@@ -39,6 +46,8 @@ RING_SLOTS = 8192
 HISTORY = "1GiB"
 #: A slot with every column of the schema takes less than this; used to try out the ring's directory.
 _MOST_SLOT_BYTES = 512
+
+NO_LIGHT = "V0 makes all its stats in one piece: there is nothing to leave out, so it is recorded in full"
 
 _lock = threading.RLock()
 _current: Session | None = None
@@ -58,7 +67,13 @@ class Session:
         ring_slots: int,
         history: int | str,
         trace: str | os.PathLike[str] | None,
+        level: str = "full",
+        max_overhead: float | None = None,
     ) -> None:
+        if level not in BY_LEVEL:
+            raise KvhookError(f"level={level!r}: there are {', '.join(map(repr, BY_LEVEL))}")
+        self.level = level
+        self._max_overhead = _share(max_overhead)
         self._guard = Guard()
         self._slots = _power_of_two(ring_slots)
         self._ring_dir = find_directory(ring_dir, self._slots * _MOST_SLOT_BYTES)
@@ -172,13 +187,59 @@ class Session:
                 self._hook_ns = hooks.call_overhead_ns()
             facts = engine_facts(adapter, engine) | facts
             facts |= {"hook_call_ns": self._hook_ns, "engine_class": type(engine).__qualname__}
-            recorder = Recorder(self._made, adapter, facts, self._ring_dir, self._slots, hooks.clock)
+            if self._max_overhead is not None:
+                facts["max_overhead"] = self._max_overhead
+            timed = facts["timed_steps"]
+            probe = probe_of(engine, adapter) if timed and not facts["stats_on"] else None
+            facts[STATS_FOR_KVHOOK] = probe is not None
+            cost = Cost(self._hook_ns, adapter.level, self._max_overhead, self._step_down_of(engine, self._made))
+            cost.probe = probe
+            if self._max_overhead is not None and (not timed or adapter.level != self.level or adapter.family == "v0"):
+                self._say_no_budget(timed)
+            sample = cost.sample if timed else no_sample
+            recorder = Recorder(self._made, adapter, facts, self._ring_dir, self._slots, hooks.clock, sample)
+            if adapter.level != self.level:
+                recorder.meta["levels"] = [{"step": 0, "level": adapter.level, "why": NO_LIGHT}]
+                log.warning("kvhook: level=%r: %s", self.level, NO_LIGHT)
             self._made += 1
             self._recorders[recorder.number] = recorder
             self._by_engine.setdefault(id(engine), recorder)
             self._ranks.setdefault(id(engine), []).append(recorder)
             self._spool.add(recorder)
             return recorder.record, recorder.publish
+
+    def _step_down_of(self, engine: Any, number: int) -> Callable[[Level, Counters, float], bool]:
+        """What changes an engine over to a level that costs less; it runs in the engine's thread, between two steps."""
+        alive = weakref.ref(engine)
+
+        def step_down(level: Level, counters: Counters, share: float) -> bool:
+            engine, recorder = alive(), self._recorders.get(number)
+            if engine is None or recorder is None:
+                return False
+            try:
+                functions = functools.partial(recorder.go_on, level=level.name, start=counters)
+                done = hooks.step_down(engine, level.every, functions)
+            except Exception as error:
+                self._guard.fault("stepping down to a level that costs less", error, "the level stays as it is")
+                return False
+            why = f"kvhook took {share:.2%} of the time inside steps, {self._max_overhead:.2%} are allowed"
+            change = {"step": counters.step, "level": level.name, "every": level.every, "share": share, "why": why}
+            if not done:
+                change = recorder.meta["levels"][-1] | {"why": f"{why}; this engine cannot be recorded for less"}
+            recorder.meta["levels"] = [*recorder.meta["levels"], change]
+            self._spool.tell_again(number)
+            log.warning("kvhook: %s; from step %d on the level is %s", change["why"], counters.step, change["level"])
+            return done
+
+        return step_down
+
+    def _say_no_budget(self, timed: bool) -> None:
+        why = (
+            "V0 makes all its stats in one piece, so there is nothing to leave out"
+            if timed
+            else "on an event loop (AsyncLLM) there is no step whose time the cost could be a share of"
+        )
+        log.warning("kvhook: max_overhead has no effect on this engine: %s", why)
 
     def close_engine(self, engine_id: int) -> None:
         """An engine was deleted; see `kvhook.hooks.Owner`."""
@@ -194,6 +255,18 @@ class Session:
         self._guard.fault(where, error, then)
 
     # ---- files -----------------------------------------------------------------------------------------------------
+
+    def _warn_of_other(self, *, trace: Any, level: str, max_overhead: Any) -> None:
+        """Say which arguments of another `install` have no effect."""
+        other = {}
+        if trace is not None and self._trace_path != Path(trace):
+            other["trace"] = str(trace)
+        if level not in ("full", self.level):
+            other["level"] = level
+        if max_overhead not in (None, self._max_overhead):
+            other["max_overhead"] = max_overhead
+        for name, value in other.items():
+            log.warning("kvhook is installed already; %s=%r has no effect. kvhook.uninstall() first.", name, value)
 
     def _name(self) -> str:
         return str(self._trace_path or "this session")
@@ -220,6 +293,8 @@ def install(
     history: int | str = HISTORY,
     ring_dir: str | os.PathLike[str] | None = None,
     ring_slots: int = RING_SLOTS,
+    level: str = "full",
+    max_overhead: float | None = None,
 ) -> Session:
     """Record every vLLM engine that is made from now on.
 
@@ -234,6 +309,11 @@ def install(
         ring_dir: directory of the ring, instead of shared memory; also ``KVHOOK_DIR``.
         ring_slots: records the ring holds, rounded up to a power of two. It is what other processes see live, and
             what is left after a crash.
+        level: ``"full"``, or ``"light"``: the scheduler's stats and exact token counts of every step, for less than
+            half the cost, and without latencies and single requests; see `Summary.not_recorded`.
+        max_overhead: the most that kvhook may take, as a share of the time inside steps, 0.01 say, what vLLM takes to
+            make stats for it included. When that is exceeded for long (three times 256 steps), kvhook steps down to
+            level light, and then counts the outputs of every 4th, 16th, 64th step only; the trace says when and why.
 
     Raises:
         RingDirectoryError: there is no place for the ring; the message gives each place that was tried.
@@ -242,13 +322,20 @@ def install(
     global _current
     with _lock:
         if _current is None or _current._pid != os.getpid():
-            _current = Session(ring_dir=ring_dir, ring_slots=ring_slots, history=history, trace=trace)
+            _current = Session(
+                ring_dir=ring_dir,
+                ring_slots=ring_slots,
+                history=history,
+                trace=trace,
+                level=level,
+                max_overhead=max_overhead,
+            )
             atexit.register(_at_exit, _current)
-        elif trace is not None and _current._trace_path != Path(trace):
-            log.warning("kvhook is installed already; trace=%r has no effect. kvhook.uninstall() first.", str(trace))
+        else:
+            _current._warn_of_other(trace=trace, level=level, max_overhead=max_overhead)
         if not hooks.armed():
             _warn_if_slow()
-            hooks.arm(_current)
+            hooks.arm(_current, _current.level)
         return _current
 
 
@@ -314,6 +401,14 @@ def parse_size(size: int | str) -> int:
     number, unit, rest = match.groups()
     factor = 1000 if rest.lower() == "b" else 1024
     return int(float(number) * factor ** " kmgt".index(unit.lower() or " "))
+
+
+def _share(max_overhead: Any) -> float | None:
+    if max_overhead is None:
+        return None
+    if isinstance(max_overhead, bool) or not isinstance(max_overhead, (int, float)) or not 0 < max_overhead <= 1:
+        raise KvhookError(f"max_overhead is a share of the step time, above 0 and up to 1 (0.01), not {max_overhead!r}")
+    return float(max_overhead)
 
 
 def _power_of_two(slots: Any) -> int:

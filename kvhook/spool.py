@@ -245,13 +245,20 @@ class Spool:
                 return
             try:
                 self._drain(engine)
-                self._file_for(engine.recorder.ring.layout).append_meta(number, self._counts(number))
+                file = self._file_for(engine.recorder.ring.layout)
+                self._settle(number, file)
+                file.append_meta(number, self._counts(number))
             except OSError as error:
                 self._fault(_WRITING, error, _THEN)
             except Exception as error:
                 self._fault("draining the ring", error, "what was not drained yet is counted as lost")
             del self._engines[number]
             engine.reader.close()
+
+    def tell_again(self, number: int) -> None:
+        """Write the facts about an engine once more, with the next records: they have changed. Takes no lock, so that
+        the engine's own thread may call it."""
+        self._owed.add(number)
 
     def drain(self) -> int:
         """Bring the files up to now; gives the number of records that were taken over."""
@@ -337,8 +344,12 @@ class Spool:
     def _settle(self, number: int, file: TraceWriter) -> None:
         """Write the facts about an engine that could not be written so far."""
         if number in self._owed:
-            file.append_meta(number, self._metas[number])
             self._owed.discard(number)
+            try:
+                file.append_meta(number, self._metas[number])
+            except OSError:
+                self._owed.add(number)
+                raise
 
     def _counts(self, number: int) -> dict[str, int]:
         return {

@@ -4,9 +4,8 @@ The publisher is generated, because reading 40 attributes in a straight line tak
 ``getattr`` 1.5 us. What comes out is plain Python and can be read: ``compile_publisher(...).source``. Its shape (the
 state of the two functions lives in the local variables of ``bind``)::
 
-    def bind(publish_record, pack_step, pack_request, pack_values, clock):
-        n = step = ... = 0
-        def record(scheduler_stats=None, iteration_stats=None, mm_cache_stats=None, engine_idx=0, **_): ...
+    def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample, n, step, request_number):
+        def record(scheduler_stats=None, iteration_stats=None, mm_cache_stats=None, engine_idx=0, spent=0, **_): ...
         def publish(t_start_ns, t_end_ns): ...
         return record, publish
 """
@@ -23,6 +22,7 @@ from kvhook.adapters.table import Adapter, Read, Source, attributes, has_field, 
 from kvhook.ring.layout import Layout, make_layout
 from kvhook.ring.writer import Publish
 from kvhook.schema import (
+    LEVELS,
     REQUEST,
     REQUEST_FIELDS,
     STEP,
@@ -43,6 +43,25 @@ PublishStep = Callable[[int, int], None]
 #: Every so many steps the publisher times itself; the next record carries the result.
 MEASURE_EVERY = 8
 
+
+class Counters(NamedTuple):
+    """Where a publisher goes on: the number of its next record, step, and finished request."""
+
+    n: int = 0
+    step: int = 0
+    request_number: int = 0
+
+
+#: ``on_sample(*counters, t_start_ns, t_end_ns, kvhook_ns)`` is told after each step that was timed; it gives the
+#: ``vllm_stats_ns`` of the next record.
+OnSample = Callable[[int, int, int, int, int, int], int]
+
+
+def no_sample(*_: int) -> int:
+    """For engines without steps, whose cost has nothing to be a share of."""
+    return -1
+
+
 #: Columns that the publisher knows by itself, whatever the vLLM.
 OWN_COLUMNS = (
     "step",
@@ -51,10 +70,15 @@ OWN_COLUMNS = (
     "t_end_ns",
     "has_scheduler_stats",
     "has_iteration_stats",
+    "level",
     "kvhook_ns",
+    "vllm_stats_ns",
 )
 #: The argument of vLLM's ``record`` that is no stats object.
 ENGINE_INDEX = "engine_idx"
+#: The fact that vLLM makes iteration stats only because kvhook turned them on, in a place where that can be timed.
+STATS_FOR_KVHOOK = "stats_for_kvhook"
+NO_STATS_FOR_KVHOOK = "vLLM makes no stats here that it would not make without kvhook, or not where it can be timed"
 #: The fact that the hook on finished requests is in place.
 FINISHED_HOOK = "finished_hook"
 #: Columns of a series of values begin with this.
@@ -70,13 +94,22 @@ class Compiled(NamedTuple):
     #: what the source calls by name: helpers, and facts about the engine
     names: dict[str, Any]
 
-    def bind(self, publish_record: Publish, engine: int, clock: Callable[[], int]) -> tuple[Record, PublishStep]:
+    def bind(
+        self,
+        publish_record: Publish,
+        engine: int,
+        clock: Callable[[], int],
+        on_sample: OnSample = no_sample,
+        start: Counters = Counters(),  # noqa: B008 (it cannot be changed)
+    ) -> tuple[Record, PublishStep]:
         """Make the two functions of the step path.
 
         Args:
             publish_record: stores a packed record (`RingWriter.publish`).
             engine: number of the engine in this process, stored in each slot.
             clock: monotonic nanoseconds.
+            on_sample: is told what kvhook took, in each step in which that was measured.
+            start: where to go on, if another publisher has written into the ring before.
         """
         name = f"<kvhook publisher of engine {engine}>"
         # so that a traceback out of the generated code shows its lines
@@ -86,23 +119,33 @@ class Compiled(NamedTuple):
         pack_values = self.layout.struct_of("values", tail=f"{self.layout.values_per_slot}d").pack
         pack_step, pack_request = (self.layout.struct_of(kind).pack for kind in ("step", "request"))
         functions: tuple[Record, PublishStep] = scope["bind"](
-            publish_record, pack_step, pack_request, pack_values, clock
+            publish_record, pack_step, pack_request, pack_values, clock, on_sample, *start
         )
         return functions
 
 
-def compile_publisher(adapter: Adapter, facts: Mapping[str, Any]) -> Compiled:
+def compile_publisher(
+    adapter: Adapter, facts: Mapping[str, Any], *, level: str = "", layout: Layout | None = None
+) -> Compiled:
     """Generate the publisher for the vLLM that is loaded and an engine with these facts.
 
     Args:
         adapter: the tables of the era.
         facts: what is known of the engine (`kvhook.adapters.config.engine_facts`), and ``finished_hook`` (whether
             that target is patched).
+        level: stored in each step; the adapter's own by default.
+        layout: of a ring that exists already; columns of it that this adapter does not fill are blank.
 
     Raises:
         LookupError: a class that vLLM hands over is not where the adapter says.
     """
     plan = _Plan(adapter, facts)
+    plan.names["LEVEL"] = LEVELS.index(level or adapter.level)
+    if layout is not None:
+        fields = {f.name: f for f in STEP_FIELDS}
+        for column in layout.columns["step"]:
+            plan.steps.setdefault(column.name, blank(fields[column.name]))
+        return Compiled(_Source(plan, layout).text(), layout, plan.absent, plan.names)
     layout = make_layout(
         {
             "step": tuple(f for f in STEP_FIELDS if f.name in plan.steps),
@@ -153,12 +196,16 @@ class _Plan:
         self.steps = self._own_columns() | self._live("step", STEP_FIELDS, adapter.steps)
         self._count_blocks()
         self.requests: dict[str, str] = {}
+        self.absent["request"] |= {r.column: r.absent for r in adapter.requests if not r.expressions and r.absent}
         if self.finished:
             self.requests = {"request": "request_number", "step": "step"}
             self.requests |= self._live("request", REQUEST_FIELDS, adapter.requests)
         for kind, fields, live in (("step", STEP_FIELDS, self.steps), ("request", REQUEST_FIELDS, self.requests)):
             for name in (f.name for f in fields if f.name not in live):
-                self.absent[kind].setdefault(name, f"vLLM's {adapter.name} engine has no such number")
+                self.absent[kind].setdefault(name, self._why_unseen(name))
+
+    def _why_unseen(self, column: str) -> str:
+        return self.adapter.unseen or f"vLLM's {self.adapter.name} engine has no such number"
 
     def _choose(self, read: Read) -> str:
         """The first expression that resolves, or ""."""
@@ -208,6 +255,9 @@ class _Plan:
 
     def _own_columns(self) -> dict[str, str]:
         own = {name: name for name in OWN_COLUMNS}
+        own["level"] = "LEVEL"
+        if not self.facts.get(STATS_FOR_KVHOOK):
+            self.absent["step"]["vllm_stats_ns"] = NO_STATS_FOR_KVHOOK
         for series in self.lists:
             own |= {f.name: f.name for f in STEP_FIELDS if f.name.startswith(f"{PREFIXES[series]}_")}
         if self.finished:
@@ -244,20 +294,22 @@ class _Source:
         """The whole source."""
         roots = ", ".join(self.roots)
         merge = "merge" in self.plan.names
-        self.add(0, "def bind(publish_record, pack_step, pack_request, pack_values, clock):")
-        self.add(1, "n = step = request_number = engine_index = 0")
-        self.add(1, "kvhook_ns = -1")
+        arguments = "publish_record, pack_step, pack_request, pack_values, clock, on_sample, n, step, request_number"
+        self.add(0, f"def bind({arguments}):")
+        self.add(1, "engine_index = spent_ns = 0")
+        self.add(1, "kvhook_ns = vllm_stats_ns = -1")
         self.add(1, f"{' = '.join(self.roots)} = None\n")
         arguments = "".join(f"{a}=None, " for a in self.plan.arguments)
-        self.add(1, f"def record({arguments}**_):")
-        self.add(2, f"nonlocal {roots}, engine_index")
+        self.add(1, f"def record({arguments}spent=0, **_):")
+        self.add(2, f"nonlocal {roots}, engine_index, spent_ns")
         for root, source in self.roots.items():
             given = source.argument
             self.add(2, f"{root} = {f'{given} if {root} is None else merge({root}, {given})' if merge else given}")
+        self.add(2, "spent_ns = spent")
         self.add(2, f"engine_index = {ENGINE_INDEX} or 0\n")
         self.values()
         self.add(1, "def publish(t_start_ns, t_end_ns):")
-        self.add(2, f"nonlocal n, step, request_number, kvhook_ns, {roots}")
+        self.add(2, f"nonlocal n, step, request_number, kvhook_ns, vllm_stats_ns, {roots}")
         for root in self.roots:
             self.root(root)
         for series, expression in self.plan.lists.items():
@@ -266,11 +318,12 @@ class _Source:
             self.requests()
         cells = ", ".join(self.cell(c.name) for c in self.layout.columns["step"])
         self.add(2, f"n = publish_record(n, pack_step(n, {STEP}, ENGINE, {cells}))")
-        self.add(2, "kvhook_ns = -1")
-        self.add(2, f"if not step % {MEASURE_EVERY}:")
-        self.add(3, "kvhook_ns = clock() - t_end_ns")
+        self.add(2, "kvhook_ns = vllm_stats_ns = -1")
+        self.add(2, f"{' = '.join(self.roots)} = None")
         self.add(2, "step += 1")
-        self.add(2, f"{' = '.join(self.roots)} = None\n")
+        self.add(2, f"if step % {MEASURE_EVERY} == 1:")
+        self.add(3, "kvhook_ns = clock() - t_end_ns + spent_ns")
+        self.add(3, "vllm_stats_ns = on_sample(n, step, request_number, t_start_ns, t_end_ns, kvhook_ns)\n")
         self.add(1, "return record, publish")
         return "\n".join(self.lines) + "\n"
 

@@ -47,6 +47,7 @@ def engine_facts(adapter: Adapter, engine: Any) -> dict[str, Any]:
     facts["on_gpu"] = facts.get("device") != "cpu"
     facts["timed_steps"] = adapter.timed
     facts["notes"] = dict(adapter.notes)
+    facts |= {name: ask() for name, ask in adapter.asks.items()}
     facts |= _kv_blocks(adapter, facts, engine, config)
     return facts
 

@@ -96,6 +96,16 @@ class Adapter(NamedTuple):
     until: str = ""
     #: column -> what to know about its numbers from these vLLMs
     notes: Mapping[str, str] = {}
+    #: how much is recorded of a step: a name in `kvhook.schema.LEVELS`
+    level: str = "full"
+    #: whether kvhook must be there when the engine is built
+    must_be_built: bool = False
+    #: why a column that no table names is absent; "" for the general reason
+    unseen: str = ""
+    #: fact about the engine -> what gives it, asked when the engine has been built
+    asks: Mapping[str, Callable[[], Any]] = {}
+    #: methods of the engine's output processor in which vLLM fills its iteration stats in
+    makes_stats_in: tuple[str, ...] = ()
 
     @property
     def trigger(self) -> str:

@@ -31,6 +31,9 @@ _NOT_PER_REQUEST = "this vLLM does not count it per request"
 _NO_TTFT = "this vLLM does not keep it per request; every value of the run is in session.latencies()"
 
 _STATS_ARGUMENTS = ("scheduler_stats", "iteration_stats")
+#: The one setting that `IterationStats` looks up, again for each output: os.environ is asked every time.
+SETTINGS = ("VLLM_COMPUTE_NANS_IN_LOGITS",)
+_SETTINGS = Target("settings", f"{STATS}:envs", required=False)
 _FINISHED = Target(
     "finished",
     f"{STATS}:IterationStats.update_from_finished_request",
@@ -49,6 +52,7 @@ V1 = Adapter(
         Target("manager", f"{ENGINE}:StatLoggerManager"),
         Target("record", f"{LOGGERS}:StatLoggerManager.record", takes=_STATS_ARGUMENTS),
         _FINISHED,
+        _SETTINGS,
         Target("get_metrics", f"{ENGINE}:LLMEngine.get_metrics", required=False),
     ),
     tap="manager",
@@ -132,6 +136,7 @@ V1 = Adapter(
         ),
     ),
     facts=FACTS,
+    makes_stats_in=("_update_stats_from_output", "_update_stats_from_finished"),
 )
 
 #: 0.9 and 0.10: the engine has one logger, and no manager.
@@ -143,6 +148,7 @@ V1_ONE_LOGGER = V1._replace(
         Target("manager", f"{ENGINE}:PrometheusStatLogger"),
         Target("record", f"{LOGGERS}:PrometheusStatLogger.record", takes=_STATS_ARGUMENTS),
         _FINISHED,
+        _SETTINGS,
         Target("get_metrics", f"{ENGINE}:LLMEngine.get_metrics", required=False),
     ),
     holder="stat_logger",
@@ -173,8 +179,10 @@ V1_NO_LOGGER = V1._replace(
         ),
         Target("", f"{STATS}:IterationStats", field=(f"{STATS}:IterationStats", "num_preempted_reqs")),
         _FINISHED,
+        _SETTINGS,
     ),
     tap="outputs",
+    must_be_built=True,
     holder="",
     record=_STATS_ARGUMENTS,
     steps=_STEPS_0_8,
@@ -191,6 +199,7 @@ ASYNC_LLM = V1._replace(
         Target("manager", f"{ASYNC}:StatLoggerManager"),
         Target("record", f"{LOGGERS}:StatLoggerManager.record", takes=(*_STATS_ARGUMENTS, "engine_idx")),
         _FINISHED,
+        _SETTINGS,
     ),
     timed=False,
 )
@@ -203,6 +212,7 @@ ASYNC_LISTS = ASYNC_LLM._replace(
         Target("", f"{LOGGERS}:StatLoggerBase.record", takes=_STATS_ARGUMENTS),
         Target("", f"{LOGGERS}:StatLoggerBase.log_engine_initialized"),
         _FINISHED,
+        _SETTINGS,
     ),
     tap="lists",
     holder="stat_loggers",

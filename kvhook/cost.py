@@ -1,0 +1,166 @@
+"""What recording costs, measured in the run itself, and kept within a budget.
+
+Every eighth step the publisher hands over what kvhook took in it (`kvhook.adapters.compiler.MEASURE_EVERY`), and of
+every 32nd step it is measured what vLLM took to make the iteration stats that nobody but kvhook had asked for. Between
+these nothing is measured, so that measuring costs nothing.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kvhook.adapters.compiler import Counters
+from kvhook.adapters.table import Adapter, lookup
+
+clock = time.monotonic_ns
+
+#: Samples between two measurements of vLLM's part: it takes two clock readings for each output of that step.
+PROBE_EVERY = 4
+#: Samples of a window, and windows in a row that must be over the budget: 32 x 8 steps, three times. A start, or a
+#: busy moment, is not "long".
+WINDOW, WINDOWS = 32, 3
+
+
+class Level(NamedTuple):
+    """How much is recorded: a name in `kvhook.schema.LEVELS`, and in every how-many-th step outputs are counted."""
+
+    name: str
+    every: int = 1
+
+
+#: From one to the next when the budget is exceeded for long.
+LADDER = (Level("full"), Level("light"), Level("sparse", 4), Level("sparse", 16), Level("sparse", 64))
+
+
+class Cost:
+    """Takes the samples of one engine, and steps down when they are over the budget for long.
+
+    Args:
+        call_ns: what every step costs that the publisher cannot measure from inside: the wrapped call, the hand-over.
+        level: where it starts.
+        max_overhead: the budget, as a share of the time inside steps; None for no budget.
+        step_down: ``step_down(level, counters, share)`` changes over to a level; False if that cannot be done.
+    """
+
+    def __init__(
+        self,
+        call_ns: int,
+        level: str = "full",
+        max_overhead: float | None = None,
+        step_down: Callable[[Level, Counters, float], bool] = lambda *_: False,
+    ) -> None:
+        self.probe: StatsProbe | None = None
+        self._call_ns = call_ns
+        self._rest = LADDER[[rung.name for rung in LADDER].index(level) + 1 :]
+        self._max = max_overhead
+        self._step_down = step_down
+        self._samples = self._cost = self._time = self._stats_ns = self._over = 0
+
+    def sample(self, n: int, step: int, request_number: int, t_start_ns: int, t_end_ns: int, kvhook_ns: int) -> int:
+        """What the publisher found; gives what vLLM's part took, if that has been measured since, else -1."""
+        stats_ns = -1
+        self._samples += 1
+        if self.probe is not None:
+            stats_ns = self.probe.take()
+            if stats_ns >= 0:
+                self._stats_ns = stats_ns
+            if self._samples % PROBE_EVERY == 1:
+                self.probe.arm()
+        if self._max is not None:
+            self._cost += kvhook_ns + self._call_ns + self._stats_ns
+            self._time += t_end_ns - t_start_ns
+            if not self._samples % WINDOW:
+                self._look(Counters(n, step, request_number))
+        return stats_ns
+
+    def _look(self, counters: Counters) -> None:
+        """At the end of a window: is it over the budget, and has that been so for long?"""
+        share = self._cost / max(self._time, 1)
+        self._cost = self._time = 0
+        self._over = self._over + 1 if self._max is not None and share > self._max else 0
+        if self._over < WINDOWS or not self._rest:
+            return
+        self._over, level, self._rest = 0, self._rest[0], self._rest[1:]
+        if not self._step_down(level, counters, share):
+            self._rest = ()
+        elif level.name != "full":
+            self.probe, self._stats_ns = None, 0
+
+
+class StatsProbe:
+    """Measures what making iteration stats takes in vLLM's front end, in single steps; in the others it is not there.
+
+    Args:
+        processor: the engine's output processor.
+        methods: those of its methods in which vLLM fills its stats in, called for each output and each finished
+            request. 50 ns a call of measuring are in the result.
+        make_stats: vLLM's IterationStats, made once a step.
+
+    Raises:
+        AttributeError: this vLLM has no such methods.
+    """
+
+    def __init__(self, processor: Any, methods: tuple[str, ...], make_stats: Callable[[], Any]) -> None:
+        self._processor = weakref.ref(processor)  # the recording outlives the engine, and must not hold on to it
+        self._methods = methods
+        for name in methods:
+            getattr(processor, name)
+        start = clock()
+        for _ in range(16):
+            make_stats()
+        self._making = (clock() - start) // 16
+        self._spent = 0
+        self._measured = -1
+
+    def arm(self) -> None:
+        """Measure in the next step."""
+        processor = self._processor()
+        if processor is None:
+            return
+        there = vars(processor).get("process_outputs")  # what a tap has put there
+        process_outputs = processor.process_outputs
+
+        def process_outputs_measured(*args: Any, **kwargs: Any) -> Any:
+            if vars(processor).get("process_outputs") is process_outputs_measured:
+                if there is None:
+                    del processor.process_outputs
+                else:
+                    processor.process_outputs = there
+            self._spent = self._making
+            for name in self._methods:
+                setattr(processor, name, self._timed(getattr(processor, name)))
+            try:
+                return process_outputs(*args, **kwargs)
+            finally:
+                for name in self._methods:
+                    vars(processor).pop(name, None)
+                self._measured = self._spent
+
+        processor.process_outputs = process_outputs_measured
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = clock()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._spent += clock() - start
+
+        return timed
+
+    def take(self) -> int:
+        """Nanoseconds of the step that was measured last, once; -1 if there is none."""
+        measured, self._measured = self._measured, -1
+        return measured
+
+
+def probe_of(engine: Any, adapter: Adapter) -> StatsProbe | None:
+    """The probe of an engine, where this vLLM makes its stats in a place that can be timed."""
+    path = next((s.path for s in adapter.sources if s.argument == "iteration_stats"), "")
+    processor = getattr(engine, "output_processor", None)
+    if not path or processor is None or not all(hasattr(processor, name) for name in adapter.makes_stats_in):
+        return None
+    return StatsProbe(processor, adapter.makes_stats_in, lookup(path)) if adapter.makes_stats_in else None

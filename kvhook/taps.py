@@ -1,0 +1,262 @@
+"""How the stats of an engine are got at, once it has been built: `Adapter.tap` names one of `TAPS`.
+
+A tap puts ``record`` where the stats of this one engine pass, and gives what takes it out again. Classes are patched in
+`kvhook.hooks`; in here only objects of the engine are touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kvhook.adapters.compiler import Record
+from kvhook.adapters.light import Counts, make_counter
+from kvhook.adapters.table import Adapter, lookup
+
+Undo = Callable[[], None]
+
+clock = time.monotonic_ns
+
+
+class Tap(NamedTuple):
+    """What a tap needs to know.
+
+    ``records`` is the table of what the patched methods hand over: id of the object that the stats pass -> record.
+    ``failed`` is told of an error in kvhook's part of a step. ``every``: single outputs are looked at in every so many
+    steps (`tap_core` alone).
+    """
+
+    engine: Any
+    adapter: Adapter
+    record: Record
+    records: dict[int, Record]
+    failed: Callable[[Exception], None]
+    every: int = 1
+
+
+def tap_manager(tap: Tap) -> Undo:
+    """A logger or manager that is given the stats: it is ours, or its ``record`` is patched."""
+    manager = getattr(tap.engine, tap.adapter.holder)
+    if manager is None:
+        raise LookupError(f"it has no {tap.adapter.holder}")
+    if isinstance(manager, QuietManager):
+        manager.hand_over_to(tap.record)
+        return lambda: manager.hand_over_to(nothing)
+    return _listed(tap, id(manager))
+
+
+def tap_engine(tap: Tap) -> Undo:
+    """V0: the engine makes the stats itself, in a method that is patched."""
+    return _listed(tap, id(tap.engine))
+
+
+def _listed(tap: Tap, key: int) -> Undo:
+    records = tap.records
+    records[key] = tap.record
+
+    def undo() -> None:
+        records.pop(key, None)
+
+    return undo
+
+
+def tap_lists(tap: Tap) -> Undo:
+    """AsyncLLM up to 0.9: a list of loggers for each rank, up to 0.8.2 one list. One more logger goes into each."""
+    loggers = getattr(tap.engine, tap.adapter.holder)
+    lists = loggers if loggers and isinstance(loggers[0], list) else [loggers]
+    ours = [(each, _OnlyLogger(functools.partial(tap.record, engine_idx=rank))) for rank, each in enumerate(lists)]
+    for each, logger in ours:
+        each.append(logger)
+
+    def undo() -> None:
+        for each, logger in ours:
+            if logger in each:
+                each.remove(logger)
+
+    return undo
+
+
+def tap_outputs(tap: Tap) -> Undo:
+    """LLMEngine of 0.8: the core's stats come with its outputs and are left there; IterationStats are what its output
+    processor would fill in if it were given some. So it is, as AsyncLLM does it, and both are taken from there."""
+    client, processor, record = tap.engine.engine_core, tap.engine.output_processor, tap.record
+    get_output, process_outputs = client.get_output, processor.process_outputs
+    make_stats = lookup(next(s.path for s in tap.adapter.sources if s.argument == "iteration_stats"))
+    latest: Any = None
+
+    def get_output_and_keep(*args: Any, **kwargs: Any) -> Any:
+        nonlocal latest
+        latest = outputs = get_output(*args, **kwargs)
+        return outputs
+
+    def process_outputs_with_stats(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal latest
+        outputs, latest = latest, None
+        if outputs is None or args or kwargs:
+            return process_outputs(engine_core_outputs, *args, **kwargs)
+        stats = make_stats() if engine_core_outputs else None
+        result = process_outputs(engine_core_outputs, engine_core_timestamp=outputs.timestamp, iteration_stats=stats)
+        record(outputs.scheduler_stats, stats)
+        return result
+
+    processor.log_stats = True  # from now on it keeps the clocks of new requests; there are none yet
+    return _replace(
+        (client, "get_output", get_output_and_keep), (processor, "process_outputs", process_outputs_with_stats)
+    )
+
+
+def tap_core(tap: Tap) -> Undo:
+    """Level light: the scheduler's stats as the engine core sends them with its outputs, and a count of these.
+
+    Nothing is made by the front end: IterationStats are for those who asked vLLM for them.
+    """
+    if not tap.adapter.timed:
+        return _tap_core_on_event_loop(tap)
+    client, processor, record = tap.engine.engine_core, tap.engine.output_processor, tap.record
+    get_output, process_outputs = client.get_output, processor.process_outputs
+    count, failed, every = make_counter(), tap.failed, tap.every
+    steps = 0
+    latest: Any = None
+
+    def get_output_and_keep(*args: Any, **kwargs: Any) -> Any:
+        nonlocal latest
+        latest = outputs = get_output(*args, **kwargs)
+        return outputs
+
+    def count_and_process_outputs(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal latest, steps
+        outputs, latest = latest, None
+        if outputs is None:
+            return process_outputs(engine_core_outputs, *args, **kwargs)
+        counts, before, start = None, 0, clock()
+        try:
+            if engine_core_outputs and not steps % every:
+                counts = Counts()
+                count(engine_core_outputs, processor.request_states, counts)
+                before = len(processor.request_states)
+            steps += 1
+        except Exception as error:
+            counts = None
+            failed(error)
+        spent = clock() - start
+        result = process_outputs(engine_core_outputs, *args, **kwargs)
+        if counts is not None:
+            # also those that end by a stop string, which only the front end sees
+            counts.num_finished_reqs = before - len(processor.request_states)
+        record(outputs.scheduler_stats, counts, spent=spent)
+        return result
+
+    return _replace(
+        (client, "get_output", get_output_and_keep), (processor, "process_outputs", count_and_process_outputs)
+    )
+
+
+def _tap_core_on_event_loop(tap: Tap) -> Undo:
+    """The same for AsyncLLM, whose handler takes the outputs of a step in several parts: a step is over when the
+    handler asks for the next."""
+    client, processor, record = tap.engine.engine_core, tap.engine.output_processor, tap.record
+    get_output_async, process_outputs = client.get_output_async, processor.process_outputs
+    count, failed = make_counter(), tap.failed
+    latest: Any = None
+    counts: Counts | None = None
+
+    async def hand_over_and_get_output(*args: Any, **kwargs: Any) -> Any:
+        nonlocal latest, counts
+        outputs, latest = latest, None
+        if outputs is not None:
+            record(outputs.scheduler_stats, counts, engine_idx=getattr(outputs, "engine_index", 0))
+        counts = None
+        latest = outputs = await get_output_async(*args, **kwargs)
+        return outputs
+
+    def count_and_process_outputs(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal counts
+        before = 0
+        try:
+            if engine_core_outputs:
+                counts = counts or Counts()
+                count(engine_core_outputs, processor.request_states, counts)
+                before = len(processor.request_states)
+        except Exception as error:
+            counts = None
+            failed(error)
+        result = process_outputs(engine_core_outputs, *args, **kwargs)
+        if before and counts is not None:
+            counts.num_finished_reqs += before - len(processor.request_states)
+        return result
+
+    return _replace(
+        (client, "get_output_async", hand_over_and_get_output), (processor, "process_outputs", count_and_process_outputs)
+    )
+
+
+#: `Adapter.tap` -> puts `record` where the stats of this engine pass; gives what takes it out again.
+TAPS: dict[str, Callable[[Tap], Undo]] = {
+    "manager": tap_manager,
+    "engine": tap_engine,
+    "lists": tap_lists,
+    "outputs": tap_outputs,
+    "core": tap_core,
+}
+
+
+def _replace(*replaced: tuple[Any, str, Callable[..., Any]]) -> Undo:
+    """Put functions in the place of methods of single objects; gives what takes them out, where they are still there."""
+    for owner, name, function in replaced:
+        setattr(owner, name, function)
+
+    def undo() -> None:
+        for owner, name, function in replaced:
+            if vars(owner).get(name) is function:
+                delattr(owner, name)
+
+    return undo
+
+
+class QuietManager:
+    """Marks the loggers and managers that `quiet_manager` makes."""
+
+    stat_loggers: list[Any]
+
+    def hand_over_to(self, record: Record) -> None:
+        """From now on the engine's stats go straight to `record`, without a frame in between."""
+        self.stat_loggers = [_OnlyLogger(record)]
+        self.record = record
+
+
+class _OnlyLogger:
+    """kvhook alone in vLLM's list of loggers: records, and does nothing at everything else a manager may ask."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return nothing
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """Does nothing, whatever it is given."""
+    return None
+
+
+def quiet_manager(logger_class: Any) -> Any:
+    """A logger (manager) of vLLM's own type that does nothing: what asks for its type still gets it."""
+    silent = {name: nothing for name in dir(logger_class) if not name.startswith("_")}
+    made: Any = object.__new__(type("KvhookStatLoggerManager", (QuietManager, logger_class), silent))
+    made.engine_indexes = [0]
+    made.hand_over_to(nothing)
+    return made
+
+
+def make_no_stats(engine: Any, holder: str) -> None:
+    """Let an engine whose stats kvhook had turned on make none in its front end any more, as its user wanted it."""
+    processor = engine.output_processor
+    for owner in (engine, processor, getattr(processor, "lora_states", None)):
+        if hasattr(owner, "log_stats"):
+            owner.log_stats = False
+    if holder:
+        setattr(engine, holder, None)
