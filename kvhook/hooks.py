@@ -211,7 +211,9 @@ def on_core(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
             arguments.arguments["log_stats"] = True
             args, kwargs = arguments.args, arguments.kwargs
         except Exception as error:
-            owner.fault("turning the engine core's stats on", error, "this engine is recorded only if they are on anyway")
+            owner.fault(
+                "turning the engine core's stats on", error, "this engine is recorded only if they are on anyway"
+            )
     return wrapped(*args, **kwargs)
 
 

@@ -84,7 +84,7 @@ STEP_FIELDS: tuple[Field, ...] = (
         "i8",
         GAUGE,
         "ns",
-        "what vLLM took in an earlier step to make iteration stats that only kvhook had asked for; now and then, else -1",
+        "what vLLM took in an earlier step to make iteration stats only because kvhook records; now and then, else -1",
     ),
     Field("kv_cache_usage", "f8", GAUGE, "0-1", "share of the usable KV blocks in use at the end of the step"),
     Field("cpu_kv_cache_usage", "f8", GAUGE, "0-1", "share of the CPU swap space in use (V0)"),
@@ -137,6 +137,32 @@ VALUE_SERIES = ("time_to_first_token", "inter_token_latency")
 #: Values of ``level``. Light: what the engine core sends, and counts of its outputs. Sparse: as light, with the outputs
 #: counted in every n-th step only (in the others ``has_iteration_stats`` is 0).
 LEVELS = ("full", "light", "sparse")
+
+#: Columns of a step that level light does not have, and those that are counted from outputs: at level sparse they are
+#: known only where these were looked at.
+FULL_ONLY = (
+    "num_corrupted_reqs",
+    "ttft_count",
+    "ttft_sum",
+    "ttft_min",
+    "ttft_max",
+    "itl_count",
+    "itl_sum",
+    "itl_min",
+    "itl_max",
+    "mm_cache_queries",
+    "mm_cache_hits",
+    "vllm_stats_ns",
+)
+COUNTED = (
+    "num_prompt_tokens",
+    "num_prompt_tokens_computed",
+    "num_prompt_tokens_cached",
+    "num_prompt_tokens_external",
+    "num_generation_tokens",
+    "num_preempted_reqs",
+    "num_finished_reqs",
+)
 
 #: Codes of ``finish_reason``, in the order of vLLM's FinishReason. Newer reasons keep their number as text.
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")

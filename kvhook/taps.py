@@ -188,7 +188,8 @@ def _tap_core_on_event_loop(tap: Tap) -> Undo:
         return result
 
     return _replace(
-        (client, "get_output_async", hand_over_and_get_output), (processor, "process_outputs", count_and_process_outputs)
+        (client, "get_output_async", hand_over_and_get_output),
+        (processor, "process_outputs", count_and_process_outputs),
     )
 
 
@@ -203,7 +204,7 @@ TAPS: dict[str, Callable[[Tap], Undo]] = {
 
 
 def _replace(*replaced: tuple[Any, str, Callable[..., Any]]) -> Undo:
-    """Put functions in the place of methods of single objects; gives what takes them out, where they are still there."""
+    """Put functions in the place of methods of single objects; gives what takes out those that are still there."""
     for owner, name, function in replaced:
         setattr(owner, name, function)
 
@@ -255,7 +256,8 @@ def quiet_manager(logger_class: Any) -> Any:
 def make_no_stats(engine: Any, holder: str) -> None:
     """Let an engine whose stats kvhook had turned on make none in its front end any more, as its user wanted it."""
     processor = engine.output_processor
-    for owner in (engine, processor, getattr(processor, "lora_states", None)):
+    owners: tuple[Any, ...] = (engine, processor, getattr(processor, "lora_states", None))
+    for owner in owners:
         if hasattr(owner, "log_stats"):
             owner.log_stats = False
     if holder:

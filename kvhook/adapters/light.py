@@ -1,7 +1,8 @@
 """Level light: the scheduler's stats as the engine core sends them, and tokens counted from its outputs.
 
-The engine core makes its stats, the front end none: no IterationStats, no Prometheus, no log lines. What IterationStats
-would have counted of tokens is counted here from the same outputs, to the token; clocks of single requests are not kept.
+The engine core makes its stats, the front end none: no IterationStats, no Prometheus, no log lines. What
+IterationStats would have counted of tokens is counted here from the same outputs, to the token; clocks of single
+requests are not kept.
 """
 
 from __future__ import annotations
@@ -104,7 +105,11 @@ _SCHEDULER = {"sched", "prefix", "connector", "spec"}
 _SOURCES = (
     *(s for s in V1.sources if s.name in _SCHEDULER),
     Source(
-        "counts", "kvhook.adapters.light:Counts", argument="iteration_stats", optional=True, flags=("has_iteration_stats",)
+        "counts",
+        "kvhook.adapters.light:Counts",
+        argument="iteration_stats",
+        optional=True,
+        flags=("has_iteration_stats",),
     ),
 )
 _SPLIT = "this vLLM does not split prompt tokens by where they came from"

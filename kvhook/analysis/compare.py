@@ -31,7 +31,7 @@ ROWS: tuple[tuple[str, Callable[[Summary], str]], ...] = (
     ("running peak", lambda s: _known(s.num_running_reqs_peak)),
     ("waiting peak", lambda s: _known(s.num_waiting_reqs_peak)),
     ("preemptions", lambda s: _known(s.num_preempted_reqs)),
-    ("finished requests", lambda s: count(s.num_finished_reqs)),
+    ("finished requests", lambda s: _known(s.num_finished_reqs)),
     ("time to first token p50", lambda s: _p50(s.time_to_first_token)),
     ("inter-token latency p50", lambda s: _p50(s.inter_token_latency)),
     ("end to end p50", lambda s: _p50(s.e2e_latency)),

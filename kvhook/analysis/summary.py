@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvhook.analysis.distribution import Distribution, distribution
+from kvhook.schema import COUNTED, LEVELS
 
 if TYPE_CHECKING:
     from kvhook.trace import Trace
@@ -32,6 +33,12 @@ class Summary:
 
     steps: int
     steps_without_stats: int
+    #: level -> steps that were recorded at it: "full", "light", "sparse" (see `kvhook.install`)
+    steps_by_level: dict[str, int]
+    #: what `install(max_overhead=...)` changed: dictionaries with "step" (from which on), "level", "every" and "why"
+    level_changes: list[dict[str, Any]]
+    #: number of this summary -> why it is not known, or of which steps only
+    not_recorded: dict[str, str]
     #: from the start of the first step to the end of the last
     wall_time: float
     time_in_steps: float
@@ -67,7 +74,7 @@ class Summary:
     num_waiting_reqs_mean: float | None
     num_waiting_reqs_peak: int | None
     num_preempted_reqs: int | None
-    num_finished_reqs: int
+    num_finished_reqs: int | None
     finished_by_reason: dict[str, int]
 
     time_to_first_token: Distribution
@@ -80,6 +87,10 @@ class Summary:
     kvhook_ns_p99: float | None
     #: kvhook's share of the time inside steps
     kvhook_share: float | None
+    #: vLLM's part: what its front end took to make iteration stats because kvhook had turned them on, sampled as well;
+    #: None where the user had them on anyway, or it cannot be timed
+    vllm_stats_ns_p50: float | None
+    vllm_stats_share: float | None
 
     #: records that were overwritten or damaged before they were read
     records_lost: int
@@ -98,6 +109,17 @@ class Summary:
         from kvhook.analysis.summary_text import as_text
 
         return as_text(self)
+
+
+_FIELDS = frozenset(f.name for f in dataclasses.fields(Summary))
+#: what needs records of single requests, or their clocks
+_ONLY_FULL = (
+    "time_to_first_token",
+    "inter_token_latency",
+    "mean_time_per_output_token",
+    "e2e_latency",
+    "finished_by_reason",
+)
 
 
 def summarize(trace: Trace, engine: int | None = None) -> Summary:
@@ -129,7 +151,11 @@ def _summarize(trace: Trace, engine: int | None) -> Summary:
     prompt, generated = _total(steps, "num_prompt_tokens"), _total(steps, "num_generation_tokens")
     running, waiting = _column(with_stats, "num_running_reqs"), _column(with_stats, "num_waiting_reqs")
     reasons, reason_counts = np.unique(_texts(requests, "finish_reason"), return_counts=True)
-    cost = _cost(steps, max((e.get("hook_call_ns") or 0 for e in engines), default=0))
+    cost = _cost(steps, "kvhook_ns", max((e.get("hook_call_ns") or 0 for e in engines), default=0))
+    made = _cost(steps, "vllm_stats_ns", 0)
+    levels = _levels(steps)
+    if levels.get("sparse"):
+        prompt = generated = None
     blocks = [e["num_kv_blocks"] for e in engines if e.get("num_kv_blocks")]
     return Summary(
         vllm=str(meta["vllm"]),
@@ -137,6 +163,9 @@ def _summarize(trace: Trace, engine: int | None) -> Summary:
         engines=len(engines),
         steps=len(steps),
         steps_without_stats=len(steps) - len(with_stats),
+        steps_by_level=levels,
+        level_changes=[c for e in engines for c in _changes(e)],
+        not_recorded=_not_recorded(levels, len(steps)),
         wall_time=float(steps["t_end_ns"].max() - steps["t_start_ns"].min()) / 1e9 if len(steps) else 0.0,
         time_in_steps=inside,
         step_time=distribution(seconds),
@@ -153,8 +182,8 @@ def _summarize(trace: Trace, engine: int | None) -> Summary:
         prefix_cache_preempted_hits=again,
         preempted_share_of_hits=_ratio(again, None if again is None or hits is None else hits + again),
         num_prompt_tokens=prompt,
-        num_prompt_tokens_computed=_total(steps, "num_prompt_tokens_computed"),
-        num_prompt_tokens_cached=_total(steps, "num_prompt_tokens_cached"),
+        num_prompt_tokens_computed=None if levels.get("sparse") else _total(steps, "num_prompt_tokens_computed"),
+        num_prompt_tokens_cached=None if levels.get("sparse") else _total(steps, "num_prompt_tokens_cached"),
         num_generation_tokens=generated,
         prompt_tokens_per_second=_ratio(prompt, inside),
         generation_tokens_per_second=_ratio(generated, inside),
@@ -162,8 +191,8 @@ def _summarize(trace: Trace, engine: int | None) -> Summary:
         num_running_reqs_peak=int(running.max()) if len(running) else None,
         num_waiting_reqs_mean=float(waiting.mean()) if len(waiting) else None,
         num_waiting_reqs_peak=int(waiting.max()) if len(waiting) else None,
-        num_preempted_reqs=_total(steps, "num_preempted_reqs"),
-        num_finished_reqs=len(requests),
+        num_preempted_reqs=None if levels.get("sparse") else _total(steps, "num_preempted_reqs"),
+        num_finished_reqs=None if levels.get("sparse") else _finished(steps, requests, levels),
         finished_by_reason=dict(zip(reasons.tolist(), reason_counts.tolist(), strict=True)),
         time_to_first_token=distribution(*trace.latencies("time_to_first_token", engine)),
         inter_token_latency=distribution(*trace.latencies("inter_token_latency", engine)),
@@ -172,6 +201,8 @@ def _summarize(trace: Trace, engine: int | None) -> Summary:
         kvhook_ns_p50=float(np.median(cost)) if len(cost) else None,
         kvhook_ns_p99=float(np.quantile(cost, 0.99)) if len(cost) else None,
         kvhook_share=_ratio(float(cost.mean()) * len(steps) / 1e9 if len(cost) else None, inside),
+        vllm_stats_ns_p50=float(np.median(made)) if len(made) else None,
+        vllm_stats_share=_ratio(float(made.mean()) * levels.get("full", 0) / 1e9 if len(made) else None, inside),
         # a damaged record is a gap in the numbers as well, unless it was the last
         records_lost=max(int(meta["records_lost"]), int(meta["damaged"])),
         records_dropped=int(meta["records_dropped"]),
@@ -210,10 +241,42 @@ def _time_per_output_token(requests: Table) -> Distribution:
     return distribution(values)
 
 
-def _cost(steps: Table, call_ns: int) -> npt.NDArray[np.float64]:
-    """kvhook's cost per step, of the steps in which it was measured."""
-    cost = _column(steps, "kvhook_ns")
+def _cost(steps: Table, column: str, call_ns: int) -> npt.NDArray[np.float64]:
+    """What a step cost, of the steps in which it was measured."""
+    cost = _column(steps, column)
     return cost[cost >= 0] + call_ns
+
+
+def _levels(steps: Table) -> dict[str, int]:
+    """Level -> steps that were recorded at it; traces from before there were levels are full."""
+    codes = _column(steps, "level") if "level" in (steps.dtype.names or ()) else np.zeros(len(steps))
+    found = {name: int((codes == code).sum()) for code, name in enumerate(LEVELS)}
+    return {name: count for name, count in found.items() if count}
+
+
+def _changes(engine: dict[str, Any]) -> list[dict[str, Any]]:
+    """The changes of level that an engine's facts tell of, less what a damaged file may have there."""
+    told = engine.get("levels")
+    return [c for c in told if isinstance(c, dict) and isinstance(c.get("why"), str)] if isinstance(told, list) else []
+
+
+def _not_recorded(levels: dict[str, int], steps: int) -> dict[str, str]:
+    """Number of the summary -> why it is not known, or of which steps only, because of the level."""
+    full = levels.get("full", 0)
+    out = {}
+    if full < steps:
+        why = f"of {full:,} of {steps:,} steps only: the others are" if full else "this run is"
+        out = dict.fromkeys(_ONLY_FULL, f"{why} recorded at level light, without single requests and their clocks")
+    if levels.get("sparse"):
+        why = "outputs were counted in some steps only, to stay within max_overhead"
+        out |= dict.fromkeys((*(c for c in COUNTED if c in _FIELDS), "prompt_tokens_per_second"), why)
+        out["generation_tokens_per_second"] = why
+    return out
+
+
+def _finished(steps: Table, requests: Table, levels: dict[str, int]) -> int:
+    """Finished requests: their records, or at level light their count."""
+    return len(requests) if levels.keys() <= {"full"} else int(_column(steps, "num_finished_reqs").sum())
 
 
 def _plain(value: Any) -> Any:

@@ -31,6 +31,8 @@ def _lines(s: Summary) -> Iterator[str]:
         yield _row("step time", f"p50 {seconds(s.step_time.p50)}, p99 {seconds(s.step_time.p99)}{share}")
     else:
         yield _row("step time", "not known: on an event loop (AsyncLLM) there is no step that could be timed")
+    for text in _levels(s):
+        yield _row("level", text)
     if s.steps_without_stats:
         yield _row("", f"{s.steps_without_stats:,} steps brought no stats")
     yield ""
@@ -43,25 +45,50 @@ def _lines(s: Summary) -> Iterator[str]:
             f"hit, {percent(s.preempted_share_of_hits)} of all hits",
         )
     yield _row("prompt tokens", _prompt(s))
-    yield _row("generated", f"{count(s.num_generation_tokens)} tokens, {rate(s.generation_tokens_per_second)}")
+    generated = f"{count(s.num_generation_tokens)} tokens, {rate(s.generation_tokens_per_second)}"
+    yield _row("generated", "not known" if s.num_generation_tokens is None else generated)
     yield ""
     if s.num_running_reqs_peak is not None:
         yield _row("running", f"mean {s.num_running_reqs_mean:.1f}, peak {s.num_running_reqs_peak:,}")
         yield _row("waiting", f"mean {s.num_waiting_reqs_mean:.1f}, peak {s.num_waiting_reqs_peak:,}")
     yield _row("preemptions", count(s.num_preempted_reqs))
     reasons = ", ".join(f"{name} {n:,}" for name, n in sorted(s.finished_by_reason.items()))
-    yield _row("finished", f"{s.num_finished_reqs:,} requests{f' ({reasons})' if reasons else ''}")
+    finished = "not known" if s.num_finished_reqs is None else f"{s.num_finished_reqs:,} requests"
+    yield _row("finished", f"{finished}{f' ({reasons})' if reasons else ''}")
     yield ""
-    yield f"  {'latency':{_WIDTH}}{'count':>9}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}"
-    yield _latency("first token", s.time_to_first_token)
-    yield _latency("inter-token", s.inter_token_latency)
-    yield _latency("per out. token", s.mean_time_per_output_token)
-    yield _latency("end to end", s.e2e_latency)
+    if s.steps_by_level.get("full"):
+        yield f"  {'latency':{_WIDTH}}{'count':>9}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}"
+        yield _latency("first token", s.time_to_first_token)
+        yield _latency("inter-token", s.inter_token_latency)
+        yield _latency("per out. token", s.mean_time_per_output_token)
+        yield _latency("end to end", s.e2e_latency)
+    else:
+        yield _row("latency", "not recorded at level light: kvhook.install(level='full') does")
     yield ""
     yield _row("kvhook", _cost(s))
+    if s.vllm_stats_ns_p50 is not None:
+        yield _row(
+            "",
+            f"vLLM's stats, made for it: p50 {s.vllm_stats_ns_p50 / 1e3:.1f} us; {percent(s.vllm_stats_share, 3)}",
+        )
     yield _row("lost", _lost(s))
     for where, error in s.faults.items():
         yield _row("fault", f"{where}: {error}")
+
+
+def _levels(s: Summary) -> Iterator[str]:
+    """What was recorded at which level, where not all is full."""
+    if s.steps_by_level.keys() <= {"full"} and not s.level_changes:
+        return
+    if len(s.steps_by_level) == 1 and "light" in s.steps_by_level:
+        yield "light: no latencies, no single requests"
+    elif len(s.steps_by_level) > 1:
+        yield ", ".join(f"{name} in {n:,} steps" for name, n in s.steps_by_level.items())
+        yield f"latencies and single requests are those of the {s.steps_by_level.get('full', 0):,} steps at level full"
+    if s.steps_by_level.get("sparse"):
+        yield "tokens are not known: in some steps outputs were not counted"
+    for change in s.level_changes:
+        yield f"step {change.get('step')}: {change.get('level')}, because {change['why']}"
 
 
 def _usage(s: Summary) -> str:
@@ -89,6 +116,8 @@ def _prefix(s: Summary) -> str:
 
 
 def _prompt(s: Summary) -> str:
+    if s.num_prompt_tokens is None:
+        return "not known"
     if s.num_prompt_tokens_computed is None:
         return f"{count(s.num_prompt_tokens)}, {rate(s.prompt_tokens_per_second)}"
     return (
