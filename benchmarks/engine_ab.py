@@ -4,11 +4,16 @@
     python benchmarks/engine_ab.py --size 0.5b         a 0.5 B Llama with dummy weights, on a GPU
     python benchmarks/engine_ab.py --json              one JSON document
 
-One engine in one process; its stats and kvhook are switched between rounds, and every round runs all arms in a new
-random order. A figure is the geometric mean, over the rounds, of the ratio of an arm to its baseline *in the same
-round*, with a 95 % interval (bootstrap over rounds). Arms:
+One engine in one process (the worst case: with the core in a process of its own, the front end's work runs beside
+the core's). Its stats and kvhook are switched between rounds, and every round runs all arms in a new random order; each
+arm warms up with a short batch that is not timed, so that what is compared is the steady state. A figure is the
+geometric mean, over the rounds, of the ratio of an arm to its baseline *in the same round*, with a 95 % interval
+(bootstrap over rounds). `noise` is the same figure of a second arm without anything against the first: what this
+machine makes of no difference at all. Arms:
 
     off       the user's default: no stats, no kvhook
+    noise     the same once more
+    light     kvhook.install(level="light"), the user's stats off
     full      kvhook.install(), the user's stats off
     stats     vLLM's own stats on (disable_log_stats=False): Prometheus, log lines
     both      vLLM's own stats on, and kvhook
@@ -35,20 +40,35 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+# On a CPU: one thread on any core. Two would wait for each other far longer than they work when others use the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import kvhook
 from kvhook import hooks
+from kvhook.taps import quiet_manager
 
-#: Arm -> whether vLLM's stats are on in the engine, whether kvhook records, whether get_metrics() is polled.
+#: Arm -> whether vLLM's stats are on in the engine, the level at which kvhook records, whether get_metrics() is polled.
 ARMS = {
-    "off": ("off", False, False),
-    "full": ("quiet", True, False),
-    "stats": ("on", False, False),
-    "both": ("on", True, False),
-    "poll": ("on", False, True),
+    "off": ("off", None, False),
+    "noise": ("off", None, False),
+    "light": ("core", "light", False),
+    "full": ("quiet", "full", False),
+    "stats": ("on", None, False),
+    "both": ("on", "full", False),
+    "poll": ("on", None, True),
 }
 #: What an arm is compared with.
-BASELINES = {"full": "off", "stats": "off", "both": "stats", "poll": "stats"}
+BASELINES = {
+    "noise": ("off",),
+    "light": ("off", "stats"),
+    "full": ("off", "stats"),
+    "stats": ("off",),
+    "both": ("stats",),
+    "poll": ("stats",),
+}
+#: Tokens per request that are generated after switching, before the clock runs.
+WARM_UP = 16
 
 SIZES = {
     "tiny": None,
@@ -106,18 +126,19 @@ class Switch:
 
     def to(self, arm: str) -> None:
         """Switch stats, kvhook and the poller as the arm wants them."""
-        stats, recorded, polled = ARMS[arm]
-        on = stats != "off"
-        self.engine.log_stats = self.engine.output_processor.log_stats = on
-        self.engine.output_processor.lora_states.log_stats = on
-        self.scheduler.log_stats = self.scheduler.kv_cache_manager.log_stats = on
+        stats, level, polled = ARMS[arm]
+        in_front = stats in ("quiet", "on")
+        self.engine.log_stats = self.engine.output_processor.log_stats = in_front
+        self.engine.output_processor.lora_states.log_stats = in_front
+        self.scheduler.log_stats = self.scheduler.kv_cache_manager.log_stats = stats != "off"
         self.engine.logger_manager = self.manager if stats == "on" else None
         if stats == "quiet":
             from vllm.v1.metrics.loggers import StatLoggerManager
 
-            self.engine.logger_manager = hooks._quiet_manager(StatLoggerManager)
-        if recorded:
-            self.session = kvhook.install()
+            self.engine.logger_manager = quiet_manager(StatLoggerManager)
+        if level:
+            self.session = kvhook.install(level=level)
+            hooks._read_settings()
             hooks.watch(self.engine, stats_were_on=stats == "on")
         if polled:
             self.stop = poll(self.engine)
@@ -183,9 +204,10 @@ def compare(llm: Any, switch: Switch, batch: int, rounds: int, tokens: int, arms
     for salt in range(rounds + 1):
         for arm in random.sample(arms, len(arms)):
             switch.to(arm)
+            _, before = run_batch(llm, batch, min(WARM_UP, tokens), salt)
             seconds, steps = run_batch(llm, batch, tokens, salt)
             if ARMS[arm][1]:
-                driven += len(steps)
+                driven += len(before) + len(steps)
                 recorded += len(switch.session.steps())
             switch.back()
             if salt:  # the first round warms up
@@ -196,13 +218,14 @@ def compare(llm: Any, switch: Switch, batch: int, rounds: int, tokens: int, arms
     print(file=sys.stderr)
     rows = {}
     for arm in arms:
-        base = BASELINES.get(arm)
-        row: dict[str, Any] = {"step_ms_p50": 1e3 * float(np.median(median[arm]))}
-        if base in arms:
-            row["against"] = base
-            row["throughput"] = interval(np.array(wall[base]) / np.array(wall[arm]))
-            row["step_p50"] = interval(np.array(median[arm]) / np.array(median[base]))
-            row["step_p99"] = interval(np.array(tail[arm]) / np.array(tail[base]))
+        row: dict[str, Any] = {"step_ms_p50": 1e3 * float(np.median(median[arm])), "against": {}}
+        for base in BASELINES.get(arm, ()):
+            if base in arms:
+                row["against"][base] = {
+                    "throughput": interval(np.array(wall[base]) / np.array(wall[arm])),
+                    "step_p50": interval(np.array(median[arm]) / np.array(median[base])),
+                    "step_p99": interval(np.array(tail[arm]) / np.array(tail[base])),
+                }
         rows[arm] = row
     return {"batch": batch, "rounds": rounds, "tokens": tokens, "arms": rows, "steps": driven, "recorded": recorded}
 
@@ -215,6 +238,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=100, help="tokens per request and round")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--out", type=Path, help="write the JSON document there as well")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args()
     from hook_cost import machine
@@ -223,8 +247,11 @@ def main() -> int:
     switch = Switch(llm)
     results = [compare(llm, switch, b, args.rounds, args.tokens, args.arms) for b in args.batches]
     about = machine() | {"model": args.size, "device": str(llm.llm_engine.vllm_config.device_config.device_type)}
+    document = json.dumps({"machine": about, "results": results}, indent=1)
+    if args.out:
+        args.out.write_text(document)
     if args.json:
-        print(json.dumps({"machine": about, "results": results}, indent=1))
+        print(document)
         return 0
     print(", ".join(f"{k}: {v}" for k, v in about.items()))
     for r in results:
@@ -232,8 +259,9 @@ def main() -> int:
         print(f"\nbatch {r['batch']}, {r['rounds']} rounds of {r['tokens']} tokens; {share:.2%} of the steps recorded")
         print(f"  {'arm':8}{'step p50':>12}   {'throughput':24}{'step p50':24}{'step p99':24}against")
         for arm, row in r["arms"].items():
-            cells = "".join(f"{_ratio(row.get(k)):24}" for k in ("throughput", "step_p50", "step_p99"))
-            print(f"  {arm:8}{row['step_ms_p50']:9.3f} ms   {cells}{row.get('against', '')}")
+            for base, ratios in (row["against"] or {"": {}}).items():
+                cells = "".join(f"{_ratio(ratios.get(k)):24}" for k in ("throughput", "step_p50", "step_p99"))
+                print(f"  {arm:8}{row['step_ms_p50']:9.3f} ms   {cells}{base}")
     return 0
 
 
