@@ -5,11 +5,12 @@
     python benchmarks/engine_ab.py --json              one JSON document
 
 One engine in one process (the worst case: with the core in a process of its own, the front end's work runs beside
-the core's). Its stats and kvhook are switched between rounds, and every round runs all arms in a new random order; each
-arm warms up with a short batch that is not timed, so that what is compared is the steady state. A figure is the
-geometric mean, over the rounds, of the ratio of an arm to its baseline *in the same round*, with a 95 % interval
-(bootstrap over rounds). `noise` is the same figure of a second arm without anything against the first: what this
-machine makes of no difference at all. Arms:
+the core's), decoding batch after batch. Its stats, kvhook and what else an arm wants are switched every few steps, in
+a new random order in every cycle; the first steps of such a block warm up and are not counted. A figure is the
+geometric mean, over the cycles, of the ratio of an arm to its baseline *in the same cycle*, some tenths of a second
+apart, with a 95 % interval (bootstrap over the cycles). `noise` is the same figure of a second arm without anything
+against the first: what this machine makes of no difference at all. All arms have the spools of all sessions beside
+them, which take 0.07 % of a processor each (`spool.py`). Arms:
 
     off       the user's default: no stats, no kvhook
     noise     the same once more
@@ -17,7 +18,7 @@ machine makes of no difference at all. Arms:
     full      kvhook.install(), the user's stats off
     stats     vLLM's own stats on (disable_log_stats=False): Prometheus, log lines
     both      vLLM's own stats on, and kvhook
-    poll      vLLM's own stats on, and a thread that calls get_metrics() ten times a second
+    poll      vLLM's own stats on, and a thread that calls get_metrics() ten times a second of this arm's time
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import kvhook
 from kvhook import hooks
+from kvhook import session as session_module
 from kvhook.taps import quiet_manager
 
 #: Arm -> whether vLLM's stats are on in the engine, the level at which kvhook records, whether get_metrics() is polled.
@@ -67,8 +68,15 @@ BASELINES = {
     "both": ("stats",),
     "poll": ("stats",),
 }
-#: Tokens per request that are generated after switching, before the clock runs.
-WARM_UP = 16
+#: Steps of a block, and how many at its beginning are not counted.
+BLOCK, WARM_UP = 20, 4
+#: Seconds between two calls of get_metrics().
+POLL = 0.1
+#: Tokens of a prompt, and tokens generated before the next batch is sent.
+PROMPT, GENERATED = 16, 900
+
+#: What kvhook's hooks know, all of it for one engine and one session.
+TABLES: tuple[dict[Any, Any], ...] = (hooks._steps, hooks._records, hooks._engines, hooks._patched)
 
 SIZES = {
     "tiny": None,
@@ -114,76 +122,159 @@ def make_engine(size: str, max_num_seqs: int) -> Any:
     )
 
 
-class Switch:
-    """Puts one engine into the state of an arm."""
+class Plug:
+    """What one arm wants of the engine, put in and taken out between two steps.
 
-    def __init__(self, llm: Any) -> None:
+    For arms with kvhook a session is made once, and what it has put into vLLM is taken out and put back as a whole.
+    """
+
+    def __init__(self, llm: Any, arm: str) -> None:
         self.engine = llm.llm_engine
-        self.manager = self.engine.logger_manager
-        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self.processor = self.engine.output_processor
+        self.client = self.engine.engine_core
+        self.scheduler = self.client.engine_core.scheduler
+        self.stats, self.level, polled = ARMS[arm]
+        self.poller = Poller(self.engine) if polled else None
+        self.manager = None
         self.session: Any = None
-        self.stop: Callable[[], None] = lambda: None
+        self.patches: list[Any] = []
+        self.tables: list[dict[Any, Any]] = []
+        self.replaced: list[tuple[Any, str, Any]] = []
 
-    def to(self, arm: str) -> None:
-        """Switch stats, kvhook and the poller as the arm wants them."""
-        stats, level, polled = ARMS[arm]
-        in_front = stats in ("quiet", "on")
-        self.engine.log_stats = self.engine.output_processor.log_stats = in_front
-        self.engine.output_processor.lora_states.log_stats = in_front
-        self.scheduler.log_stats = self.scheduler.kv_cache_manager.log_stats = stats != "off"
-        self.engine.logger_manager = self.manager if stats == "on" else None
-        if stats == "quiet":
-            from vllm.v1.metrics.loggers import StatLoggerManager
-
-            self.engine.logger_manager = quiet_manager(StatLoggerManager)
-        if level:
-            self.session = kvhook.install(level=level)
+    def make(self, vllms: Any) -> None:
+        """Make the session of this arm. `vllms` is vLLM's own stat logger manager."""
+        self.manager = {"on": vllms, "quiet": quiet_manager(type(vllms))}.get(self.stats)
+        self._set_stats()
+        if self.level:
+            self.session = kvhook.install(level=self.level)
             hooks._read_settings()
-            hooks.watch(self.engine, stats_were_on=stats == "on")
-        if polled:
-            self.stop = poll(self.engine)
+            hooks.watch(self.engine, stats_were_on=self.stats == "on")
+            self.owner = hooks._owner
+            self.patches = list(hooks._patches)
+            self.tables = [dict(table) for table in TABLES]
+            of_engine = ((self.client, "get_output"), (self.processor, "process_outputs"))
+            self.replaced = [(o, n, vars(o)[n]) for o, n in of_engine if n in vars(o)]
+        self.out()
 
-    def back(self) -> None:
-        """Take kvhook and the poller out again."""
-        self.stop()
-        self.stop = lambda: None
-        kvhook.uninstall()
+    def put_in(self) -> None:
+        """The engine is as this arm wants it."""
+        self._set_stats()
+        for patch in self.patches:
+            setattr(patch.parent, patch.attribute, patch.wrapper)
+        for table, content in zip(TABLES, self.tables, strict=False):
+            table.update(content)
+        for owner, name, function in self.replaced:
+            setattr(owner, name, function)
+        if self.level:
+            hooks._owner = self.owner
+        if self.poller:
+            self.poller.begin()
+
+    def out(self) -> None:
+        """Nothing of this arm is in the engine any more."""
+        if self.poller:
+            self.poller.end()
+        for patch in reversed(self.patches):
+            hooks._restore(patch)
+        for table, content in zip(TABLES, self.tables, strict=False):
+            for key in content:
+                content[key] = table.pop(key)
+        for owner in (self.client, self.processor):
+            for name in ("get_output", "process_outputs"):
+                vars(owner).pop(name, None)
+        hooks._patches.clear()
+        hooks._owner = None
+        session_module._current = None
+
+    def close(self) -> None:
+        """The session is closed; its data can still be read."""
+        if self.session:
+            self.session.close()
+        if self.poller:
+            self.poller.close()
+
+    def _set_stats(self) -> None:
+        in_front = self.stats in ("quiet", "on")
+        self.engine.log_stats = in_front
+        self.processor.lora_states.log_stats = in_front
+        self.scheduler.log_stats = self.scheduler.kv_cache_manager.log_stats = self.stats != "off"
+        self.engine.logger_manager = self.manager
 
 
-def poll(engine: Any) -> Callable[[], None]:
-    """Call get_metrics() ten times a second in a thread; gives what ends it."""
-    end = threading.Event()
+class Poller:
+    """Calls get_metrics() in a thread, ten times a second of the time in which it is on."""
 
-    def run() -> None:
-        while not end.wait(0.1):
-            engine.get_metrics()
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.due = threading.Event()
+        self.over = False
+        self.on_for = 0.0
+        self.since = 0.0
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    def begin(self) -> None:
+        self.since = time.perf_counter()
+        if self.on_for >= POLL:
+            self.on_for -= POLL
+            self.due.set()
 
-    def stop() -> None:
-        end.set()
-        thread.join()
+    def end(self) -> None:
+        if self.since:
+            self.on_for += time.perf_counter() - self.since
 
-    return stop
+    def close(self) -> None:
+        self.over = True
+        self.due.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        while not self.over:
+            self.due.wait()
+            self.due.clear()
+            if not self.over:
+                self.engine.get_metrics()
 
 
-def run_batch(llm: Any, batch: int, tokens: int, salt: int) -> tuple[float, list[float]]:
-    """Generate `tokens` tokens for each of `batch` requests; gives seconds in all and for each step."""
-    from vllm import SamplingParams
+class Load:
+    """Batches of requests that decode in step; the steps in which one begins are not given to anybody."""
 
-    engine = llm.llm_engine
-    params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0, detokenize=False)
-    for i in range(batch):
-        prompt = [(salt * 31 + i * 7 + j * 3) % 400 + 10 for j in range(16)]
-        engine.add_request(f"{salt}-{i}", {"prompt_token_ids": prompt}, params)
-    steps = []
-    begin = time.perf_counter()
-    while engine.has_unfinished_requests():
-        start = time.perf_counter()
-        engine.step()
-        steps.append(time.perf_counter() - start)
-    return time.perf_counter() - begin, steps
+    def __init__(self, llm: Any, batch: int) -> None:
+        self.engine = llm.llm_engine
+        self.batch = batch
+        self.sent = self.left = 0
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of so many steps of decoding."""
+        if self.left < count:
+            self.renew()
+        self.left -= count
+        out = []
+        step, clock = self.engine.step, time.perf_counter
+        for _ in range(count):
+            start = clock()
+            step()
+            out.append(clock() - start)
+        return out
+
+    def renew(self) -> None:
+        """End what is left, send a new batch, and run it until all of it decodes."""
+        from vllm import SamplingParams
+
+        self.end()
+        params = SamplingParams(max_tokens=GENERATED, ignore_eos=True, temperature=0, detokenize=False)
+        for i in range(self.batch):
+            self.sent += 1
+            prompt = [(self.sent * 31 + i * 7 + j * 3) % 400 + 10 for j in range(PROMPT)]
+            self.engine.add_request(str(self.sent), {"prompt_token_ids": prompt}, params)
+        for _ in range(8):
+            self.engine.step()
+        self.left = GENERATED - 16
+
+    def end(self) -> None:
+        """Finish the batch."""
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
 
 
 def interval(ratios: np.ndarray) -> tuple[float, float, float]:
@@ -195,39 +286,64 @@ def interval(ratios: np.ndarray) -> tuple[float, float, float]:
     return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))
 
 
-def compare(llm: Any, switch: Switch, batch: int, rounds: int, tokens: int, arms: list[str]) -> dict[str, Any]:
-    """All arms at one batch size."""
-    wall: dict[str, list[float]] = {arm: [] for arm in arms}
-    median: dict[str, list[float]] = {arm: [] for arm in arms}
-    tail: dict[str, list[float]] = {arm: [] for arm in arms}
-    recorded = driven = 0
-    for salt in range(rounds + 1):
+def compare(llm: Any, vllms: Any, batch: int, seconds: float, arms: list[str]) -> dict[str, Any]:
+    """All arms at one batch size, for some seconds."""
+    plugs = {arm: Plug(llm, arm) for arm in arms}
+    for plug in plugs.values():
+        plug.make(vllms)
+    load = Load(llm, batch)
+    total: dict[str, list[float]] = {arm: [] for arm in arms}
+    single: dict[str, list[float]] = {arm: [] for arm in arms}
+    driven = dict.fromkeys(arms, 0)
+    begin, cycles = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds or cycles < 3:
         for arm in random.sample(arms, len(arms)):
-            switch.to(arm)
-            _, before = run_batch(llm, batch, min(WARM_UP, tokens), salt)
-            seconds, steps = run_batch(llm, batch, tokens, salt)
-            if ARMS[arm][1]:
-                driven += len(before) + len(steps)
-                recorded += len(switch.session.steps())
-            switch.back()
-            if salt:  # the first round warms up
-                wall[arm].append(seconds)
-                median[arm].append(float(np.median(steps)))
-                tail[arm].append(float(np.quantile(steps, 0.99)))
-        print(f"\rbatch {batch}: round {salt} of {rounds}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+            if load.left < BLOCK:
+                load.renew()  # without any arm
+            plugs[arm].put_in()
+            steps = load.steps(BLOCK)
+            plugs[arm].out()
+            driven[arm] += BLOCK
+            if cycles:  # the first warms up
+                total[arm].append(sum(steps[WARM_UP:]))
+                single[arm] += steps[WARM_UP:]
+        cycles += 1
+        if sys.stderr.isatty():
+            print(f"\rbatch {batch}: {cycles} cycles", end="", file=sys.stderr, flush=True)
+    print(f"\rbatch {batch}: {cycles} cycles", file=sys.stderr, flush=True)
+    load.end()
     rows = {}
     for arm in arms:
-        row: dict[str, Any] = {"step_ms_p50": 1e3 * float(np.median(median[arm])), "against": {}}
+        plug = plugs[arm]
+        plug.close()
+        row: dict[str, Any] = {"step_ms_p50": 1e3 * float(np.median(single[arm])), "against": {}}
+        if plug.session:
+            summary = plug.session.summary()
+            row |= {"steps": driven[arm], "recorded": summary.steps, "kvhook_us_p50": summary.kvhook_ns_p50 / 1e3}
+            if summary.vllm_stats_ns_p50 is not None:
+                row["vllm_stats_us_p50"] = summary.vllm_stats_ns_p50 / 1e3
         for base in BASELINES.get(arm, ()):
             if base in arms:
                 row["against"][base] = {
-                    "throughput": interval(np.array(wall[base]) / np.array(wall[arm])),
-                    "step_p50": interval(np.array(median[arm]) / np.array(median[base])),
-                    "step_p99": interval(np.array(tail[arm]) / np.array(tail[base])),
+                    "throughput": interval(np.array(total[base]) / np.array(total[arm])),
+                    "step_p50": quantiles(single[arm], single[base], 0.5),
+                    "step_p99": quantiles(single[arm], single[base], 0.99),
                 }
         rows[arm] = row
-    return {"batch": batch, "rounds": rounds, "tokens": tokens, "arms": rows, "steps": driven, "recorded": recorded}
+    return {"batch": batch, "cycles": cycles - 1, "steps_per_block": BLOCK - WARM_UP, "arms": rows}
+
+
+def quantiles(ours: list[float], theirs: list[float], q: float) -> tuple[float, float, float]:
+    """Ratio of a quantile of all steps, with its 95 % interval: bootstrap over the blocks that they came in."""
+    size = BLOCK - WARM_UP
+    a, b = (np.array(x).reshape(-1, size) for x in (ours, theirs))
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(300):
+        pick = rng.integers(0, len(a), len(a))
+        ratios.append(np.quantile(a[pick], q) / np.quantile(b[pick], q))
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return float(np.quantile(a, q) / np.quantile(b, q)), float(low), float(high)
 
 
 def main() -> int:
@@ -235,8 +351,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny", help="the model")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--tokens", type=int, default=100, help="tokens per request and round")
+    parser.add_argument("--seconds", type=float, default=60, help="of measuring, for each batch size")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--out", type=Path, help="write the JSON document there as well")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -244,8 +359,8 @@ def main() -> int:
     from hook_cost import machine
 
     llm = make_engine(args.size, max(args.batches))
-    switch = Switch(llm)
-    results = [compare(llm, switch, b, args.rounds, args.tokens, args.arms) for b in args.batches]
+    vllms = llm.llm_engine.logger_manager
+    results = [compare(llm, vllms, b, args.seconds, args.arms) for b in args.batches]
     about = machine() | {"model": args.size, "device": str(llm.llm_engine.vllm_config.device_config.device_type)}
     document = json.dumps({"machine": about, "results": results}, indent=1)
     if args.out:
@@ -255,13 +370,16 @@ def main() -> int:
         return 0
     print(", ".join(f"{k}: {v}" for k, v in about.items()))
     for r in results:
-        share = r["recorded"] / r["steps"] if r["steps"] else float("nan")
-        print(f"\nbatch {r['batch']}, {r['rounds']} rounds of {r['tokens']} tokens; {share:.2%} of the steps recorded")
+        print(f"\nbatch {r['batch']}, {r['cycles']} cycles of {r['steps_per_block']} steps for each arm")
         print(f"  {'arm':8}{'step p50':>12}   {'throughput':24}{'step p50':24}{'step p99':24}against")
         for arm, row in r["arms"].items():
             for base, ratios in (row["against"] or {"": {}}).items():
                 cells = "".join(f"{_ratio(ratios.get(k)):24}" for k in ("throughput", "step_p50", "step_p99"))
                 print(f"  {arm:8}{row['step_ms_p50']:9.3f} ms   {cells}{base}")
+            if "steps" in row:
+                made = f"; vLLM's stats for it {row['vllm_stats_us_p50']:.1f} us" if "vllm_stats_us_p50" in row else ""
+                share = row["recorded"] / row["steps"]
+                print(f"  {'':23}{share:.2%} of the steps recorded; kvhook's own {row['kvhook_us_p50']:.1f} us{made}")
     return 0
 
 
