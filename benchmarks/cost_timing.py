@@ -1,0 +1,163 @@
+"""How the candidates of `hook_cost` are timed: three states of the interpreter, and always interleaved.
+
+hot     blocks of calls of one candidate, calibrated to equally long blocks; every round runs all candidates in a new
+        random order, so that whatever else the machine does hits all of them alike
+busy    single calls, one by one, between them work as a program does it, and another thread that wants the
+        interpreter too: allocation churn, dictionaries, strings, sorting
+cold    single calls, one by one, each after a walk over a buffer larger than the processor's last-level cache
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Call = Callable[[], object]
+#: candidate -> nanoseconds of a call: one figure per round (hot), or per call (busy, cold)
+Times = dict[str, list[float]]
+
+clock = time.perf_counter_ns
+
+#: Blocks of the hot state last about this long: some hundred calls of kvhook's path, a few of a dear logger.
+BLOCK_NS = 400_000
+MOST_CALLS = 2000
+#: Where the system does not say how large the last-level cache is.
+UNKNOWN_CACHE = 64 << 20
+
+
+class Candidate(NamedTuple):
+    """What is timed, and what has to be the case meanwhile (entered before its block, left after it)."""
+
+    call: Call
+    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+def hot(candidates: dict[str, Candidate], rounds: int) -> Times:
+    """Mean time of a call in blocks, one figure per round. The garbage collector is off, as in timeit."""
+    times: Times = {name: [] for name in candidates}
+    gc.collect()
+    gc.disable()
+    try:
+        calls = {name: _calibrate(c) for name, c in candidates.items()}
+        for _ in range(rounds):
+            for name in random.sample(list(candidates), len(candidates)):
+                call, n = candidates[name].call, calls[name]
+                with candidates[name].around():
+                    _block(call, 1 + n // 10)
+                    times[name].append(_block(call, n) / n)
+            gc.collect(0)  # what the by-hand hook and the building of stats leave behind
+    finally:
+        gc.enable()
+    return times
+
+
+def _block(call: Call, n: int) -> int:
+    start = clock()
+    for _ in repeat(None, n):
+        call()
+    return clock() - start
+
+
+def _calibrate(candidate: Candidate) -> int:
+    """How many calls make a block."""
+    with candidate.around():
+        _block(candidate.call, 3)
+        each = min(_block(candidate.call, 5) for _ in range(3)) / 5
+    return max(1, min(MOST_CALLS, int(BLOCK_NS / max(each, 1.0))))
+
+
+def single(candidates: dict[str, Candidate], calls: int, between: Call) -> Times:
+    """Each call timed by itself, its two clock reads included, `between` before each."""
+    times: Times = {name: [] for name in candidates}
+    for _ in range(calls):
+        for name in random.sample(list(candidates), len(candidates)):
+            call = candidates[name].call
+            between()
+            start = clock()
+            call()
+            times[name].append(clock() - start)
+    return times
+
+
+def churn(size: int = 300) -> int:
+    """Work as programs do it: objects made, looked up, joined, sorted and dropped. About a tenth of a millisecond."""
+    rows = [{"id": i, "text": f"request {i}", "values": [i, i + 1.5]} for i in range(size)]
+    by_text = {row["text"]: row for row in rows}
+    words = " ".join(sorted(by_text, reverse=True)).split()
+    return len(words) + sum(len(row["values"]) for row in by_text.values())
+
+
+@contextlib.contextmanager
+def another_thread() -> Iterator[None]:
+    """Meanwhile another thread churns, and has the interpreter half of the time."""
+    end = threading.Event()
+
+    def run() -> None:
+        while not end.is_set():
+            churn(3000)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+
+
+def busy(candidates: dict[str, Candidate], calls: int) -> Times:
+    """Single calls in an interpreter that is shared with another thread and has just done something else."""
+    with another_thread():
+        return single(candidates, calls, churn)
+
+
+def cold(candidates: dict[str, Candidate], calls: int) -> Times:
+    """Single calls, each after the processor's caches were filled with something else."""
+    buffer = np.ones(eviction_bytes() // 8, np.int64)
+    lines = buffer[::8]  # one word of each cache line
+    return single(candidates, calls, lines.sum)
+
+
+def eviction_bytes() -> int:
+    """Size of the buffer that is walked: a quarter more than the last-level cache, or what memory there is for it."""
+    free = UNKNOWN_CACHE * 8
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    return min(last_level_cache() * 5 // 4, free // 4)
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache that the system tells of."""
+    sizes = [UNKNOWN_CACHE]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(path.read_text().strip().removesuffix("K")) * 1024)
+    return max(sizes[1:] or sizes)
+
+
+# ---- statistics ----------------------------------------------------------------------------------------------------
+
+
+def middle(values: Sequence[float]) -> tuple[float, float]:
+    """Median, and half the range of the middle half: the noise."""
+    if len(values) < 2:
+        return (float(values[0]), 0.0) if values else (float("nan"), 0.0)
+    low, median, high = statistics.quantiles(values, n=4)
+    return median, (high - low) / 2
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that this share of the values does not exceed."""
+    return float(np.quantile(np.asarray(values, float), share)) if values else float("nan")
