@@ -92,7 +92,7 @@ def report():
             ring[0 if line[0] == "R" else 1 if line[:2] == "Ps" else 2] += int(line.split()[1])
     print(json.dumps(found | {"ring": ring}))
 """
-#: How long the spool may take to look once more; with kvhook only.
+#: The spool has seen every record.
 DRAINED = "assert not session.faults; session._spool.drain()"
 MEMORY = {
     "numpy and wrapt": "report()",
@@ -188,6 +188,9 @@ def main() -> int:
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
             "KVHOOK_DIR": _ring_directory(folder),
             "TMPDIR": folder,
+            # as installed packages are: compiled, whatever the environment of this run says
+            "PYTHONPYCACHEPREFIX": str(Path(folder) / "compiled"),
+            "PYTHONDONTWRITEBYTECODE": "",
         }
         try:
             time_rows = differences(time_programs(args.rounds, environment))

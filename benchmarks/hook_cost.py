@@ -216,8 +216,10 @@ def recorded(objects: Objects) -> Iterator[dict[str, tuple[Recording, Any]]]:
                 recording = open_recording(objects, Path(folder))
                 engine = make_engine(recording.step, recording.members, recording.publish, wrapped=True)
                 made[name] = recording, engine
+            hooks._engines[0] = lambda: None  # the hook on finished requests asks whether any engine is recorded
             yield made
         finally:
+            hooks._engines.clear()
             for recording, engine in made.values():
                 del hooks._steps[id(engine)]
                 recording.close()
@@ -257,7 +259,6 @@ def part_candidates(objects: Objects, made: dict[str, tuple[Recording, Any]]) ->
         hooked = type("Hooked", (plain,), {original.__name__: wrapt.FunctionWrapper(original, hooks.on_finished)})
         for name, into in (("bare", plain()), ("hooked", hooked())):
             calls[f"finished requests, {name}"] = functools.partial(objects.finish_into, into)
-        hooks._engines[0] = lambda: None
     return {name: Candidate(call) for name, call in calls.items()}
 
 
