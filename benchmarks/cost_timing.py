@@ -1,10 +1,12 @@
-"""How the candidates of `hook_cost` are timed: three states of the interpreter, and always interleaved.
+"""How the candidates of `hook_cost` are timed: in several states of interpreter and processor, always interleaved.
 
-hot     blocks of calls of one candidate, calibrated to equally long blocks; every round runs all candidates in a new
-        random order, so that whatever else the machine does hits all of them alike
-busy    single calls, one by one, between them work as a program does it, and another thread that wants the
-        interpreter too: allocation churn, dictionaries, strings, sorting
-cold    single calls, one by one, each after a walk over a buffer larger than the processor's last-level cache
+hot         blocks of calls of one candidate, calibrated to be equally long; every round runs all candidates in a new
+            random order, so that whatever else the machine does hits all of them alike
+thread      single calls, one by one, while another thread wants the interpreter too and churns: objects made, looked
+            up, joined, sorted and dropped
+busy        the same, and this thread has churned as well before each call
+own caches  single calls, each after a walk over four times the caches that the processor's core has for itself
+cold        single calls, each after a walk over a buffer larger than the last-level cache
 """
 
 from __future__ import annotations
@@ -116,35 +118,60 @@ def another_thread() -> Iterator[None]:
         thread.join()
 
 
+def thread(candidates: dict[str, Candidate], calls: int) -> Times:
+    """Single calls in an interpreter that is shared with another thread."""
+    with another_thread():
+        return single(candidates, calls, lambda: None)
+
+
 def busy(candidates: dict[str, Candidate], calls: int) -> Times:
     """Single calls in an interpreter that is shared with another thread and has just done something else."""
     with another_thread():
         return single(candidates, calls, churn)
 
 
+def own_caches(candidates: dict[str, Candidate], calls: int) -> Times:
+    """Single calls, each after the core's own caches (L1, L2) were filled with something else."""
+    return single(candidates, calls, walk(4 * cache_bytes()[0]))
+
+
 def cold(candidates: dict[str, Candidate], calls: int) -> Times:
-    """Single calls, each after the processor's caches were filled with something else."""
-    buffer = np.ones(eviction_bytes() // 8, np.int64)
-    lines = buffer[::8]  # one word of each cache line
-    return single(candidates, calls, lines.sum)
+    """Single calls, each after all of the processor's caches were filled with something else."""
+    return single(candidates, calls, walk(eviction_bytes()))
+
+
+#: The states in which single calls are timed.
+SINGLE: dict[str, Callable[[dict[str, Candidate], int], Times]] = {
+    "thread": thread,
+    "busy": busy,
+    "own caches": own_caches,
+    "cold": cold,
+}
+
+
+def walk(size: int) -> Call:
+    """Reads one word of each cache line of a buffer."""
+    lines = np.ones(size // 8, np.int64)[::8]
+    return lambda: lines.sum()
 
 
 def eviction_bytes() -> int:
-    """Size of the buffer that is walked: a quarter more than the last-level cache, or what memory there is for it."""
-    free = UNKNOWN_CACHE * 8
+    """Size of the buffer that evicts all caches: a quarter more than the last one, or what memory there is for it."""
+    free = 8 * UNKNOWN_CACHE
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    return min(last_level_cache() * 5 // 4, free // 4)
+    return min(cache_bytes()[1] * 5 // 4, free // 4)
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache that the system tells of."""
-    sizes = [UNKNOWN_CACHE]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+def cache_bytes() -> tuple[int, int]:
+    """Bytes of the largest cache that is a core's own, and of the largest of all."""
+    sizes: dict[int, int] = {}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         with contextlib.suppress(OSError, ValueError):
-            sizes.append(int(path.read_text().strip().removesuffix("K")) * 1024)
-    return max(sizes[1:] or sizes)
+            level = int((index / "level").read_text())
+            sizes[level] = max(sizes.get(level, 0), 1024 * int((index / "size").read_text().strip().removesuffix("K")))
+    return sizes.get(2, UNKNOWN_CACHE // 32), max(sizes.values(), default=UNKNOWN_CACHE)
 
 
 # ---- statistics ----------------------------------------------------------------------------------------------------

@@ -2,13 +2,15 @@
 
     python benchmarks/hook_cost.py                the tables: hot, in a busy interpreter, with cold caches
     python benchmarks/hook_cost.py --quick        fewer steps and rounds, one process
+    python benchmarks/hook_cost.py --thorough     every kind of step in every state; some minutes
     python benchmarks/hook_cost.py --json         one JSON document
     python benchmarks/hook_cost.py --stand-ins    without vLLM: kvhook's own part on stand-ins with the same fields
 
 Figures are medians; `+-` is half the range of the middle half of the rounds of all worker processes. Figures that are
-compared are ratios of the same round (hot) or of the same process (busy, cold). The same candidate is measured twice
+compared are ratios of the same round (hot) or of the same process (all other states). One candidate is measured twice,
 under two names, and what those two differ by is the run's own noise. Hot figures come with the loop that calls (row
-"empty call"), busy and cold ones with their two clock reads as well: nothing is subtracted but where a row says so.
+"empty call"), others with their two clock reads as well: nothing is subtracted but where a row is of a whole path or a
+part of it, which is what a step takes with kvhook less what it takes without. `cost_timing` says what the states are.
 
 pyperf is not used, since it runs one benchmark after the other and cannot interleave them; calibrated blocks, warm-up,
 several processes, medians with their spread and the system's load are as there.
@@ -54,24 +56,26 @@ from kvhook.ring.place import find_directory
 
 PROMETHEUS, LOGGING = "vLLM's PrometheusStatLogger.record", "vLLM's LoggingStatLogger.record"
 BUILD = "vLLM builds IterationStats"
-#: In the states busy and cold: these steps.
-SINGLE_STEPS = ("decode, batch 1", "decode, batch 256", "8 prefills, 8 finished, batch 64")
-QUICK_STEPS = ("decode, batch 1", "decode, batch 256")
+ALL_STEPS = tuple(k.name for k in KINDS_OF_STEP)
+SOME_STEPS = ("decode, batch 1", "decode, batch 256", "8 prefills, 8 finished, batch 64")
 
 
 class Settings(NamedTuple):
     """How much is measured."""
 
     workers: int
+    #: in the hot state, and of which steps
     rounds: int
-    busy_calls: int
-    cold_calls: int
     steps: tuple[str, ...]
-    stand_ins: bool
+    #: single calls in the other states, and of which steps
+    calls: dict[str, int]
+    single_steps: tuple[str, ...]
+    stand_ins: bool = False
 
 
-FULL = Settings(3, 25, 700, 12, tuple(k.name for k in KINDS_OF_STEP), False)
-QUICK = Settings(1, 10, 200, 4, QUICK_STEPS, False)
+QUICK = Settings(1, 10, SOME_STEPS[:2], {"thread": 400, "busy": 150, "own caches": 80, "cold": 4}, SOME_STEPS[:2])
+USUAL = Settings(3, 15, ALL_STEPS, {"thread": 800, "busy": 400, "own caches": 200, "cold": 7}, SOME_STEPS)
+THOROUGH = Settings(5, 30, ALL_STEPS, {"thread": 2000, "busy": 1000, "own caches": 500, "cold": 15}, ALL_STEPS)
 
 
 # ---- ways to record ------------------------------------------------------------------------------------------------
@@ -288,7 +292,7 @@ def vllm_loggers() -> dict[str, Any]:
 
 def measure(settings: Settings) -> dict[str, dict[str, timing.Times]]:
     """All states in this process: state -> step -> candidate -> nanoseconds."""
-    found: dict[str, dict[str, timing.Times]] = {"hot": {}, "busy": {}, "cold": {}}
+    found: dict[str, dict[str, timing.Times]] = {state: {} for state in ("hot", *timing.SINGLE)}
     with vllm_or_stand_ins(settings.stand_ins):
         loggers = {} if settings.stand_ins else vllm_loggers()
         if not settings.stand_ins and can_cache_envs():
@@ -308,9 +312,9 @@ def measure_step(
         whole = whole_candidates(objects, made, loggers)
         more = part_candidates(objects, made) | ({} if settings.stand_ins else vllm_candidates(objects))
         found["hot"][kind.name] = timing.hot(whole | more, settings.rounds)
-        if kind.name in SINGLE_STEPS:
-            found["busy"][kind.name] = timing.busy(whole, settings.busy_calls)
-            found["cold"][kind.name] = timing.cold(whole, settings.cold_calls)
+        if kind.name in settings.single_steps:
+            for state, time_calls in timing.SINGLE.items():
+                found[state][kind.name] = time_calls(whole, settings.calls[state])
 
 
 # ---- machine, workers, command line --------------------------------------------------------------------------------
@@ -360,6 +364,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--quick", action="store_true", help="fewer steps and rounds, in one process")
+    parser.add_argument("--thorough", action="store_true", help="every kind of step in every state")
     parser.add_argument("--stand-ins", action="store_true", help="leave vLLM out even where it is installed")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -367,7 +372,7 @@ def main() -> int:
         worker(Settings(*json.loads(args.worker[1])), Path(args.worker[0]))
         return 0
     stand_ins = args.stand_ins or importlib.util.find_spec("vllm") is None
-    settings = (QUICK if args.quick else FULL)._replace(stand_ins=stand_ins)
+    settings = (QUICK if args.quick else THOROUGH if args.thorough else USUAL)._replace(stand_ins=stand_ins)
     load = os.getloadavg()[0]
     answers = run_workers(settings)
     names = cost_report.Names(next(iter(RECORDINGS)), tuple(RECORDINGS), PROMETHEUS, BUILD)
@@ -376,8 +381,8 @@ def main() -> int:
         "processors": os.cpu_count(),
         "load_before": round(load, 2),
         "load_after": round(os.getloadavg()[0], 2),
-        "evicted_bytes": timing.eviction_bytes(),
-        "last_level_cache": timing.last_level_cache(),
+        "caches": timing.cache_bytes(),
+        "evicted_with": timing.eviction_bytes(),
     }
     document = {"machine": about, "settings": settings._asdict(), "stand_ins": stand_ins} | report.document()
     print(json.dumps(document, indent=1) if args.json else cost_report.text(document))
