@@ -1,138 +1,202 @@
 """What one step costs: kvhook's whole path and its parts, beside vLLM's own stats on the same objects.
 
-    python benchmarks/hook_cost.py            the table
-    python benchmarks/hook_cost.py --json     one JSON document
+    python benchmarks/hook_cost.py                the tables: hot, in a busy interpreter, with cold caches
+    python benchmarks/hook_cost.py --quick        fewer steps and rounds, one process
+    python benchmarks/hook_cost.py --thorough     every kind of step in every state; some minutes
+    python benchmarks/hook_cost.py --json         one JSON document
+    python benchmarks/hook_cost.py --stand-ins    without vLLM: kvhook's own part on stand-ins with the same fields
 
-All figures of a table come from one run; rounds of the candidates are interleaved, so that whatever else the
-machine does hits all of them alike. A figure is the median over the rounds of the mean time of a call; `+-` is half
-the range of the middle half of the rounds: the run's own noise.
+Figures are medians; `+-` is half the range of the middle half of the rounds of all worker processes. Figures that are
+compared are ratios of the same round (hot) or of the same process (all other states). One candidate is measured twice,
+under two names, and what those two differ by is the run's own noise. Hot figures come with the loop that calls (row
+"empty call"), others with their two clock reads as well: nothing is subtracted but where a row is of a whole path or a
+part of it, which is what a step takes with kvhook less what it takes without. `cost_timing` says what the states are.
 
-Without vLLM the objects are stand-ins with the same fields, and vLLM's own part is left out, which is said.
+pyperf is not used, since it runs one benchmark after the other and cannot interleave them; calibrated blocks, warm-up,
+several processes, medians with their spread and the system's load are as there.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
+import functools
+import importlib.util
 import json
+import os
 import platform
-import random
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import cost_report
+import cost_timing as timing
 import wrapt
+from cost_objects import (
+    ENGINE,
+    KINDS_OF_STEP,
+    Objects,
+    StepKind,
+    can_cache_envs,
+    can_replace_envs,
+    envs_cached,
+    envs_replaced,
+    vllm_or_stand_ins,
+)
+from cost_timing import Call, Candidate
 
 from kvhook import hooks
-from kvhook.adapters import ADAPTERS
-from kvhook.adapters.table import Adapter, vllm_version
+from kvhook.adapters.table import vllm_version
 from kvhook.recorder import Recorder
+from kvhook.ring.place import find_directory
 
-BATCHES = (1, 8, 64, 256, 1024)
-ROUNDS = 40
-CALLS = 50
+PROMETHEUS, LOGGING = "vLLM's PrometheusStatLogger.record", "vLLM's LoggingStatLogger.record"
+BUILD = "vLLM builds IterationStats"
+ALL_STEPS = tuple(k.name for k in KINDS_OF_STEP)
+SOME_STEPS = ("decode, batch 1", "decode, batch 256", "8 prefills, 8 finished, batch 64")
 
-Call = Callable[[], object]
+
+class Settings(NamedTuple):
+    """How much is measured."""
+
+    workers: int
+    #: in the hot state, and of which steps
+    rounds: int
+    steps: tuple[str, ...]
+    #: single calls in the other states, and of which steps
+    calls: dict[str, int]
+    single_steps: tuple[str, ...]
+    stand_ins: bool = False
 
 
-class Stats:
-    """The stats of one step, as vLLM makes them."""
+QUICK = Settings(1, 10, SOME_STEPS[:2], {"thread": 400, "busy": 150, "own caches": 80, "cold": 4}, SOME_STEPS[:2])
+USUAL = Settings(3, 15, ALL_STEPS, {"thread": 800, "busy": 400, "own caches": 200, "cold": 7}, SOME_STEPS)
+THOROUGH = Settings(5, 30, ALL_STEPS, {"thread": 2000, "busy": 1000, "own caches": 500, "cold": 15}, ALL_STEPS)
 
-    def __init__(self, batch: int, prefills: int = 0, finished: int = 0) -> None:
-        from vllm.v1.metrics.stats import (
-            FinishedRequestStats,
-            IterationStats,
-            PrefixCacheStats,
-            SchedulerStats,
+
+# ---- ways to record ------------------------------------------------------------------------------------------------
+
+
+class Recording(NamedTuple):
+    """One way to record: what a step of the engine does to hand its stats over, and the functions of the path."""
+
+    #: the engine's ``step(self)`` with kvhook and without it; `members` are what they find in self
+    step: Callable[[Any], Any]
+    bare_step: Callable[[Any], Any]
+    members: dict[str, Any]
+    publish: Callable[[int, int], None]
+    close: Call
+    #: parts of the path that can be called by themselves; see `part_candidates`
+    parts: dict[str, Call]
+
+
+def bare_step(self: Any) -> Any:
+    """A step with stats off: there is nothing to hand over."""
+    return self.outputs
+
+
+def full(objects: Objects, folder: Path) -> Recording:
+    """As by default: vLLM hands both stats objects to kvhook alone."""
+    facts = {"num_kv_blocks": 1000, "finished_hook": True}
+    recorder = Recorder(0, hooks.adapter_for(f"{ENGINE}:LLMEngine"), facts, folder, 8192, hooks.clock)
+    record, publish = recorder.record, recorder.publish
+    scheduler, iteration = objects.scheduler, objects.iteration
+
+    def step(self: Any) -> Any:
+        self.record(scheduler_stats=self.scheduler_stats, iteration_stats=self.iteration_stats, mm_cache_stats=None)
+        return self.outputs
+
+    def hand_over() -> None:
+        record(scheduler_stats=scheduler, iteration_stats=iteration, mm_cache_stats=None)
+
+    def hand_over_and_publish() -> None:
+        record(scheduler_stats=scheduler, iteration_stats=iteration, mm_cache_stats=None)
+        publish(1, 2)
+
+    members = {"record": record, "scheduler_stats": scheduler, "iteration_stats": iteration}
+    parts = {"hand over": hand_over, "hand over and publish": hand_over_and_publish, **pack_and_store(recorder)}
+    return Recording(step, bare_step, members, publish, recorder.close, parts)
+
+
+def beside_vllm(objects: Objects, folder: Path) -> Recording:
+    """The user's stats are on: kvhook looks at them as they pass to vLLM's own manager (here one that does nothing)."""
+    recording = full(objects, folder)
+
+    class Manager:
+        def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None) -> None: ...
+
+    class Hooked(Manager):
+        record = wrapt.FunctionWrapper(Manager.record, hooks.on_record)
+
+    manager = Hooked()
+    hooks._records[id(manager)] = recording.members["record"]
+
+    def step(self: Any) -> Any:
+        self.manager.record(
+            scheduler_stats=self.scheduler_stats, iteration_stats=self.iteration_stats, mm_cache_stats=None
         )
+        return self.outputs
 
-        self.scheduler = SchedulerStats(
-            num_running_reqs=batch,
-            num_waiting_reqs=3,
-            kv_cache_usage=0.5,
-            prefix_cache_stats=PrefixCacheStats(requests=prefills, queries=prefills * 200, hits=prefills * 128),
+    def bare(self: Any) -> Any:
+        self.bare_manager.record(
+            scheduler_stats=self.scheduler_stats, iteration_stats=self.iteration_stats, mm_cache_stats=None
         )
-        self.iteration = IterationStats()
-        self.iteration.num_generation_tokens = batch
-        # in a step of decoding every request has the same latency: the batch moves together
-        self.iteration.inter_token_latencies_iter = [float(f"{0.0123}") for _ in range(batch)]
-        self.iteration.time_to_first_tokens_iter = [0.1 + 0.01 * random.random() for _ in range(prefills)]
-        self.iteration.finished_requests = [_finished(FinishedRequestStats, i) for i in range(finished)]
+        return self.outputs
+
+    def close() -> None:
+        del hooks._records[id(manager)]
+        recording.close()
+
+    members = recording.members | {"manager": manager, "bare_manager": Manager()}
+    return recording._replace(step=step, bare_step=bare, members=members, close=close, parts={})
 
 
-def _finished(kind: Any, i: int) -> Any:
-    from vllm.v1.engine import FinishReason
-
-    return kind(
-        finish_reason=FinishReason.LENGTH,
-        request_id=str(i),
-        e2e_latency=1.0,
-        num_prompt_tokens=200,
-        num_generation_tokens=100,
-        max_tokens_param=100,
-        queued_time=0.01,
-        prefill_time=0.05,
-        inference_time=0.9,
-        decode_time=0.85,
-        mean_time_per_output_token=0.0086,
-        num_cached_tokens=128,
-    )
+#: Every way to record that is measured; the first is the one that others are compared with.
+RECORDINGS: dict[str, Callable[[Objects, Path], Recording]] = {
+    "kvhook full": full,
+    "kvhook full, vLLM's stats on": beside_vllm,
+}
 
 
-def measure(candidates: dict[str, Call], rounds: int = ROUNDS, calls: int = CALLS) -> dict[str, dict[str, float]]:
-    """Time the candidates in interleaved rounds; nanoseconds a call: median over the rounds, and its noise."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    names = list(candidates)
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            random.shuffle(names)
-            for name in names:
-                call = candidates[name]
-                call()
-                start = time.perf_counter_ns()
-                for _ in range(calls):
-                    call()
-                times[name].append((time.perf_counter_ns() - start) / calls)
-    finally:
-        gc.enable()
-    out = {}
-    for name, values in times.items():
-        q1, median, q3 = statistics.quantiles(values, n=4)
-        out[name] = {"ns": median, "noise_ns": (q3 - q1) / 2}
-    return out
+def pack_and_store(recorder: Recorder) -> dict[str, Call]:
+    """Packing one record of numbers, and storing it in the ring, each by itself."""
+    columns = recorder.compiled.layout.columns["step"]
+    pack, store = recorder.compiled.layout.struct_of("step").pack, recorder.ring.publish
+    cells = [0, 1, 0, *(0.5 if c.type == "f8" else 12345 for c in columns)]
+    record, n = pack(*cells), 0
+
+    def store_one() -> None:
+        nonlocal n
+        n = store(n, record)
+
+    return {"pack": lambda: pack(*cells), "store": store_one}
 
 
-class Engine:
-    """Something with a step, hooked exactly as LLMEngine is: it hands its stats to the recorder, and nothing else."""
-
-    def __init__(self, stats: Stats) -> None:
-        self.stats = stats
-        self.record: Callable[..., None] = lambda **_: None
-
-    def step(self) -> None:
-        self.record(scheduler_stats=self.stats.scheduler, iteration_stats=self.stats.iteration, mm_cache_stats=None)
-
-
-class HookedEngine(Engine):
-    step = wrapt.FunctionWrapper(Engine.step, hooks.on_step)  # type: ignore[assignment]
+def make_engine(step: Callable[[Any], Any], members: dict[str, Any], publish: Any, *, wrapped: bool) -> Any:
+    """Something with a step, hooked exactly as LLMEngine is."""
+    wrapper = wrapt.FunctionWrapper(step, hooks.on_step) if wrapped else step
+    engine = type("Engine", (), {"step": wrapper})()
+    vars(engine).update(members | {"outputs": []})
+    if wrapped:
+        hooks._steps[id(engine)] = publish
+    return engine
 
 
-def by_hand(stats: Stats) -> Callable[[], object]:
+def by_hand(objects: Objects) -> Call:
     """A hook as people write it: a loop over names, into a dictionary, into a list."""
-    names = [n for n in vars(stats.scheduler) if not n.startswith("_")]
-    inner = [n for n in vars(stats.iteration) if not n.startswith("_")]
+    scheduler, iteration = objects.scheduler, objects.iteration
+    names = [n for n in vars(scheduler) if not n.startswith("_")]
+    inner = [n for n in vars(iteration) if not n.startswith("_")]
     rows: list[dict[str, Any]] = []
 
     def hook() -> None:
-        row = {name: getattr(stats.scheduler, name) for name in names}
-        row |= {name: getattr(stats.iteration, name) for name in inner}
-        latencies = stats.iteration.inter_token_latencies_iter
+        row = {name: getattr(scheduler, name) for name in names}
+        row |= {name: getattr(iteration, name) for name in inner}
+        latencies = iteration.inter_token_latencies_iter
         row["itl_mean"] = sum(latencies) / len(latencies) if latencies else 0.0
         row["itl_max"] = max(latencies, default=0.0)
         row["t"] = time.time()
@@ -143,56 +207,75 @@ def by_hand(stats: Stats) -> Callable[[], object]:
     return hook
 
 
+# ---- candidates ----------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def hooked(stats: Stats, adapter: Adapter) -> Iterator[tuple[HookedEngine, Recorder]]:
-    """An engine that is recorded into a real ring in shared memory."""
-    from kvhook.ring.place import find_directory
-
+def recorded(objects: Objects) -> Iterator[dict[str, tuple[Recording, Any]]]:
+    """Each way to record, with an engine that is recorded so, into a real ring in shared memory."""
+    made: dict[str, tuple[Recording, Any]] = {}
     with tempfile.TemporaryDirectory(dir=find_directory()) as folder:
-        facts = {"num_kv_blocks": 1000, "finished_hook": True}
-        recorder = Recorder(0, adapter, facts, Path(folder), 8192, hooks.clock)
-        engine = HookedEngine(stats)
-        engine.record = recorder.record
-        hooks._steps[id(engine)] = recorder.publish
         try:
-            yield engine, recorder
+            for name, open_recording in RECORDINGS.items():
+                recording = open_recording(objects, Path(folder))
+                engine = make_engine(recording.step, recording.members, recording.publish, wrapped=True)
+                made[name] = recording, engine
+            hooks._engines[0] = lambda: None  # the hook on finished requests asks whether any engine is recorded
+            yield made
         finally:
-            del hooks._steps[id(engine)]
-            recorder.close()
+            hooks._engines.clear()
+            for recording, engine in made.values():
+                del hooks._steps[id(engine)]
+                recording.close()
 
 
-def step_costs(adapter: Adapter, loggers: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per kind of step: kvhook and its parts, and vLLM's own loggers on the same objects."""
-    rows = []
-    steps = [(f"decode, batch {b}", b, 0, 0) for b in BATCHES] + [("8 prefills, 8 finished, batch 64", 64, 8, 8)]
-    for name, batch, prefills, finished in steps:
-        stats = Stats(batch, prefills, finished)
-        bare = Engine(stats)
-        with hooked(stats, adapter) as (engine, recorder):
-            now = hooks.clock()
-            given = {"scheduler_stats": stats.scheduler, "iteration_stats": stats.iteration, "mm_cache_stats": None}
+def whole_candidates(
+    objects: Objects, made: dict[str, tuple[Recording, Any]], loggers: dict[str, Any]
+) -> dict[str, Candidate]:
+    """What is compared, in every state."""
+    calls: dict[str, Call] = {
+        "empty call": lambda: None,
+        **{f"{name}: step": engine.step for name, (_, engine) in made.items()},
+        **{
+            f"{name}: bare step": make_engine(recording.bare_step, recording.members, None, wrapped=False).step
+            for name, (recording, _) in made.items()
+        },
+        "by hand: getattr to dict": by_hand(objects),
+    }
+    first = next(iter(made))
+    calls[f"{first}: step, again"] = made[first][1].step
+    for name, logger in loggers.items():
+        calls[name] = lambda record=logger.record: record(objects.scheduler, objects.iteration)
+    if objects.real:
+        calls[BUILD] = objects.build
+    return {name: Candidate(call) for name, call in calls.items()}
 
-            def hand_over_and_publish(
-                recorder: Recorder = recorder, given: dict[str, Any] = given, now: int = now
-            ) -> None:
-                recorder.record(**given)
-                recorder.publish(now, now)
 
-            candidates: dict[str, Call] = {
-                "bare step": bare.step,
-                "hooked step": engine.step,
-                "hand over + publish": hand_over_and_publish,
-                "by hand: getattr to dict": by_hand(stats),
-            }
-            for logger_name, logger in loggers.items():
-                candidates[logger_name] = lambda logger=logger, s=stats: logger.record(s.scheduler, s.iteration)
-            times = measure(candidates)
-        times["kvhook, whole path"] = {
-            "ns": times["hooked step"]["ns"] - times["bare step"]["ns"],
-            "noise_ns": times["hooked step"]["noise_ns"],
-        }
-        rows.append({"step": name, "times": times})
-    return rows
+def part_candidates(objects: Objects, made: dict[str, tuple[Recording, Any]]) -> dict[str, Candidate]:
+    """The parts of the path, each callable by itself."""
+    only_wrapper = make_engine(bare_step, {}, lambda start, end: None, wrapped=True)
+    calls: dict[str, Call] = {"only the wrapper: step": only_wrapper.step}
+    for name, (recording, _) in made.items():
+        calls |= {f"{name}: {part}": call for part, call in recording.parts.items()}
+    if objects.kind.finished:
+        plain = objects.iteration_stats_class
+        original = plain.update_from_finished_request
+        hooked = type("Hooked", (plain,), {original.__name__: wrapt.FunctionWrapper(original, hooks.on_finished)})
+        for name, into in (("bare", plain()), ("hooked", hooked())):
+            calls[f"finished requests, {name}"] = functools.partial(objects.finish_into, into)
+    return {name: Candidate(call) for name, call in calls.items()}
+
+
+def vllm_candidates(objects: Objects) -> dict[str, Candidate]:
+    """vLLM's own ways to build IterationStats, and one look at its metrics."""
+    from vllm.v1.metrics.reader import get_metrics_snapshot
+
+    found = {f"{BUILD}: not at all": Candidate(objects.skip), "vLLM's get_metrics()": Candidate(get_metrics_snapshot)}
+    if can_cache_envs():
+        found[f"{BUILD}: look-ups cached"] = Candidate(objects.build, envs_cached)
+    if can_replace_envs():
+        found[f"{BUILD}: snapshot for look-ups"] = Candidate(objects.build, envs_replaced)
+    return found
 
 
 def vllm_loggers() -> dict[str, Any]:
@@ -204,10 +287,37 @@ def vllm_loggers() -> dict[str, Any]:
 
     model = str(make_tiny_model(tiny_model_dir()))
     config = EngineArgs(model=model, enforce_eager=True, max_model_len=1024).create_engine_config()
-    loggers = {
-        kind.__name__: kind(config, index) for kind, index in ((PrometheusStatLogger, [0]), (LoggingStatLogger, 0))
-    }
-    return {f"vLLM's {name}.record": logger for name, logger in loggers.items()}
+    return {PROMETHEUS: PrometheusStatLogger(config, [0]), LOGGING: LoggingStatLogger(config, 0)}
+
+
+def measure(settings: Settings) -> dict[str, dict[str, timing.Times]]:
+    """All states in this process: state -> step -> candidate -> nanoseconds."""
+    found: dict[str, dict[str, timing.Times]] = {state: {} for state in ("hot", *timing.SINGLE)}
+    with vllm_or_stand_ins(settings.stand_ins):
+        loggers = {} if settings.stand_ins else vllm_loggers()
+        if not settings.stand_ins and can_cache_envs():
+            sys.modules["vllm.envs"].disable_envs_cache()  # as in a front end, whatever was called here before
+        for kind in KINDS_OF_STEP:
+            if kind.name in settings.steps:
+                measure_step(kind, settings, loggers, found)
+    return found
+
+
+def measure_step(
+    kind: StepKind, settings: Settings, loggers: dict[str, Any], found: dict[str, dict[str, timing.Times]]
+) -> None:
+    """One kind of step, in every state."""
+    objects = Objects(kind, stand_ins=settings.stand_ins)
+    with recorded(objects) as made:
+        whole = whole_candidates(objects, made, loggers)
+        more = part_candidates(objects, made) | ({} if settings.stand_ins else vllm_candidates(objects))
+        found["hot"][kind.name] = timing.hot(whole | more, settings.rounds)
+        if kind.name in settings.single_steps:
+            for state, time_calls in timing.SINGLE.items():
+                found[state][kind.name] = time_calls(whole, settings.calls[state])
+
+
+# ---- machine, workers, command line --------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, Any]:
@@ -226,28 +336,56 @@ def machine() -> dict[str, Any]:
     }
 
 
+def worker(settings: Settings, answer: Path) -> None:
+    """In a process of its own: measure, and leave the times and what they were measured on."""
+    found = measure(settings)
+    answer.write_text(json.dumps({"machine": machine(), "times": found}))
+
+
+def run_workers(settings: Settings) -> list[dict[str, Any]]:
+    """One process after the other, each with its own memory layout; what each has found."""
+    answers = []
+    environment = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"} | os.environ
+    for number in range(settings.workers):
+        with tempfile.TemporaryDirectory() as folder:
+            answer = Path(folder) / "answer.json"
+            command = [sys.executable, __file__, "--worker", str(answer), json.dumps(settings)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"worker {number} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            answers.append(json.loads(answer.read_text()))
+        print(f"\rprocess {number + 1} of {settings.workers} is done", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return answers
+
+
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--quick", action="store_true", help="fewer steps and rounds, in one process")
+    parser.add_argument("--thorough", action="store_true", help="every kind of step in every state")
+    parser.add_argument("--stand-ins", action="store_true", help="leave vLLM out even where it is installed")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    adapter = ADAPTERS[0]
-    try:
-        import vllm.v1.engine.llm_engine  # noqa: F401
-    except ImportError:
-        print("vLLM is not installed here; its own part needs it: make test installs a CPU build", file=sys.stderr)
-        return 1
-    rows = step_costs(adapter, vllm_loggers())
-    if args.json:
-        print(json.dumps({"machine": machine(), "steps": rows}, indent=1))
+    if args.worker:
+        worker(Settings(*json.loads(args.worker[1])), Path(args.worker[0]))
         return 0
-    print(", ".join(f"{k}: {v}" for k, v in machine().items()))
-    for row in rows:
-        print(f"\n{row['step']}")
-        whole = row["times"]["kvhook, whole path"]["ns"]
-        for name, t in row["times"].items():
-            ratio = f"{t['ns'] / whole:8.1f} x kvhook" if name != "kvhook, whole path" and whole > 0 else ""
-            print(f"  {name:36} {t['ns'] / 1e3:9.2f} us  +- {t['noise_ns'] / 1e3:5.2f}  {ratio}")
+    stand_ins = args.stand_ins or importlib.util.find_spec("vllm") is None
+    settings = (QUICK if args.quick else THOROUGH if args.thorough else USUAL)._replace(stand_ins=stand_ins)
+    load = os.getloadavg()[0]
+    answers = run_workers(settings)
+    names = cost_report.Names(next(iter(RECORDINGS)), tuple(RECORDINGS), PROMETHEUS, BUILD)
+    report = cost_report.Report(names, [answer["times"] for answer in answers])
+    about = answers[0]["machine"] | {
+        "processors": os.cpu_count(),
+        "load_before": round(load, 2),
+        "load_after": round(os.getloadavg()[0], 2),
+        "caches": timing.cache_bytes(),
+        "evicted_with": timing.eviction_bytes(),
+    }
+    document = {"machine": about, "settings": settings._asdict(), "stand_ins": stand_ins} | report.document()
+    print(json.dumps(document, indent=1) if args.json else cost_report.text(document))
     return 0
 
 
