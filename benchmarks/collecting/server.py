@@ -75,6 +75,7 @@ class Server:
             truth.FILE: str(self._truth),
             "VLLM_LOGGING_LEVEL": "INFO",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # seconds; connections are kept while other ways have their turn
         }
         self._process = subprocess.Popen(
             command,
@@ -200,6 +201,8 @@ def see(server: Server, work: Iterable[load.Batch]) -> tuple[Run, dict[str, dict
     look = server.scraper()
     pollers = {scraped(hz): Poller(server.scraper(), 1 / hz) for hz in RATES_HZ}
     before, rows_before = look(), server.truth()
+    if not rows_before:
+        raise RuntimeError("the engine core of the API server has written no truth: vLLM did not load the plug-in")
     lines_before = len(server.lines)
     for poller in pollers.values():
         poller.start()

@@ -29,6 +29,9 @@ ROW = struct.Struct("<qddqqq")
 
 Row = tuple[int, float, float, int, int, int]
 
+#: What is not taken back before the process ends.
+_stays = contextlib.ExitStack()
+
 
 @contextlib.contextmanager
 def watching(put: Callable[[Row], object]) -> Iterator[None]:
@@ -85,7 +88,7 @@ def from_environment() -> None:
             file.append(os.open(f"{path}.{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
         os.write(file[0], ROW.pack(*row))
 
-    watching(put).__enter__()
+    _stays.enter_context(watching(put))
 
 
 def make_plugin(folder: Path) -> list[str]:
