@@ -118,7 +118,7 @@ def part(run: Run, figures: dict[str, Any], costs: dict[str, Any], counters: dic
 # ---- for people ----------------------------------------------------------------------------------------------------
 
 HEAD = ("way", "steps seen", "peak found (mean, least)", "hit rate", "delay p50", "p99", "throughput against stats off")
-WIDTHS = (58, 11, 27, 9, 11, 11, 0)
+WIDTHS = (62, 11, 27, 9, 11, 11, 0)
 
 
 def table(title: str, one: dict[str, Any]) -> list[str]:

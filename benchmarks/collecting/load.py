@@ -37,10 +37,10 @@ def batches(count: int, seed: int) -> Iterator[Batch]:
         if i in full:
             yield Batch([_tokens(rng, rng.randrange(250, 420)) for _ in range(14)], [rng.randrange(40, 70)] * 14)
             continue
-        size = rng.randrange(2, 15)
+        size, longest, most = rng.randrange(2, 15), rng.randrange(20, 250), rng.randrange(15, 70)
         shared = systems[len(systems) * i // count]
-        prompts = [rng.choice(shared) + _tokens(rng, rng.randrange(10, 90)) for _ in range(size)]
-        yield Batch(prompts, [rng.randrange(12, 48) for _ in range(size)])
+        prompts = [rng.choice(shared) + _tokens(rng, rng.randrange(10, longest)) for _ in range(size)]
+        yield Batch(prompts, [rng.randrange(12, most) for _ in range(size)])
 
 
 def _places(rng: random.Random, count: int) -> set[int]:

@@ -28,7 +28,7 @@ RATES_HZ = (1, 10, 100)
 #: Seconds between two looks at the ring, in another process.
 EYE_INTERVAL = 0.001
 #: Seconds between two calls of `session.steps()`, and of the collector, while they are timed.
-ASK_INTERVAL = 0.5
+ASK_INTERVAL = 2.0
 
 _METRICS = ("vllm:kv_cache_usage_perc", "vllm:generation_tokens", "vllm:prefix_cache_queries", "vllm:prefix_cache_hits")
 
@@ -36,7 +36,9 @@ KVHOOK_RING = f"kvhook: ring, from another process every {1e3 * EYE_INTERVAL:g} 
 KVHOOK_STEPS = "kvhook: session.steps()"
 COLLECTOR_HOOK = 'VLLMMetricsCollector, source "hook"'
 COLLECTOR_REGISTRY = 'VLLMMetricsCollector, source "prometheus_registry", every 1 s'
-LOG_LINE = "vLLM's log line, every 10 s"
+#: Seconds between two of vLLM's log lines: its default.
+LINE_INTERVAL = 10
+LOG_LINE = f"vLLM's log line, every {LINE_INTERVAL} s"
 BASELINE, AGAIN = "stats off", "stats off, once more"
 
 
@@ -78,6 +80,7 @@ class Engine:
     def __init__(self, folder: Path) -> None:
         # engine_ab has the switch, and asks for silence where nothing else is said
         os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
+        os.environ["VLLM_LOG_STATS_INTERVAL"] = str(LINE_INTERVAL)
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         import engine_ab
         from vllm import LLM
@@ -123,9 +126,7 @@ class Engine:
 
     def next_line_in(self, seconds: float) -> None:
         """When vLLM's next log line is due."""
-        import vllm.envs as envs
-
-        self.engine._last_log_time = time.time() + seconds - envs.VLLM_LOG_STATS_INTERVAL
+        self.engine._last_log_time = time.time() + seconds - LINE_INTERVAL
 
 
 # ---- what is seen --------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def see(engine: Engine, work: Iterable[load.Batch], line_after: float) -> Seen:
         LOG_LINE: list(engine.lines.looks),
     }
     engine.switch.back()
-    intervals = {polled(hz): 1 / hz for hz in RATES_HZ} | {COLLECTOR_REGISTRY: 1.0, LOG_LINE: 10.0}
+    intervals = {polled(hz): 1 / hz for hz in RATES_HZ} | {COLLECTOR_REGISTRY: 1.0, LOG_LINE: float(LINE_INTERVAL)}
     recorders = (KVHOOK_RING, KVHOOK_STEPS, COLLECTOR_HOOK)
     figures = {
         name: against(run, found, records=name in recorders, interval=intervals.get(name))
@@ -293,7 +294,7 @@ def costs(engine: Engine, rounds: int, count: int, said: Callable[[str], None]) 
         for name in random.sample(list(arms), len(arms)):
             undo = arms[name]()
             engine.engine.reset_prefix_cache()
-            engine.next_line_in(random.random() * 10)
+            engine.next_line_in(random.random() * LINE_INTERVAL)
             gc.collect()
             wall, steps = engine.drive(work)
             undo()

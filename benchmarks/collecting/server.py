@@ -27,7 +27,7 @@ import numpy as np
 
 from collecting import load, truth
 from collecting.looks import Look, Run, against, interval_of, the_run
-from collecting.offline import AGAIN, BASELINE, LOG_LINE, look_of_line
+from collecting.offline import AGAIN, BASELINE, LINE_INTERVAL, LOG_LINE, look_of_line
 from collecting.polling import Poller
 
 #: How often the endpoint is scraped.
@@ -74,6 +74,7 @@ class Server:
             "PYTHONPATH": os.pathsep.join([*truth.make_plugin(folder / "plugin"), *filter(None, sys.path)]),
             truth.FILE: str(self._truth),
             "VLLM_LOGGING_LEVEL": "INFO",
+            "VLLM_LOG_STATS_INTERVAL": str(LINE_INTERVAL),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # seconds; connections are kept while other ways have their turn
         }
@@ -217,7 +218,7 @@ def see(server: Server, work: Iterable[load.Batch]) -> tuple[Run, dict[str, dict
         name: against(run, [one._replace(**_less(one, before)) for one in poller.looks], interval=poller.interval)
         for name, poller in pollers.items()
     }
-    figures[LOG_LINE] = against(run, server.lines[lines_before:], interval=10.0)
+    figures[LOG_LINE] = against(run, server.lines[lines_before:], interval=LINE_INTERVAL)
     return run, figures, {name: int(value) for name, value in _less(after, before).items()}
 
 
