@@ -80,7 +80,7 @@ class VLLMMetricsCollector:
         self._engine = _weakly(engine)
         self._given = engine is not None
         self._hook = HookSource(self._engine, self._given)
-        sources: list[Source] = [self._hook, EngineSource(self._engine), RegistrySource(self._engine)]
+        sources: list[Source] = [self._hook, EngineSource(self._engine), RegistrySource(self._engine, self._given)]
         self._sources = {s.name: s for s in sources if source in (None, s.name)}
         if not self._sources:
             raise KvhookError(f"there is no source {source!r}; there are {', '.join(s.name for s in sources)}")
@@ -181,13 +181,13 @@ class VLLMMetricsCollector:
 
     def collect_prometheus_metrics(self) -> dict[str, Any]:
         """Collect from ``LLM.get_metrics()`` or the Prometheus registry alone."""
-        return self._collect({names.REGISTRY: RegistrySource(self._engine)})[0]
+        return self._collect({names.REGISTRY: RegistrySource(self._engine, self._given)})[0]
 
     def get_prometheus_metrics(self) -> dict[str, Any]:
         """All of vLLM's Prometheus metrics as they are: name -> number, histogram, or a list of labels and values.
         Empty if there are none; `debug_info` says why."""
         with self._contained("reading the Prometheus registry"), contextlib.suppress(Unavailable):
-            return plain(RegistrySource(self._engine).families())
+            return plain(RegistrySource(self._engine, self._given).families())
         return {}
 
     def get_comprehensive_stats(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 #: The sources, in the order in which they are tried.
 HOOK, INTERNAL, REGISTRY = "hook", "internal_engine_stats", "prometheus_registry"
+SOURCES = (HOOK, INTERNAL, REGISTRY)
 UNAVAILABLE = "unavailable"
 
 STATE, TOTAL = "state", "total"

@@ -211,8 +211,9 @@ class RegistrySource:
     name = names.REGISTRY
     polled = True
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, given: bool) -> None:
         self._engine = engine
+        self._given = given
 
     def read(self) -> Reading:
         """A snapshot."""
@@ -237,7 +238,11 @@ class RegistrySource:
         Raises:
             Unavailable: there are none.
         """
-        get_metrics = getattr(self._engine(), "get_metrics", None)
+        engine = self._engine()
+        if engine is None and self._given:
+            # what the registry still has may be another engine's, and nothing in it tells
+            raise Unavailable(NO_ENGINE)
+        get_metrics = getattr(engine, "get_metrics", None)
         if callable(get_metrics):
             try:
                 families = prometheus.from_snapshot(get_metrics())
