@@ -29,8 +29,8 @@ for part in stats["trend"]["usage_progression"][::2]:
     usage = part["kv_cache_usage"] or 0.0
     print(f"  {bar(usage, 40)} {100 * usage:5.1f} %  running {part['num_running_reqs_peak']}")
 blocks = stats["raw_metrics"]["last_step"]["num_kv_blocks"]
-# the last token that is generated is never read again, so it takes no room
-held = sum(blocks_of(len(p["prompt_token_ids"]) + GENERATED - 1, stats["environment"]["block_size"]) for p in prompts)
+# the last token that is generated is never read, and the place of the one before it is given back within the last step
+held = sum(blocks_of(len(p["prompt_token_ids"]) + GENERATED - 2, stats["environment"]["block_size"]) for p in prompts)
 found = stats["key_metrics"]["kv_cache_usage_peak"]
 print(f"peak, every step:       {100 * found:.1f} % = {round(found * blocks)} of {blocks} blocks")
 print(f"peak, block arithmetic: {held} blocks, if all requests run to their ends together")

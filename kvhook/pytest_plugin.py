@@ -128,7 +128,7 @@ def pytest_runtest_makereport(
     """Put the summary into a failed test's report, and keep its trace."""
     report = yield
     recording = item.stash.get(_RECORDING, None)
-    if recording is not None and report.failed and report.when == "call":
+    if recording is not None and report.failed:  # the test itself, or a fixture of it
         try:
             text = str(recording.summary())
             folder = item.config.getoption("--kvhook-trace-dir")

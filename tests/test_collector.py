@@ -19,7 +19,7 @@ import pytest
 
 import kvhook
 from kvhook import VLLMMetricsCollector
-from kvhook.analysis.history import cut, even_edges, from_samples
+from kvhook.analysis.history import cut, even_edges, from_samples, monitored
 from kvhook.collector import names, prometheus
 from kvhook.collector.reading import Reading, histogram, hit_rate
 from tests.conftest import Python
@@ -445,6 +445,30 @@ def test_the_hook_is_the_source_where_kvhook_records(recorded: tuple[Any, VLLMMe
     assert collector._thread is None, "what records every step need not be polled"
 
 
+def test_an_entry_of_the_history_is_a_collection(recorded: tuple[Any, VLLMMetricsCollector]):
+    first, second = recorded[1].get_metrics_history()
+    assert set(COLLECTION) <= set(first)
+    assert (first["collection_method"], first["stats_available"]) == (names.HOOK, True)
+    assert first["timestamp"] < second["timestamp"]
+    strict(recorded[1].get_metrics_history())
+
+
+def test_the_environment_is_known_when_the_engine_is_gone():
+    with fake_vllm() as vllm:
+        kvhook.install()
+        engine = vllm.engine(log_stats=False)
+        collector = VLLMMetricsCollector(engine)
+        before = collector.get_comprehensive_stats()["environment"]
+        del engine
+        gc.collect()
+        kvhook.uninstall()
+        after = collector.get_comprehensive_stats()["environment"]
+    assert before["adapter"] == "v1"
+    assert (before["engine_class"], before["block_size"], before["model"]) == ("LLMEngine", 32, "stand-in")
+    del before["engine_core_in_this_process"], after["engine_core_in_this_process"]
+    assert after == before
+
+
 def test_the_monitored_time_is_told_apart_from_the_run(recorded: tuple[Any, VLLMMetricsCollector]):
     _, collector = recorded
     collector.stop_monitoring()
@@ -594,6 +618,23 @@ def test_the_thread_ends_when_the_engine_goes_first():
     collector.stop_monitoring()
 
 
+def test_the_registry_is_not_asked_for_an_engine_that_is_gone(monkeypatch: pytest.MonkeyPatch):
+    """Another engine's numbers may be in there by then."""
+    client: Any = types.ModuleType("prometheus_client")
+    client.REGISTRY = types.SimpleNamespace(collect=lambda: [counter("vllm:prompt_tokens", 7)])
+    monkeypatch.setitem(sys.modules, "prometheus_client", client)
+    engine = V0Engine()
+    collector = VLLMMetricsCollector(engine, source=names.REGISTRY)
+    collector.start_monitoring()
+    collector.stop_monitoring()
+    del engine
+    gc.collect()
+    found = collector.collect_current_stats()
+    assert found["collection_method"] == names.UNAVAILABLE
+    assert "deleted" in found["debug_info"]["not_available"][names.REGISTRY]
+    assert collector.history()["num_prompt_tokens"].tolist() == [7, 7], "what was seen of it stays"
+
+
 def test_an_engine_that_fails_while_it_is_sampled_ends_nothing():
     engine, collector = polled(0.001)
 
@@ -671,6 +712,32 @@ def test_parts_hold_differences_and_peaks():
     assert (whole["prefix_cache_queries"], whole["kv_cache_usage"]) == (40, 0.1)
 
 
+def lookups(t: float, queries: int, hits: int) -> tuple[float, dict[str, float]]:
+    return t, {"prefix_cache_queries": queries, "prefix_cache_hits": hits}
+
+
+def test_the_hit_rate_of_monitored_times_leaves_out_what_was_looked_up_outside_of_them():
+    history = from_samples(
+        [lookups(1, 100, 0), lookups(2, 100, 0), lookups(3, 110, 10), lookups(4, 500, 10), lookups(5, 510, 15)], 0.0
+    )
+    first, second = monitored(history, [(1.5, 3.0), (4.0, 9.0)])
+    assert first.rows["t"].tolist() == [2, 3]
+    assert (np.isnan(first.hit_rate[0]), first.hit_rate[1]) == (True, 1.0)
+    # the sample at the beginning of a monitored time tells what was there before it
+    assert second.rows["t"].tolist() == [4, 5]
+    assert second.hit_rate.tolist() == [1.0, 0.75]
+    (whole,) = monitored(history, [(-np.inf, np.inf)])
+    assert whole.hit_rate[-1] == 15 / 510
+
+
+def test_a_hit_rate_that_is_not_known_is_not_drawn_as_0():
+    unknown = from_samples([(1.0, {}), (2.0, {})], 0.0)
+    falls = from_samples([lookups(1, 100, 50), lookups(2, 10, 5)], 0.0)
+    for history in (unknown, falls):
+        (part,) = monitored(history, [(1.0, 3.0)])
+        assert np.isnan(part.hit_rate).all()
+
+
 def test_a_total_that_falls_is_not_known():
     history = from_samples([(1.0, {"num_prompt_tokens": 10}), (2.0, {"num_prompt_tokens": 4})], 0.0)
     assert cut(history, [1.0, 2.0])[0]["num_prompt_tokens"] is None
@@ -713,6 +780,7 @@ def test_save_as_csv_and_json(tmp_path: Path):
         rows = list(csv.DictReader(file))
     assert [row["kv_cache_usage"] for row in rows] == ["0.5", "0.75"]
     assert {row["num_prompt_tokens"] for row in rows} == {""}
+    assert {row["num_running_reqs"] for row in rows} == {"3"}, "counts are whole numbers"
     assert {row["collection_method"] for row in rows} == {names.INTERNAL}
     saved = json.loads(collector.save_metrics(str(tmp_path / "x.json")).read_text())
     assert saved["key_metrics"]["gpu_cache_usage_sys"] == 0.75
@@ -755,11 +823,82 @@ def test_plot(tmp_path: Path, recorded: tuple[Any, VLLMMetricsCollector]):
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def drawn(monkeypatch: pytest.MonkeyPatch, collector: VLLMMetricsCollector, folder: Path) -> Any:
+    """The figure, as it is handed to be printed."""
+    agg = pytest.importorskip("matplotlib.backends.backend_agg")
+    figures = []
+    monkeypatch.setattr(agg.FigureCanvasAgg, "print_figure", lambda canvas, *_, **__: figures.append(canvas.figure))
+    collector.plot_kv_cache_metrics(folder)
+    return figures[0]
+
+
+def test_the_plot_shows_the_monitored_time_alone(
+    tmp_path: Path, recorded: tuple[Any, VLLMMetricsCollector], monkeypatch: pytest.MonkeyPatch
+):
+    engine, collector = recorded
+    collector.stop_monitoring()
+    engine.plan.append(step_stats(kv_cache_usage=0.5, prefix={"queries": 100, "hits": 100}))
+    engine.step()
+    collector.start_monitoring()
+    engine.plan.append(step_stats(kv_cache_usage=0.75, prefix={"queries": 100, "hits": 0}))
+    engine.step()
+    figure = drawn(monkeypatch, collector, tmp_path)
+    assert figure.get_suptitle() == "hook: every engine step (3)"
+    usage, _requests, rate = figure.axes
+    np.testing.assert_array_equal(usage.lines[0].get_ydata(), [100, 0, np.nan, 75])
+    np.testing.assert_allclose(rate.lines[0].get_ydata(), [50, 62.5, np.nan, 100 * 125 / 300], rtol=1e-12)
+    assert usage.get_title(loc="right") == "peak 100.0 %"
+
+
+def test_a_plot_without_a_hit_rate_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    engine = V0Engine(V0Stats(gpu_prefix_cache_hit_rate=-1.0))
+    collector = VLLMMetricsCollector(engine)
+    collector.collect_current_stats()
+    figure = drawn(monkeypatch, collector, tmp_path)
+    assert figure.get_suptitle() == "internal_engine_stats: a single sample"
+    rate = figure.axes[2]
+    assert not rate.lines
+    assert "prefix caching is off" in rate.texts[0].get_text()
+
+
+def test_the_plot_of_v0_has_its_own_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    engine, collector = polled()
+    collector.collect_current_stats()
+    rate = drawn(monkeypatch, collector, tmp_path).axes[2]
+    assert rate.lines[0].get_ydata().tolist() == [50]
+    assert "of blocks" in rate.get_ylabel()
+    assert engine.stats.gpu_prefix_cache_hit_rate == 0.5
+
+
 def test_nothing_to_draw_is_said(tmp_path: Path):
     with pytest.raises(kvhook.KvhookError, match="nothing to draw"):
         VLLMMetricsCollector().plot_kv_cache_metrics(tmp_path)
 
 
-def test_a_reading_explains_every_value_that_it_lacks():
+def test_a_reading_explains_every_value_and_histogram_that_it_lacks():
     reading = Reading("x", {}, {}, {}, {}, None, "")
-    assert {v.name for v in names.VALUES} | {"prefix_cache_hit_rate"} == set(reading.absent)
+    lacks = {v.name for v in names.VALUES} | {t.name for t in names.TIMES} | {"prefix_cache_hit_rate"}
+    assert lacks == set(reading.absent)
+
+
+def test_what_has_no_value_in_the_answers_has_a_reason():
+    for engine in (V0Engine(), v1_engine(), v1_engine(in_process=False)):
+        stats = VLLMMetricsCollector(engine).get_comprehensive_stats()
+        for part in ("key_metrics", "histogram_analysis"):
+            none = [name for name, value in stats[part].items() if value is None]
+            assert none
+            assert all(stats["absent"][name] for name in none)
+
+
+def test_a_mean_of_nothing_has_a_reason(monkeypatch: pytest.MonkeyPatch):
+    name = "vllm:time_to_first_token_seconds"
+    samples = [
+        Sample(f"{name}_bucket", {"le": "+Inf"}, 0),
+        Sample(f"{name}_count", {}, 0),
+        Sample(f"{name}_sum", {}, 0),
+    ]
+    stats = from_registry(monkeypatch, Metric(name, "histogram", samples))
+    found = stats["histogram_analysis"]
+    assert (found["total_ttft_requests"], found["avg_time_to_first_token_seconds"]) == (0, None)
+    assert "no value" in stats["absent"]["avg_time_to_first_token_seconds"]
+    assert "total_ttft_requests" not in stats["absent"]

@@ -109,6 +109,32 @@ def test_a_failed_test_shows_its_summary_and_keeps_its_trace(run: Run, pytester:
     result.stdout.fnmatch_lines([f"*trace *{kept.name}"])
 
 
+def test_a_fixture_that_fails_shows_it_as_well(run: Run, pytester: pytest.Pytester):
+    result = run(
+        """
+        import pytest
+
+        @pytest.fixture
+        def prepared(kvhook, work):
+            work(30)
+            assert 0
+
+        @pytest.fixture
+        def cleaned(kvhook, work):
+            yield
+            work(40)
+            assert kvhook.summary().prefix_cache_hit_rate > 0.8
+
+        def test_set_up(prepared): pass
+        def test_take_down(cleaned): pass
+        """,
+        "--kvhook-trace-dir=traces",
+    )
+    result.assert_outcomes(errors=2, passed=1)
+    result.stdout.fnmatch_lines(["*hit rate 30.0 % of this run*", "*hit rate 40.0 % of this run*"])
+    assert len(list((pytester.path / "traces").iterdir())) == 2
+
+
 def test_without_the_option_nothing_is_written(run: Run, pytester: pytest.Pytester):
     result = run("def test_it(kvhook, work):\n    work(1)\n    assert 0")
     result.assert_outcomes(failed=1)

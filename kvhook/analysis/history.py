@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -107,6 +107,36 @@ def even_edges(history: History, begin: float, end: float, parts: int) -> list[f
         return []
     last_of_part = [int(rows[-1]) for rows in np.array_split(np.arange(len(t)), min(parts, len(t)))]
     return [begin, *t[last_of_part].tolist()]
+
+
+class Monitored(NamedTuple):
+    """The rows of a monitored time, and the hit rate at each of them: a share, of all that was looked up in the
+    monitored times so far; NaN before the first look-up, and where it is not known."""
+
+    rows: History
+    hit_rate: npt.NDArray[np.float64]
+
+
+def monitored(history: History, periods: Iterable[Sequence[float]]) -> list[Monitored]:
+    """The monitored times of a history.
+
+    Args:
+        periods: begin and end of each, monotonic, one after the other; -inf and inf are fine.
+    """
+    parts = []
+    so_far = {"prefix_cache_queries": 0.0, "prefix_cache_hits": 0.0}
+    for begin, end in periods:
+        rows = history[(history["t"] >= begin) & (history["t"] <= end)]
+        # as in `cut`: what is counted at the very beginning came before it
+        before = int(np.searchsorted(history["t"], begin, side="right"))
+        counts = {}
+        for name, count in so_far.items():
+            counts[name] = count + rows[name] - (history[name][before - 1] if before else 0.0)
+            so_far[name] = float(counts[name][-1]) if len(rows) else count
+        queries, hits = counts.values()
+        known = (queries > 0) & (hits >= 0)
+        parts.append(Monitored(rows, np.divide(hits, queries, out=np.full(len(rows), np.nan), where=known)))
+    return parts
 
 
 def _difference(totals: npt.NDArray[np.float64], begin: int, end: int) -> int | None:

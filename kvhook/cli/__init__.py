@@ -20,6 +20,7 @@ from kvhook.errors import KvhookError
 VERBS: dict[str, str] = {
     "demo": "kvhook.cli.demo",
     "doctor": "kvhook.cli.doctor",
+    "check": "kvhook.cli.check",
     "summary": "kvhook.cli.summary",
     "export": "kvhook.cli.export",
     "ls": "kvhook.cli.ls",

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from kvhook.analysis.history import STATES, TOTALS, plain
-from kvhook.collector.names import KEYS, TIMES, UNAVAILABLE, V0_RATE, VALUES
+from kvhook.collector.names import KEYS, TIMES, UNAVAILABLE, V0_RATE, VALUES, Times
 from kvhook.collector.reading import Reading
 
 if TYPE_CHECKING:
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 #: Every name that is in the key metrics: compatible ones, and vLLM's own.
 _ALL = (*(k.key for k in KEYS), "prefix_cache_hit_rate", *(v.name for v in VALUES if v.name != V0_RATE))
+#: The usage's peak of the monitored time, as a share and in percent.
+PEAKS = ("kv_cache_usage_peak", "gpu_cache_usage_peak_percent")
+_NO_VALUE_YET = "no value has been counted yet"
 
 
 def collection(reading: Reading | None, reasons: dict[str, str], timestamp: float, seconds: float) -> dict[str, Any]:
@@ -55,9 +58,15 @@ def absent_of(reading: Reading | None) -> dict[str, str]:
     """Every key that has no value, and why."""
     if reading is None:
         why = "no source can be read; debug_info['not_available'] says why"
-        return dict.fromkeys(_ALL, why)
+        return dict.fromkeys((*_ALL, *(name for times in TIMES for name in _names_of(times))), why)
     out = dict(reading.absent)
-    return out | {k.key: out[k.value] for k in KEYS if k.value in out}
+    out |= {k.key: out[k.value] for k in KEYS if k.value in out}
+    for times in TIMES:
+        if times.name in out:
+            out |= dict.fromkeys(_names_of(times), out[times.name])
+        elif times.average and not reading.histograms[times.name].count:
+            out[times.average] = _NO_VALUE_YET
+    return out
 
 
 def histograms_of(reading: Reading | None) -> dict[str, Any]:
@@ -74,9 +83,7 @@ def key_metrics(reading: Reading | None, peak: float | None) -> dict[str, float 
     """The compatible keys and vLLM's current names; None for what is absent. `peak` is that of the usage."""
     metrics = metrics_of(reading)
     out: dict[str, float | None] = {name: metrics.get(name) for name in _ALL}
-    out["kv_cache_usage_peak"] = peak
-    out["gpu_cache_usage_peak_percent"] = None if peak is None else 100 * peak
-    return out
+    return out | dict(zip(PEAKS, (peak, None if peak is None else 100 * peak), strict=True))
 
 
 def histogram_analysis(reading: Reading | None) -> dict[str, float | None]:
@@ -88,6 +95,11 @@ def histogram_analysis(reading: Reading | None) -> dict[str, float | None]:
             out[times.average] = found.sum / found.count if found and found.count else None
             out[times.total] = found.count if found else None
     return out
+
+
+def _names_of(times: Times) -> tuple[str, ...]:
+    """Every name under which a histogram, its mean or its count is looked for."""
+    return tuple(filter(None, (times.name, times.also, times.average, times.total)))
 
 
 def of_row(method: str, row: np.void) -> dict[str, Any]:

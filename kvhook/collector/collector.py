@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvhook.adapters.table import read_path, vllm_version
-from kvhook.analysis.history import COLUMNS, cut, even_edges, from_samples
+from kvhook.analysis.history import COLUMNS, cut, even_edges, from_samples, monitored
+from kvhook.analysis.history import plain as whole_counts
 from kvhook.collector import answer, names
 from kvhook.collector.prometheus import plain
 from kvhook.collector.reading import Reading, Unavailable
@@ -80,7 +81,7 @@ class VLLMMetricsCollector:
         self._engine = _weakly(engine)
         self._given = engine is not None
         self._hook = HookSource(self._engine, self._given)
-        sources: list[Source] = [self._hook, EngineSource(self._engine), RegistrySource(self._engine)]
+        sources: list[Source] = [self._hook, EngineSource(self._engine), RegistrySource(self._engine, self._given)]
         self._sources = {s.name: s for s in sources if source in (None, s.name)}
         if not self._sources:
             raise KvhookError(f"there is no source {source!r}; there are {', '.join(s.name for s in sources)}")
@@ -181,13 +182,13 @@ class VLLMMetricsCollector:
 
     def collect_prometheus_metrics(self) -> dict[str, Any]:
         """Collect from ``LLM.get_metrics()`` or the Prometheus registry alone."""
-        return self._collect({names.REGISTRY: RegistrySource(self._engine)})[0]
+        return self._collect({names.REGISTRY: RegistrySource(self._engine, self._given)})[0]
 
     def get_prometheus_metrics(self) -> dict[str, Any]:
         """All of vLLM's Prometheus metrics as they are: name -> number, histogram, or a list of labels and values.
         Empty if there are none; `debug_info` says why."""
         with self._contained("reading the Prometheus registry"), contextlib.suppress(Unavailable):
-            return plain(RegistrySource(self._engine).families())
+            return plain(RegistrySource(self._engine, self._given).families())
         return {}
 
     def get_comprehensive_stats(self) -> dict[str, Any]:
@@ -206,14 +207,18 @@ class VLLMMetricsCollector:
             method, rows = self._rows(reading)
             begin, end = self._periods[-1] if self._periods else (_EVER, _STILL)
             summary = self._summary(method, rows, begin, end)
+            peak, absent = summary["kv_cache_usage_peak"], dict(latest["absent"])
+            if peak is None:
+                why = absent.get("kv_cache_usage", "nothing has been collected in the monitored time")
+                absent |= dict.fromkeys(answer.PEAKS, why)
             return {
                 "latest_stats": latest,
                 "monitoring_active": self.monitoring,
                 "total_collections": int(self._monitored(rows).sum()),
                 "collection_interval": self.collection_interval,
                 "collection_method": latest["collection_method"],
-                "key_metrics": answer.key_metrics(reading, summary["kv_cache_usage_peak"]),
-                "absent": latest["absent"],
+                "key_metrics": answer.key_metrics(reading, peak),
+                "absent": absent,
                 "histogram_analysis": answer.histogram_analysis(reading),
                 "raw_metrics": reading.raw if reading is not None else {},
                 "summary": summary,
@@ -266,7 +271,8 @@ class VLLMMetricsCollector:
                     writer = csv.writer(file)
                     writer.writerow(["collection_method", *COLUMNS[1:]])
                     for row in rows.tolist():
-                        writer.writerow([method, *("" if value != value else value for value in row[1:])])
+                        cells = zip(COLUMNS[1:], row[1:], strict=True)
+                        writer.writerow([method, *("" if v != v else whole_counts(name, v) for name, v in cells)])
             os.replace(temporary, place)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -281,30 +287,46 @@ class VLLMMetricsCollector:
         """
         from kvhook.collector.plot import draw
 
-        method, rows = self._history()
-        if not len(rows):
+        with self._lock:
+            reading, _ = self._read()
+            method, rows = self._rows(reading)
+            parts = [p for p in monitored(rows, self._periods or [(_EVER, _STILL)]) if len(p.rows)]
+        count = sum(len(part.rows) for part in parts)
+        if not count:
             raise KvhookError("there is nothing to draw yet: no step and no sample has been collected")
+        if method == names.HOOK:
+            how = f"{method}: every engine step ({count:,})"
+        else:
+            apart = f"{count:,} samples {self.collection_interval:g} s apart; what happened in between is not seen"
+            how = f"{method}: {apart if count > 1 else 'a single sample'}"
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        return [draw(rows, method, folder / "kv_cache_metrics.png")]
+        why = answer.absent_of(reading).get("prefix_cache_hit_rate", "nothing was looked up in this time")
+        return [draw(parts, how, why, folder / "kv_cache_metrics.png")]
 
     # ---- about itself ----------------------------------------------------------------------------------------------
 
     def environment(self) -> dict[str, Any]:
-        """Versions, adapter, device, model, and where the engine's core runs; None for what is not known."""
+        """Versions, adapter, device, model, and where the engine's core runs; None for what is not known.
+
+        Of an engine that is gone, or that was not given, what kvhook has recorded of it.
+        """
         import kvhook
         from kvhook import hooks
 
         engine = self._engine()
+        recorded = self._hook.engines[-1] if self._hook.engines else {}
+        adapters = [e["adapter"] for e in self._hook.engines] or hooks.patched()
+        facts = {name: plain_fact(read_path(engine, path)) for name, path in names.FACTS.items()}
         return {
             "kvhook": kvhook.__version__,
-            "vllm": vllm_version() or None,
+            "vllm": vllm_version() or recorded.get("vllm"),
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "adapter": ", ".join(hooks.patched()) or None,
-            "engine_class": None if engine is None else type(engine).__qualname__,
+            "adapter": ", ".join(dict.fromkeys(adapters)) or None,
+            "engine_class": recorded.get("engine_class") if engine is None else type(engine).__qualname__,
             "engine_core_in_this_process": None if engine is None else read_path(engine, names.SCHEDULER) is not None,
-            **{name: plain_fact(read_path(engine, path)) for name, path in names.FACTS.items()},
+            **{name: recorded.get(name) if fact is None else fact for name, fact in facts.items()},
         }
 
     def debug_info(self) -> dict[str, Any]:

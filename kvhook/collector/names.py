@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 #: The sources, in the order in which they are tried.
 HOOK, INTERNAL, REGISTRY = "hook", "internal_engine_stats", "prometheus_registry"
+SOURCES = (HOOK, INTERNAL, REGISTRY)
 UNAVAILABLE = "unavailable"
 
 STATE, TOTAL = "state", "total"
@@ -88,9 +89,9 @@ _E2E_BOUNDS: tuple[float, ...] = (
 class Times(NamedTuple):
     """A histogram of times in seconds, under its current name in the registry less ``vllm:``.
 
-    ``series`` (single latencies) or ``column`` (of the finished requests) say where kvhook has it; ``bounds`` are
-    vLLM's default buckets. ``also``: another name for it; ``average`` and ``total``: its names in
-    ``histogram_analysis``.
+    ``series`` (single latencies) or ``column`` say where kvhook has it: of a series the steps' column that counts its
+    values, else the column of the finished requests itself. ``bounds`` are vLLM's default buckets. ``also``: another
+    name for it; ``average`` and ``total``: its names in ``histogram_analysis``.
     """
 
     name: str
@@ -109,6 +110,7 @@ TIMES: tuple[Times, ...] = (
         ("vllm:time_to_first_token_seconds",),
         _TTFT_BOUNDS,
         series="time_to_first_token",
+        column="ttft_count",
         average="avg_time_to_first_token_seconds",
         total="total_ttft_requests",
     ),
@@ -117,6 +119,7 @@ TIMES: tuple[Times, ...] = (
         ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"),
         _ITL_BOUNDS,
         series="inter_token_latency",
+        column="itl_count",
         also="time_per_output_token_seconds",
         average="avg_time_per_output_token_seconds",
         total="total_tpot_samples",

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kvhook.analysis.distribution import Distribution, distribution
 from kvhook.analysis.history import History
-from kvhook.collector.names import V0_RATE, VALUES
+from kvhook.collector.names import TIMES, V0_RATE, VALUES
 
 PREFIX_CACHING_OFF = "prefix caching is off in this engine (enable_prefix_caching=False): nothing is looked up"
 NOTHING_LOOKED_UP = "no prompt token has been looked up yet"
@@ -57,7 +57,8 @@ def histogram(
 
 @dataclasses.dataclass
 class Reading:
-    """What one source gave. ``absent`` says of every value that is not in ``values`` why."""
+    """What one source gave. ``absent`` says of every value that is not in ``values``, and of every histogram that is
+    not in ``histograms``, why."""
 
     source: str
     values: dict[str, float]
@@ -85,6 +86,9 @@ class Reading:
                 self.absent.pop(V0_RATE, None)  # the token counters are the better answer to the same question
             elif value.name not in self.values:
                 self.absent.setdefault(value.name, f"{self.source} does not have it")
+        for times in TIMES:
+            if times.name not in self.histograms:
+                self.absent.setdefault(times.name, f"{self.source} does not have it")
 
 
 def hit_rate(values: dict[str, float], absent: dict[str, str], prefix_caching: bool | None) -> tuple[float | None, str]:

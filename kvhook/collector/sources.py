@@ -51,6 +51,8 @@ class HookSource:
         self.session: Session | None = None
         #: number of the engine in it; None stands for all of them (several ranks are several engines)
         self.number: int | None = None
+        #: what the last reading told about the engines; it outlives them
+        self.engines: list[dict[str, Any]] = []
         #: whether `begin` installed kvhook
         self.installed = False
         self._refused = ""
@@ -94,10 +96,13 @@ class HookSource:
         engines = [e for e in trace.meta["engines"] if self.number in (None, e["engine"])]
         if not engines:
             raise Unavailable("no vLLM engine has been made since kvhook.install()")
+        self.engines = engines
         steps = trace.steps(self.number)
         rows = history.from_steps(steps, math.nan)
         values: dict[str, float] = {}
-        absent = {name: why for name, why in trace.meta["absent"].items() if name in history.COLUMNS}
+        missing = trace.meta["absent"]
+        absent = {name: why for name, why in missing.items() if name in history.COLUMNS}
+        absent |= {times.name: missing[times.column] for times in names.TIMES if times.column in missing}
         for name in (*history.STATES, *history.TOTALS):
             column = rows[name][rows[name] == rows[name]]
             if len(column):
@@ -112,7 +117,7 @@ class HookSource:
             self.name,
             values,
             absent,
-            self._histograms(trace),
+            self._histograms(trace, missing),
             raw,
             caching.pop() if len(caching) == 1 else None,
             "kvhook began to record",
@@ -142,10 +147,12 @@ class HookSource:
             return NO_ENGINE
         return "kvhook is not installed: call kvhook.install() before LLM(...), or start_monitoring()"
 
-    def _histograms(self, trace: Trace) -> dict[str, Histogram]:
+    def _histograms(self, trace: Trace, missing: dict[str, str]) -> dict[str, Histogram]:
         out = {}
         requests = trace.requests(self.number)
         for times in names.TIMES:
+            if times.column in missing:
+                continue
             if times.series:
                 values, counts = trace.latencies(times.series, self.number)
                 out[times.name] = histogram(values, counts, times.bounds)
@@ -186,10 +193,14 @@ class EngineSource:
                 "(LLM(..., disable_log_stats=False) turns them on)"
             )
         why = (
-            "it is counted by vLLM's loggers alone, and vLLM's stats are off in this engine "
+            "vLLM's loggers have no such metric in this release"
+            if families
+            else "it is counted by vLLM's loggers alone, and vLLM's stats are off in this engine "
             "(LLM(..., disable_log_stats=False) turns them on)"
         )
+        found = prometheus.histograms(families)
         absent = {value.name: why for value in names.VALUES if value.name not in values and value.kind == names.TOTAL}
+        absent |= {times.name: why for times in names.TIMES if times.name not in found}
         raw = prometheus.plain(families)
         raw |= {"states": {"of": "this moment" if now else "the last step", **(now or _only_states(values))}}
         caching = read_path(engine, names.FACTS["enable_prefix_caching"])
@@ -197,7 +208,7 @@ class EngineSource:
             self.name,
             values,
             absent,
-            prometheus.histograms(families),
+            found,
             raw,
             caching if isinstance(caching, bool) else prometheus.prefix_caching(families),
             "the engine was made",
@@ -211,8 +222,9 @@ class RegistrySource:
     name = names.REGISTRY
     polled = True
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, given: bool) -> None:
         self._engine = engine
+        self._given = given
 
     def read(self) -> Reading:
         """A snapshot."""
@@ -237,7 +249,11 @@ class RegistrySource:
         Raises:
             Unavailable: there are none.
         """
-        get_metrics = getattr(self._engine(), "get_metrics", None)
+        engine = self._engine()
+        if engine is None and self._given:
+            # what the registry still has may be another engine's, and nothing in it tells
+            raise Unavailable(NO_ENGINE)
+        get_metrics = getattr(engine, "get_metrics", None)
         if callable(get_metrics):
             try:
                 families = prometheus.from_snapshot(get_metrics())

@@ -193,6 +193,10 @@ def test_prefix_caching_off_is_no_rate_of_0(make_llm: MakeLLM, source: str):
     assert stats["key_metrics"]["gpu_prefix_cache_hit_rate_percent"] is None
     assert "enable_prefix_caching=False" in stats["absent"]["gpu_prefix_cache_hit_rate_percent"]
     assert "gpu_prefix_cache_hit_rate" not in stats["latest_stats"]["metrics_found"]
+    assert stats["summary"]["prefix_cache_hit_rate"] is None
+    progression = [*stats["trend"]["hit_rate_progression"], *stats["trend"]["between_collections"]]
+    assert {p["prefix_cache_hit_rate"] for p in progression} <= {None}
+    assert {p["prefix_cache_hit_rate_so_far"] for p in progression} <= {None}
 
 
 # Usage
@@ -202,12 +206,14 @@ def test_usage_rises_peaks_where_the_arithmetic_says_and_returns_to_zero(make_ll
     kvhook.install()
     llm = make_llm()
     rng = random.Random(4)
-    lengths, generated = [40, 70, 100, 130], 40
+    # the first of them, at its peak, has just filled a block
+    lengths, generated = [58, 70, 100, 130], 40
     with VLLMMetricsCollector(llm) as collector:
         run(llm, [Call([tokens(rng, n) for n in lengths], {"max_tokens": generated})])
         stats = collector.get_comprehensive_stats()
-    # the last token that is generated is never read again: it takes no room
-    blocks = sum(-(-(n + generated - 1) // BLOCK_SIZE) for n in lengths)
+    # the fullest step is the last but one: then the last two tokens have no place yet. The last token never has one,
+    # since nothing reads it; that of the one before it is taken and given back in the last step
+    blocks = sum(-(-(n + generated - 2) // BLOCK_SIZE) for n in lengths)
     usage = [p["kv_cache_usage"] for p in stats["trend"]["usage_progression"]]
     assert stats["key_metrics"]["kv_cache_usage_peak"] == pytest.approx(blocks / USABLE)
     assert usage[-1] == stats["key_metrics"]["gpu_cache_usage_percent"] == 0

@@ -1,0 +1,438 @@
+"""``kvhook check`` without an engine: what it says when all is well, and that each check fails on its fault."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvhook
+from kvhook import check, cli, guard
+from kvhook.check import FAILED, OK, SKIPPED, Failed, Skipped, expect, inference, run, structure
+from kvhook.check.inference import Inference
+from kvhook.collector import VLLMMetricsCollector, answer, collector, names, prometheus, reading, sources
+from kvhook.collector.reading import Histogram, Reading, Unavailable
+from kvhook.errors import KvhookError
+from tests.conftest import Python
+from tests.played_llm import BLOCK_SIZE, PlayedLLM
+from tests.standin import fake_vllm
+
+NAMES = [one.__name__ for one in structure.CHECKS]
+
+
+# The runner
+
+
+def test_outcomes():
+    def good() -> str:
+        """Good."""
+        return "found"
+
+    def wrong() -> str:
+        """Wrong.
+
+        This line is for readers of the code.
+        """
+        expect("a number", 1, 2, "count again")
+        return ""
+
+    def broken() -> str:
+        """Broken."""
+        raise ZeroDivisionError("by zero")
+
+    def elsewhere() -> str:
+        """Elsewhere."""
+        raise Skipped("not here")
+
+    results = list(run([good, wrong, broken, elsewhere]))
+    assert [(r.name, r.title, r.outcome) for r in results] == [
+        ("good", "Good", OK),
+        ("wrong", "Wrong", FAILED),
+        ("broken", "Broken", FAILED),
+        ("elsewhere", "Elsewhere", SKIPPED),
+    ]
+    assert results[1].found == "a number: expected 2, saw 1. To do: count again"
+    assert (results[1].expected, results[1].seen, results[1].advice) == ("2", "1", "count again")
+    assert "ZeroDivisionError: by zero" in results[2].seen
+    assert results[2].advice == check.REPORT
+    assert check.verdict(results) == "FAILED: 2 of 4 checks (Wrong, Broken), 1 skipped"
+    assert check.verdict([results[0], results[3]]) == "passed: 1 of 2 checks, 1 skipped"
+
+
+# Structure, when all is well
+
+
+def test_one_line_for_each_check_and_a_verdict(fresh: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["check"]) == 0
+    said = capsys.readouterr()
+    *lines, verdict = said.out.splitlines()
+    assert verdict == f"passed: {len(NAMES)} of {len(NAMES)} checks"
+    assert len(lines) == len(NAMES)
+    assert all(line.startswith("ok ") for line in lines)
+    assert said.err == "", "what is provoked is not shown"
+
+
+def test_json(fresh: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["check", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in found["checks"]] == NAMES
+    assert {one["outcome"] for one in found["checks"]} == {OK}
+    assert found["verdict"].startswith("passed")
+
+
+def test_every_check_has_a_title_of_its_own():
+    checks = [*structure.CHECKS, *(vars(Inference)[name] for name in INFERENCE)]
+    titles = [(one.__doc__ or "").split("\n")[0] for one in checks]
+    assert all(title.endswith(".") for title in titles)
+    assert len(set(titles)) == len(titles)
+
+
+def test_what_an_engine_left_in_this_process_does_not_matter(
+    fresh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """A session, an engine that is recorded, and metrics of another in the process's one Prometheus registry."""
+    sample = types.SimpleNamespace(name="vllm:num_requests_running", labels={}, value=3.0)
+    metric = types.SimpleNamespace(name=sample.name, type="gauge", samples=[sample])
+    client = types.SimpleNamespace(REGISTRY=types.SimpleNamespace(collect=lambda: [metric]))
+    monkeypatch.setitem(sys.modules, "prometheus_client", client)
+    assert VLLMMetricsCollector().collect_current_stats()["collection_method"] == names.REGISTRY
+    with fake_vllm() as vllm:
+        session = kvhook.install()
+        engine = vllm.engine()
+        assert cli.main(["check"]) == 0
+        assert kvhook.session._current is session
+        del engine
+    assert kvhook.session._current is session
+
+
+HIDDEN = """
+import importlib.util, sys
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("vllm", "torch", "prometheus_client"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "vllm" else find_spec(name, *more)
+sys.meta_path.insert(0, NotInstalled())
+from kvhook.cli import main
+print("exit code", main(sys.argv[1:]))
+"""
+
+
+def test_without_vllm_the_structure_is_checked(python: Python):
+    done = python(HIDDEN, "check")
+    *lines, verdict, code = done.stdout.splitlines()
+    assert (len(lines), verdict, code) == (len(NAMES), f"passed: {len(NAMES)} of {len(NAMES)} checks", "exit code 0")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["--engine"], ["--model", "some/model"]])
+def test_without_vllm_an_engine_is_a_failed_check_that_says_what_to_install(
+    arguments: list[str], python: Python, tmp_path: Path
+):
+    done = python(HIDDEN, "check", *arguments, TMPDIR=str(tmp_path))
+    *_, line, verdict, code = done.stdout.splitlines()
+    assert line.startswith("FAILED  The engine starts")
+    assert "vLLM is not installed" in line
+    assert "pip install vllm" in line
+    assert (verdict, code) == (f"FAILED: 1 of {len(NAMES) + 1} checks (The engine starts)", "exit code 1")
+    assert not list(tmp_path.glob("kvhook-check-*"))
+
+
+# Structure, with a fault in kvhook
+
+
+def _last_sample(metrics: Any) -> dict[str, prometheus.Family]:
+    """The mistake that scripts made: whatever sample comes last is the value, whatever type the metric is of."""
+    return {m.name: prometheus.Family("counter", [({}, m.samples[-1].value)]) for m in metrics}
+
+
+def _never_stops(self: Any) -> None:
+    if self._periods:
+        self._periods[-1][1] = 0.0
+
+
+def _raises(*_: object, **__: object) -> Any:
+    raise RuntimeError("planted")
+
+
+def _zeros(self: Any) -> Reading:
+    return Reading(self.name, {"num_running_reqs": 0}, {}, {}, {}, None, "")
+
+
+#: Check -> what is put where, so that it has to fail. Others may fail with it.
+FAULTS: dict[str, tuple[Any, str, Any]] = {
+    "imports": (kvhook, "__all__", [*kvhook.__all__, "no_such_name"]),
+    "methods": (VLLMMetricsCollector, "save_metrics", None),
+    "unavailable": (sources.EngineSource, "read", _zeros),
+    "strange_objects": (collector, "plain_fact", _raises),
+    "errors": (guard.Guard, "fault", lambda *_: None),
+    "fallback": (VLLMMetricsCollector, "_say_once", lambda *_: None),
+    "key_metrics": (answer, "KEYS", tuple(k._replace(factor=1) for k in names.KEYS)),
+    "no_false_hit_rate": (prometheus, "from_collectors", _last_sample),
+    "lifecycle": (VLLMMetricsCollector, "stop_monitoring", _never_stops),
+    "saving": (VLLMMetricsCollector, "get_metrics_history", lambda _: []),
+}
+
+
+def test_there_is_a_fault_for_every_check():
+    assert list(FAULTS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fault_is_found(name: str, fresh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(*FAULTS[name])
+    assert cli.main(["check", "--json"]) == 1
+    monkeypatch.undo()
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)["checks"]}
+    assert list(found) == NAMES, "the others are made as well"
+    one = found[name]
+    assert one["outcome"] == FAILED
+    assert one["expected"] != one["seen"]
+    assert one["found"].endswith(f"expected {one['expected']}, saw {one['seen']}. To do: {one['advice']}")
+    assert sum(other["outcome"] == OK for other in found.values()) > len(NAMES) / 2, "it is told where"
+
+
+def test_a_hit_rate_of_100_percent_that_is_none_is_found(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reading, "hit_rate", lambda *_: (1.0, ""))
+    results = {r.name: r for r in run(structure.CHECKS)}
+    assert (results["key_metrics"].expected, results["key_metrics"].seen) == ("0.25", "1.0")
+    assert results["no_false_hit_rate"].outcome == FAILED
+
+
+def test_an_import_that_brings_more_than_it_says_is_found(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    done = types.SimpleNamespace(returncode=0, stdout="numpy torch\n", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    (result,) = run([structure.imports])
+    assert (result.outcome, result.seen) == (FAILED, "['numpy', 'torch']")
+
+
+def test_an_import_that_fails_in_a_fresh_python_is_found(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    done = types.SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nSyntaxError: planted\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    (result,) = run([structure.imports])
+    assert (result.outcome, result.seen) == (FAILED, "SyntaxError: planted")
+
+
+# Inference, on an LLM whose numbers are computed by hand
+
+INFERENCE = (
+    *("recorded", "basic_collection", "hit_rate_progression", "usage_progression", "methods_agree"),
+    *("histograms_agree", "cost"),
+)
+
+
+class Played(PlayedLLM):
+    """With an engine's own objects and a registry that know the truth, unless they are made to lie."""
+
+    def __init__(self, vllm: Any, patch: pytest.MonkeyPatch) -> None:
+        super().__init__(vllm)
+        self.of_source: dict[str, Callable[[], Reading]] = {}
+        for source in (sources.EngineSource, sources.RegistrySource):
+            self.of_source[source.name] = lambda name=source.name: self.read(name)  # type: ignore[misc]
+            patch.setattr(source, "read", lambda asked: self.of_source[asked.name]())
+
+    def read(self, source: str, **wrong: float) -> Reading:
+        count = len(self.ttft)
+        buckets = {"0.5": count, "0.75": count, "+Inf": count}
+        ttft = Histogram(count, sum(self.ttft), buckets)
+        return Reading(source, self.truth | wrong, {}, {"time_to_first_token_seconds": ttft}, {}, True, "")
+
+
+@pytest.fixture
+def llm(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
+    with fake_vllm() as vllm:
+        session = kvhook.install()
+        one = Played(vllm, monkeypatch)
+        (engine,) = session.meta["engines"]
+        one.of, one.reserved = engine["kv_usage_of"], engine["kv_usage_reserved"]
+        yield one
+
+
+def outcomes(llm: Any) -> dict[str, check.Result]:
+    found = {r.name: r for r in run(Inference(llm, kvhook.install()).checks())}
+    assert tuple(found) == INFERENCE
+    return found
+
+
+def failures(llm: Any) -> dict[str, str]:
+    return {name: r.found for name, r in outcomes(llm).items() if r.outcome == FAILED}
+
+
+def test_an_llm_that_tells_the_truth_passes(llm: Played):
+    found = outcomes(llm)
+    assert {r.outcome for r in found.values()} == {OK}, found
+    assert "24 of" in found["usage_progression"].found
+    assert " = ".join(names.SOURCES) in found["methods_agree"].found
+
+
+def test_a_hit_too_many_is_found(llm: Played):
+    def lie(told: dict[str, Any]) -> None:
+        if told["prefix"]["hits"]:
+            told["prefix"]["hits"] += BLOCK_SIZE
+
+    llm.lie = lie
+    found = failures(llm)
+    assert set(found) == {"hit_rate_progression", "methods_agree"}
+    # in the first round two of three find a block of the first; the next round goes on with one block more; the last
+    # is the one before it, again
+    expected, seen = [64, 32 + 2 * 64, 64 + 2 * 96, 3 * 96], [96, 192, 288, 320]
+    assert f"tokens hit, round by round: expected {expected}, saw {seen}" in found["hit_rate_progression"]
+
+
+def test_a_hit_rate_that_is_wrongly_computed_is_found(llm: Played, monkeypatch: pytest.MonkeyPatch):
+    from kvhook.analysis import history
+
+    monkeypatch.setattr(history, "_rate", lambda hits, queries: 1.0)
+    found = failures(llm)
+    assert set(found) == {"hit_rate_progression"}
+    assert "hit rates: expected [0." in found["hit_rate_progression"]
+    assert "saw [1.0, 1.0, 1.0, 1.0]" in found["hit_rate_progression"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (lambda held: held + 1 if held else 0, "blocks in use at the peak: expected 24, saw 25"),
+        (lambda held: max(held, 1), "usage at the end"),
+        (lambda held: min(held, 16), "blocks in use at the peak: expected 24, saw 16"),
+        (lambda held: 24 if held else 0, "usage on the way to its peak: expected a rise"),
+    ],
+    ids=["too much", "not back to zero", "the peak is missed", "no rise"],
+)
+def test_a_wrong_usage_is_found(llm: Played, wrong: Callable[[int], int], text: str):
+    def lie(told: dict[str, Any]) -> None:
+        held = round(told["kv_cache_usage"] * llm.of) - llm.reserved
+        told["kv_cache_usage"] = llm.truth["kv_cache_usage"] = (wrong(held) + llm.reserved) / llm.of
+
+    llm.lie = lie
+    assert text in failures(llm)["usage_progression"]
+
+
+def test_a_token_that_was_not_counted_is_found(llm: Played):
+    def lie(told: dict[str, Any]) -> None:
+        told["generated"] -= 1
+
+    llm.lie = lie
+    found = failures(llm)
+    assert set(found) == {"basic_collection", "methods_agree"}
+    assert "tokens that they generated: expected 64, saw 48" in found["basic_collection"]
+
+
+@pytest.mark.parametrize("source", [names.INTERNAL, names.REGISTRY])
+def test_a_source_that_counts_otherwise_is_found(llm: Played, source: str):
+    llm.of_source[source] = lambda: llm.read(source, num_prompt_tokens=1)
+    found = failures(llm)
+    assert set(found) == {"methods_agree"}
+    assert found["methods_agree"].startswith("num_prompt_tokens: expected")
+    assert f"'{source}': 1" in found["methods_agree"]
+
+
+@pytest.mark.parametrize("source", [names.INTERNAL, names.REGISTRY])
+@pytest.mark.parametrize("error", [Unavailable("it is gone"), OSError("it is gone")], ids=["absent", "raises"])
+def test_a_source_that_cannot_be_read_is_found(llm: Played, source: str, error: Exception):
+    def broken() -> Reading:
+        raise error
+
+    llm.of_source[source] = broken
+    found = failures(llm)
+    assert set(found) == {"methods_agree", "histograms_agree"}
+    assert f"the source {source}: expected numbers, saw " in found["methods_agree"]
+    assert "it is gone. To do: " in found["methods_agree"]
+
+
+def test_a_histogram_that_counts_otherwise_is_found(llm: Played):
+    def shifted() -> Reading:
+        found = llm.read(names.REGISTRY)
+        one = found.histograms["time_to_first_token_seconds"]
+        found.histograms["time_to_first_token_seconds"] = Histogram(
+            one.count, one.sum, {**one.buckets, "0.5": one.count - 1}
+        )
+        return found
+
+    llm.of_source[names.REGISTRY] = shifted
+    found = failures(llm)
+    assert set(found) == {"histograms_agree"}
+    assert "time_to_first_token_seconds: buckets from prometheus_registry" in found["histograms_agree"]
+
+
+def test_an_engine_that_is_not_recorded_is_found(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    with fake_vllm() as vllm:
+        llm = Played(vllm, monkeypatch)
+        found = failures(llm)
+    assert "kvhook's recording: expected this engine in it" in found["recorded"]
+    assert "kvhook doctor" in found["recorded"]
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ({"is_hybrid": True}, "state layers"),
+        ({"get_sliding_window": lambda: 4096}, "sliding window"),
+        ({"hf_text_config": types.SimpleNamespace(layer_types=["full_attention", "sliding_attention"])}, "layers of"),
+    ],
+)
+def test_where_blocks_cannot_be_predicted_it_is_skipped_and_said(llm: Played, model: dict[str, Any], why: str):
+    vars(llm.llm_engine.vllm_config.model_config).update(model)
+    found = outcomes(llm)
+    skipped = {name: r.found for name, r in found.items() if r.outcome == SKIPPED}
+    assert set(skipped) == {"hit_rate_progression", "usage_progression"}
+    assert all(why in text for text in skipped.values())
+    assert not [r for r in found.values() if r.outcome == FAILED]
+
+
+def test_a_model_for_short_requests_only_is_skipped(llm: Played):
+    llm.llm_engine.vllm_config.model_config.max_model_len = 50
+    skipped = {name: r.found for name, r in outcomes(llm).items() if r.outcome == SKIPPED}
+    assert set(skipped) == {"hit_rate_progression", "usage_progression"}
+    assert "50 at most" in skipped["usage_progression"]
+
+
+# The engine that could not be had
+
+
+def test_a_model_that_does_not_load_is_a_failed_check_and_vllms_messages_are_kept(
+    fresh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def refuses(model: str, **_: Any) -> Any:
+        os.write(2, b"vLLM's own words\n")
+        raise ValueError(f"no such model: {model}\nand much more")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    with fake_vllm():
+        sys.modules["vllm"].LLM = refuses  # type: ignore[attr-defined]
+        assert cli.main(["check", "--model", "my/model"]) == 1
+    *_, line, verdict, last = capsys.readouterr().out.splitlines()
+    assert line.startswith("FAILED  The engine starts")
+    assert "vLLM with my/model: expected an engine, saw ValueError: no such model: my/model. To do: read" in line
+    assert verdict.startswith("FAILED: 1 of")
+    (log,) = Path(tempfile.gettempdir()).glob("kvhook-check-*/vllm.log")
+    assert last == f"vLLM's messages are in {log}"
+    assert "vLLM's own words" in log.read_text()
+    assert kvhook.session._current is None, "nothing is left installed"
+    assert "VLLM_LOGGING_LEVEL" not in os.environ
+
+
+def test_a_kvhook_that_cannot_record_here_is_a_failed_check(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuses() -> Any:
+        raise KvhookError("no place for a ring")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    monkeypatch.setattr(kvhook, "install", refuses)
+    (result,) = inference.check_engine(None, fresh / "log")
+    assert (result.outcome, result.advice) == (FAILED, "no place for a ring")
+
+
+def test_failed_and_skipped_are_no_errors_of_the_user():
+    assert not issubclass(Failed, KvhookError)
+    assert not issubclass(Skipped, KvhookError)
