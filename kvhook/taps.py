@@ -101,10 +101,17 @@ def tap_outputs(tap: Tap) -> Undo:
         record(outputs.scheduler_stats, stats)
         return result
 
-    processor.log_stats = True  # from now on it keeps the clocks of new requests; there are none yet
-    return _replace(
+    # from now on it keeps the clocks of new requests; there are none yet
+    log_stats, processor.log_stats = processor.log_stats, True
+    take_out = _replace(
         (client, "get_output", get_output_and_keep), (processor, "process_outputs", process_outputs_with_stats)
     )
+
+    def undo() -> None:
+        take_out()
+        processor.log_stats = log_stats
+
+    return undo
 
 
 def tap_core(tap: Tap) -> Undo:
