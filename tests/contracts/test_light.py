@@ -580,3 +580,17 @@ def test_the_adapters_of_both_levels_are_for_the_same_engines():
     assert {extract.version_key(a.until) for a in LIGHT_ADAPTERS if a.until} <= {
         extract.version_key(until) for until in ("0.9.0", "0.9.1", "0.11.0")
     }
+
+
+@pytest.mark.parametrize("release", V1_RELEASES)
+def test_at_level_full_too_uninstall_leaves_nothing_in_the_engine(release: str):
+    """After the first step the probe waits for the next."""
+    with stubs(engines_of(release)), kvhook.install(ring_slots=64) as session:
+        engine = begin(SYNC)
+        go(engine, 1)
+        kvhook.uninstall()
+        left = [n for o in (engine.engine_core, engine.output_processor) for n, v in vars(o).items() if callable(v)]
+        assert left == []
+        go(engine)
+        assert len(session.steps()) == 1
+        assert session.faults == {}
