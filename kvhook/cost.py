@@ -154,7 +154,7 @@ class StatsProbe:
     def disarm(self) -> None:
         """Take out what waits for the next step."""
         self._armed, processor = False, self._processor()
-        mine = vars(processor).get("process_outputs") if processor is not None else None
+        mine: Any = vars(processor).get("process_outputs") if processor is not None else None
         if processor is None or getattr(mine, "probe", None) is not self:
             return
         if mine.there is None:
