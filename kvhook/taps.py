@@ -121,7 +121,7 @@ class Core(NamedTuple):
     get_output: Callable[..., Any]
     processor: Any
     process_outputs: Callable[..., Any]
-    count: Counter
+    counter: Counter
 
 
 def core_of(engine: Any, get_output: str = "get_output") -> Core:

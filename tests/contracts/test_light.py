@@ -168,8 +168,9 @@ def test_exactly_the_expected_columns_are_live_and_the_others_say_why_not(releas
     absent = recorder.compiled.absent
     assert absent["step"].keys() | live(recorder, "step") == {f.name for f in STEP_FIELDS}
     assert all(len(why) > 10 for kind in absent for why in absent[kind].values())
-    # what level full would have says so
-    assert "kvhook.install(level='full') does" in absent["step"]["ttft_count"]
+    # what level full would have says so, and nothing else does
+    says_so = {column for column, why in absent["step"].items() if "kvhook.install(level='full') does" in why}
+    assert says_so == set(FULL_ONLY) - {"vllm_stats_ns"}
     assert all("kvhook.install(level='full') does" in why for why in absent["request"].values())
 
 
