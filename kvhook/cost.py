@@ -76,6 +76,11 @@ class Cost:
                 self._look(Counters(n, step, request_number))
         return stats_ns
 
+    def stop(self) -> None:
+        """Leave nothing in the engine that waits for its next step."""
+        if self.probe is not None:
+            self.probe.disarm()
+
     def _look(self, counters: Counters) -> None:
         """At the end of a window: is it over the budget, and has that been so for long?"""
         share = self._cost / max(self._time, 1)
@@ -84,9 +89,10 @@ class Cost:
         if self._over < WINDOWS or not self._rest:
             return
         self._over, level, self._rest = 0, self._rest[0], self._rest[1:]
+        self.stop()
         if not self._step_down(level, counters, share):
             self._rest = ()
-        elif level.name != "full":
+        else:
             self.probe, self._stats_ns = None, 0
 
 
@@ -98,48 +104,83 @@ class StatsProbe:
         methods: those of its methods in which vLLM fills its stats in, called for each output and each finished
             request. 50 ns a call of measuring are in the result.
         make_stats: vLLM's IterationStats, made once a step.
+        failed: is told of an error in here, after which nothing is measured any more.
 
     Raises:
         AttributeError: this vLLM has no such methods.
     """
 
-    def __init__(self, processor: Any, methods: tuple[str, ...], make_stats: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        methods: tuple[str, ...],
+        make_stats: Callable[[], Any],
+        failed: Callable[[Exception], None] = lambda _: None,
+    ) -> None:
         self._processor = weakref.ref(processor)  # the recording outlives the engine, and must not hold on to it
         self._methods = methods
+        self._failed = failed
         for name in methods:
             getattr(processor, name)
         start = clock()
         for _ in range(16):
             make_stats()
         self._making = (clock() - start) // 16
+        self._armed = self._broken = False
         self._spent = 0
         self._measured = -1
 
     def arm(self) -> None:
         """Measure in the next step."""
         processor = self._processor()
-        if processor is None:
+        if processor is None or self._armed or self._broken:
             return
-        there = vars(processor).get("process_outputs")  # what a tap has put there
         process_outputs = processor.process_outputs
 
         def process_outputs_measured(*args: Any, **kwargs: Any) -> Any:
-            if vars(processor).get("process_outputs") is process_outputs_measured:
-                if there is None:
-                    del processor.process_outputs
-                else:
-                    processor.process_outputs = there
-            self._spent = self._making
-            for name in self._methods:
-                setattr(processor, name, self._timed(getattr(processor, name)))
+            if not self._armed:  # somebody who came in between has kept it
+                return process_outputs(*args, **kwargs)
+            self.disarm()
+            put_back = self._begin(processor)
             try:
                 return process_outputs(*args, **kwargs)
             finally:
-                for name in self._methods:
-                    vars(processor).pop(name, None)
+                put_back()
+
+        there = vars(processor).get("process_outputs")  # what a tap has put there
+        vars(process_outputs_measured).update(probe=self, there=there)
+        self._armed, processor.process_outputs = True, process_outputs_measured
+
+    def disarm(self) -> None:
+        """Take out what waits for the next step."""
+        self._armed, processor = False, self._processor()
+        mine: Any = vars(processor).get("process_outputs") if processor is not None else None
+        if processor is None or getattr(mine, "probe", None) is not self:
+            return
+        if mine.there is None:
+            del processor.process_outputs
+        else:
+            processor.process_outputs = mine.there
+
+    def _begin(self, processor: Any) -> Callable[[], None]:
+        """Time the methods from now on; gives what ends that. In the engine's path: nothing gets out."""
+        own = {name: vars(processor)[name] for name in self._methods if name in vars(processor)}
+
+        def put_back() -> None:
+            for name in self._methods:
+                vars(processor).pop(name, None)
+            vars(processor).update(own)
+            if not self._broken:
                 self._measured = self._spent
 
-        processor.process_outputs = process_outputs_measured
+        self._spent = self._making
+        try:
+            for name in self._methods:
+                setattr(processor, name, self._timed(getattr(processor, name)))
+        except Exception as error:
+            self._broken = True
+            self._failed(error)
+        return put_back
 
     def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -157,10 +198,10 @@ class StatsProbe:
         return measured
 
 
-def probe_of(engine: Any, adapter: Adapter) -> StatsProbe | None:
+def probe_of(engine: Any, adapter: Adapter, failed: Callable[[Exception], None]) -> StatsProbe | None:
     """The probe of an engine, where this vLLM makes its stats in a place that can be timed."""
     path = next((s.path for s in adapter.sources if s.argument == "iteration_stats"), "")
     processor = getattr(engine, "output_processor", None)
     if not path or processor is None or not all(hasattr(processor, name) for name in adapter.makes_stats_in):
         return None
-    return StatsProbe(processor, adapter.makes_stats_in, lookup(path)) if adapter.makes_stats_in else None
+    return StatsProbe(processor, adapter.makes_stats_in, lookup(path), failed) if adapter.makes_stats_in else None

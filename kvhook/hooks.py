@@ -23,7 +23,7 @@ from kvhook.adapters.compiler import FINISHED_HOOK, PublishStep, Record
 from kvhook.adapters.table import Adapter, Target, has_field, lookup, release, vllm_version
 from kvhook.adapters.v1 import SETTINGS
 from kvhook.errors import StatsOffError
-from kvhook.taps import TAPS, Tap, make_no_stats, nothing, quiet_manager
+from kvhook.taps import TAPS, Tap, core_of, make_no_stats, nothing, quiet_manager
 
 log = logging.getLogger("kvhook")
 
@@ -288,6 +288,7 @@ def step_down(engine: Any, every: int, functions_of: Callable[[Adapter], tuple[R
     adapter, _, missing = choose(full.engine, "light")
     if missing or adapter.level != "light":
         return False
+    core_of(engine)  # before anything is changed
     record, publish = functions_of(adapter)
     _engines[key]()
     if key in _quiet:

@@ -81,6 +81,7 @@ class Session:
         self._by_engine: dict[int, Recorder] = {}
         #: an engine with several engine cores (data-parallel ranks) has a recorder for each
         self._ranks: dict[int, list[Recorder]] = {}
+        self._costs: list[Cost] = []
         self._made = 0
         self._pid = os.getpid()
         self._closed = False
@@ -190,10 +191,12 @@ class Session:
             if self._max_overhead is not None:
                 facts["max_overhead"] = self._max_overhead
             timed = facts["timed_steps"]
-            probe = probe_of(engine, adapter) if timed and not facts["stats_on"] else None
+            wanted = timed and not facts["stats_on"]
+            probe = probe_of(engine, adapter, self._probe_failed) if wanted else None
             facts[STATS_FOR_KVHOOK] = probe is not None
             cost = Cost(self._hook_ns, adapter.level, self._max_overhead, self._step_down_of(engine, self._made))
             cost.probe = probe
+            self._costs.append(cost)
             if self._max_overhead is not None and (not timed or adapter.level != self.level or adapter.family == "v0"):
                 self._say_no_budget(timed)
             sample = cost.sample if timed else no_sample
@@ -232,6 +235,14 @@ class Session:
             return done
 
         return step_down
+
+    def _probe_failed(self, error: Exception) -> None:
+        self._guard.fault("measuring what vLLM's stats take", error, "it is not measured any more")
+
+    def stop_measuring(self) -> None:
+        """Leave nothing in the engines that waits for their next step."""
+        for cost in self._costs:
+            cost.stop()
 
     def _say_no_budget(self, timed: bool) -> None:
         why = (
@@ -357,6 +368,8 @@ def uninstall() -> None:
     global _current
     with _lock:
         session, _current = _current, None
+        if session is not None:
+            session.stop_measuring()
         hooks.disarm()
         if session is not None:
             session.close()

@@ -256,14 +256,22 @@ class Spool:
             engine.reader.close()
 
     def tell_again(self, number: int) -> None:
-        """Write the facts about an engine once more, with the next records: they have changed. Takes no lock, so that
-        the engine's own thread may call it."""
+        """Write the facts about an engine once more, at the next look at its ring: they have changed. Takes no lock,
+        so that the engine's own thread may call it."""
         self._owed.add(number)
 
     def drain(self) -> int:
         """Bring the files up to now; gives the number of records that were taken over."""
         with self._lock:
-            return sum(self._drain(e) for e in self._engines.values())
+            taken = 0
+            for number, engine in self._engines.items():
+                taken += self._drain(engine)
+                if number in self._owed:  # told again, and no record has come since
+                    try:
+                        self._settle(number, self._file_for(engine.recorder.ring.layout))
+                    except OSError as error:
+                        self._fault(_WRITING, error, _THEN)
+            return taken
 
     def paths(self) -> list[Path]:
         """The files, oldest first."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kvhook.adapters.compiler import Record
-from kvhook.adapters.light import Counts, make_counter
+from kvhook.adapters.light import Counter, Counts, make_counter
 from kvhook.adapters.table import Adapter, lookup
 
 Undo = Callable[[], None]
@@ -101,10 +101,40 @@ def tap_outputs(tap: Tap) -> Undo:
         record(outputs.scheduler_stats, stats)
         return result
 
-    processor.log_stats = True  # from now on it keeps the clocks of new requests; there are none yet
-    return _replace(
+    # from now on it keeps the clocks of new requests; there are none yet
+    log_stats, processor.log_stats = processor.log_stats, True
+    take_out = _replace(
         (client, "get_output", get_output_and_keep), (processor, "process_outputs", process_outputs_with_stats)
     )
+
+    def undo() -> None:
+        take_out()
+        processor.log_stats = log_stats
+
+    return undo
+
+
+class Core(NamedTuple):
+    """What `tap_core` needs of an engine."""
+
+    client: Any
+    get_output: Callable[..., Any]
+    processor: Any
+    process_outputs: Callable[..., Any]
+    counter: Counter
+
+
+def core_of(engine: Any, get_output: str = "get_output") -> Core:
+    """What `tap_core` needs of an engine; changes nothing in it.
+
+    Raises:
+        LookupError: this vLLM has not got all of it.
+    """
+    try:
+        client, processor = engine.engine_core, engine.output_processor
+        return Core(client, getattr(client, get_output), processor, processor.process_outputs, make_counter())
+    except AttributeError as error:
+        raise LookupError(str(error)) from None
 
 
 def tap_core(tap: Tap) -> Undo:
@@ -114,9 +144,8 @@ def tap_core(tap: Tap) -> Undo:
     """
     if not tap.adapter.timed:
         return _tap_core_on_event_loop(tap)
-    client, processor, record = tap.engine.engine_core, tap.engine.output_processor, tap.record
-    get_output, process_outputs = client.get_output, processor.process_outputs
-    count, failed, every = make_counter(), tap.failed, tap.every
+    client, get_output, processor, process_outputs, count = core_of(tap.engine)
+    record, failed, every = tap.record, tap.failed, tap.every
     steps = 0
     latest: Any = None
 
@@ -156,9 +185,8 @@ def tap_core(tap: Tap) -> Undo:
 def _tap_core_on_event_loop(tap: Tap) -> Undo:
     """The same for AsyncLLM, whose handler takes the outputs of a step in several parts: a step is over when the
     handler asks for the next."""
-    client, processor, record = tap.engine.engine_core, tap.engine.output_processor, tap.record
-    get_output_async, process_outputs = client.get_output_async, processor.process_outputs
-    count, failed = make_counter(), tap.failed
+    client, get_output_async, processor, process_outputs, count = core_of(tap.engine, "get_output_async")
+    record, failed = tap.record, tap.failed
     latest: Any = None
     counts: Counts | None = None
 

@@ -272,12 +272,15 @@ class Trace:
             # what is missing before the first record fell out of a bounded history, unless it was never written
             gone = min(missing, max(missing - before, told))
             lost, dropped = lost + gone, dropped + missing - gone
+        absent = self._absent("request") | self._absent("step")
+        # a name of both kinds of records is absent if neither has it
+        live = {c.name for kind in ("request", "step") for c in self.columns(kind)}
         clocks = [(s.header.monotonic_ns, s.header.realtime_ns) for s in self._sources if s.header]
         return {
             "name": self.name,
             **{key: first.get(key, "") for key in ("kvhook", "vllm", "python", "adapter")},
             "engines": engines,
-            "absent": self._absent("request") | self._absent("step"),
+            "absent": {n: why for n, why in absent.items() if n not in live},
             "records": sum(count for _, _, count in self._numbers.values()),
             "records_lost": lost,
             "records_dropped": dropped,

@@ -70,11 +70,13 @@ CALM_HITS = 6 * 96
 
 
 class Step(NamedTuple):
-    """A call of ``LLMEngine.step`` as seen from outside: clocks around it, blocks in use after it."""
+    """A call of ``LLMEngine.step`` as seen from outside: clocks around it, blocks in use after it, and how many tokens
+    the scheduler gave out in it."""
 
     start_ns: int
     end_ns: int
     blocks_in_use: int
+    tokens: int
 
 
 @dataclasses.dataclass
@@ -168,22 +170,32 @@ def _metrics(llm: Any, seen: Seen) -> dict[tuple[str, str, str], tuple[int, floa
 @contextlib.contextmanager
 def _count_steps(llm: Any, seen: Seen) -> Iterator[None]:
     engine = llm.llm_engine
-    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    step = engine.step
+    scheduler = engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    step, update_from_output = engine.step, scheduler.update_from_output
+    given_out = 0
 
     def counted() -> Any:
-        start = time.monotonic_ns()
+        nonlocal given_out
+        given_out, start = 0, time.monotonic_ns()
         try:
             return step()
         finally:
             end = time.monotonic_ns()
-            seen.steps.append(Step(start, end, sum(b.ref_cnt > 0 and not b.is_null for b in pool.blocks)))
+            used = sum(b.ref_cnt > 0 and not b.is_null for b in pool.blocks)
+            seen.steps.append(Step(start, end, used, given_out))
 
-    engine.step = counted
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal given_out
+        by_client = update_from_output(*args, **kwargs)
+        given_out += sum(len(one.new_token_ids) for outputs in by_client.values() for one in outputs.outputs)
+        return by_client
+
+    engine.step, scheduler.update_from_output = counted, noted
     try:
         yield
     finally:
-        del engine.step
+        del engine.step, scheduler.update_from_output
 
 
 @contextlib.contextmanager

@@ -12,13 +12,17 @@ from typing import Any
 
 from kvhook.adapters.table import Adapter, Read, Source, Target, attributes, has_field, lookup
 from kvhook.adapters.v1 import ASYNC, ASYNC_LLM, CLIENT, ENGINE, LOGGERS, V1, V1_NO_LOGGER
+from kvhook.schema import FULL_ONLY, REQUEST_FIELDS
 
 OUTPUT = "vllm.v1.engine:EngineCoreOutput"
 EVENT = "vllm.v1.engine:EngineCoreEventType"
 PROCESSOR = "vllm.v1.engine.output_processor:OutputProcessor"
 STATE = "vllm.v1.engine.output_processor:RequestState"
 
-LIGHT = "level='light' looks at no single request and at no clock of one; kvhook.install(level='full') does"
+LIGHT = (
+    "level='light' looks at no single request and at no clock of one; kvhook.install(level='full') does, as far as "
+    "this vLLM has it"
+)
 
 #: ``count(outputs, states, counts)`` adds what came back from the engine core in a step to `Counts`.
 Counter = Callable[[Iterable[Any], Mapping[str, Any], "Counts"], None]
@@ -126,7 +130,8 @@ def _light(read: Read) -> Read:
 
 
 def _steps(full: Adapter) -> tuple[Read, ...]:
-    return (*map(_light, full.steps), Read("num_finished_reqs", ("counts.num_finished_reqs",)))
+    lists = tuple(Read(name, (), LIGHT) for name in FULL_ONLY if name.startswith(("ttft_", "itl_")))
+    return (*map(_light, full.steps), Read("num_finished_reqs", ("counts.num_finished_reqs",)), *lists)
 
 
 #: What is relied on: outputs, the states of requests, and how the output processor is called.
@@ -156,8 +161,8 @@ V1_LIGHT = V1._replace(
     steps=_steps(V1),
     values=(),
     finished=Read("", ()),
-    requests=tuple(Read(r.column, (), LIGHT) for r in V1.requests),
-    unseen=LIGHT,
+    requests=tuple(Read(f.name, (), LIGHT) for f in REQUEST_FIELDS),
+    unseen="vLLM's v1 engine has no such number",
     asks={"splits_prompt_tokens": splits_prompt_tokens},
     makes_stats_in=(),
     must_be_built=False,

@@ -168,13 +168,12 @@ def _manager(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> None:
     cls.log_engine_initialized = lambda self: None
 
 
-def _sync(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> None:
+def _sync(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> Callable[[dict[str, Any]], None]:
     module = vars(modules[ENGINE])
     cls = module["LLMEngine"]
     holder = facts.modules[ENGINE].classes["LLMEngine"].calls.stat_logger_attribute
     if holder is None:
-        _silent(facts, modules)
-        return
+        return _silent(facts, modules)
 
     def start(given: dict[str, Any]) -> None:
         engine, config = given["self"], given["vllm_config"]
@@ -197,32 +196,10 @@ def _sync(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> None:
 
     _put(facts, cls, "__init__", start)
     _put(facts, cls, "step", step)
+    return start
 
 
-class OutputProcessor:
-    """No facts are kept of it; this is its signature in 0.8.0 to 0.8.5."""
-
-    def __init__(self, tokenizer: Any, log_stats: bool) -> None:
-        self.log_stats = log_stats
-
-    def process_outputs(
-        self, engine_core_outputs: Any, engine_core_timestamp: Any = None, iteration_stats: Any = None
-    ) -> list[str]:
-        if iteration_stats is not None:
-            assert self.log_stats
-            assert engine_core_timestamp == 1.0
-            (filled,) = engine_core_outputs
-            vars(iteration_stats).update(vars(filled))
-        return ["output"]
-
-
-def add_output_processor(modules: dict[str, types.ModuleType]) -> None:
-    """The one module that the adapters look at and that the facts leave out."""
-    modules[PROCESSOR] = types.ModuleType(PROCESSOR)
-    vars(modules[PROCESSOR])["OutputProcessor"] = OutputProcessor
-
-
-def _silent(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> None:
+def _silent(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> Callable[[dict[str, Any]], None]:
     """0.8: the engine makes no stats; its core and its output processor would."""
 
     class Client:
@@ -236,14 +213,25 @@ def _silent(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> None:
             stats = sched if self.log_stats else None
             return types.SimpleNamespace(outputs=outputs, timestamp=1.0, scheduler_stats=stats)
 
-    add_output_processor(modules)
+    def process_outputs(given: dict[str, Any]) -> list[str]:
+        stats = given["iteration_stats"]
+        if stats is not None:
+            assert given["self"].log_stats
+            assert given["engine_core_timestamp"] == 1.0
+            (filled,) = given["engine_core_outputs"]
+            vars(stats).update(vars(filled))
+        return ["output"]
+
     cls = vars(modules[ENGINE])["LLMEngine"]
     client_class: Any = vars(modules[CLIENT])["EngineCoreClient"]
+    processor_class: Any = vars(modules[PROCESSOR])["OutputProcessor"]
+    _put(facts, processor_class, "process_outputs", process_outputs)
 
     def start(given: dict[str, Any]) -> None:
         engine = given["self"]
         engine.vllm_config = given["vllm_config"]
-        engine.output_processor = OutputProcessor(None, log_stats=False)
+        engine.output_processor = processor_class()
+        engine.output_processor.log_stats = False
         engine.engine_core = client_class.make_client(
             multiprocess_mode=False, asyncio_mode=False, vllm_config=None, executor_class=None, log_stats=False
         )
@@ -257,9 +245,10 @@ def _silent(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> None:
         _put(facts, client_class, "make_client", lambda given: Client(given["log_stats"]))
     _put(facts, cls, "__init__", start)
     _put(facts, cls, "step", step)
+    return start
 
 
-def _on_event_loop(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> None:
+def _on_event_loop(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> Callable[[dict[str, Any]], None]:
     module = vars(modules[ASYNC])
     cls = module["AsyncLLM"]
     calls = facts.modules[ASYNC].classes["AsyncLLM"].calls
@@ -306,3 +295,4 @@ def _on_event_loop(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) ->
 
     _put(facts, cls, "__init__", start)
     cls.arrive = arrive
+    return start

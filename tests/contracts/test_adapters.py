@@ -27,7 +27,7 @@ from kvhook.errors import StatsOffError
 from kvhook.recorder import Recorder
 from kvhook.schema import REQUEST_FIELDS, STEP_FIELDS
 from tests.contracts import extract
-from tests.contracts.behaviour import VllmLogger, add_output_processor, animate, config_of, make_engine
+from tests.contracts.behaviour import VllmLogger, animate, config_of, make_engine
 from tests.contracts.loader import ReleaseFacts, build_stub_modules, load, mutated, releases, stubs
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -815,8 +815,6 @@ def test_without_what_it_needs_a_family_of_engines_is_not_touched_and_one_messag
     release: str, family: str, change: Any, why: str, said: Any
 ):
     modules = build_stub_modules(mutated(load(release), change))
-    if release == "0.8.5":
-        add_output_processor(modules)
     other = [n for n in expected_adapters(release) if BY_NAME[n].family != family]
     with stubs(modules):
         before = everything(modules)

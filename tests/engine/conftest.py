@@ -33,7 +33,11 @@ ENVIRONMENT = {
 MakeLLM = Callable[..., Any]
 
 #: V0 is another engine, with truths of its own.
-collect_ignore = ["test_truth.py", "test_harmless.py", "test_own_process.py"] if vllm_here.V0 else ["test_v0.py"]
+collect_ignore = (
+    ["test_truth.py", "test_harmless.py", "test_light.py", "test_own_process.py", "test_light_own_process.py"]
+    if vllm_here.V0
+    else ["test_v0.py"]
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -112,12 +116,13 @@ class Recorded(NamedTuple):
         return [by_id[int(one.request_id)] for one in self.seen.outputs], said
 
 
-def _record(make_llm: MakeLLM, **options: Any) -> Recorded:
+def record(make_llm: MakeLLM, install: dict[str, Any] | None = None, **options: Any) -> Recorded:
+    """The workload on an engine with these options, under a kvhook that was installed with those arguments."""
     import kvhook
 
     kvhook.uninstall()
     # vLLM has long been imported: install() comes after the import here, before it in test_own_process.py
-    with kvhook.install() as session:
+    with kvhook.install(**(install or {})) as session:
         llm = make_llm(**options)
         seen = observe(llm, workload())
         return Recorded(seen, session, session.steps(), session.requests(), session.summary())
@@ -146,13 +151,13 @@ def bare_default(make_llm: MakeLLM) -> Seen:
 @pytest.fixture(scope="session")
 def stats_on(make_llm: MakeLLM) -> Recorded:
     """The workload with kvhook; the user has vLLM's stats on."""
-    return _record(make_llm, disable_log_stats=False)
+    return record(make_llm, disable_log_stats=False)
 
 
 @pytest.fixture(scope="session")
 def stats_off(make_llm: MakeLLM) -> Recorded:
     """The workload with kvhook; the user has left vLLM's stats off."""
-    return _record(make_llm)
+    return record(make_llm)
 
 
 @pytest.fixture(params=["stats_on", "stats_off"])

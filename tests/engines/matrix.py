@@ -113,9 +113,9 @@ class Entry(NamedTuple):
         if self.engine == "V0":
             names = ["test_v0.py"]
         elif self.process == OWN_PROCESS:
-            names = ["test_own_process.py"]
+            names = ["test_own_process.py", "test_light_own_process.py"]
         else:
-            names = ["test_truth.py", "test_harmless.py"]
+            names = ["test_truth.py", "test_harmless.py", "test_light.py"]
         return [f"tests/engine/{name}" for name in names]
 
     def environment(self) -> dict[str, str]:

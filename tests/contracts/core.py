@@ -1,0 +1,306 @@
+"""Engines as they are inside: a client that brings what the engine core sends, and an output processor that takes it.
+
+Their classes, fields and signatures are those of the release, and what a test lets the core send is made of its own
+``EngineCoreOutput``, ``EngineCoreEvent``, ``SchedulerStats``... Written after a reading of vLLM's code:
+
+    animate(facts, modules)
+    engine = make_engine(...)
+    add(engine, "a", Prompt(computed=14, cached=16))
+    engine.engine_core.plan += [Sent((Said("a"), Said("b", tokens=3)), running=2)]
+    engine.step()                                # AsyncLLM: asyncio.run(engine.handle_outputs())
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tests.contracts import behaviour
+from tests.contracts.behaviour import ASYNC, CLIENT, ENGINE, PROCESSOR
+from tests.contracts.extract import version_key
+from tests.contracts.loader import ReleaseFacts
+
+CORE = "vllm.v1.engine"
+STATS = "vllm.v1.metrics.stats"
+TIMESTAMP = 1.0
+
+#: what an engine's ``__init__`` does with its arguments, by name
+Start = Callable[[dict[str, Any]], None]
+
+
+class Prompt(NamedTuple):
+    """The prompt of a request: where its tokens came from, ``external`` being a part of the ``cached`` ones.
+
+    The front end ends the request after ``stop_after`` tokens, as at a stop string, which the core does not know.
+    """
+
+    computed: int
+    cached: int = 0
+    external: int = 0
+    stop_after: int = 0
+
+
+class Said(NamedTuple):
+    """What the core says of a request in a step: tokens, and how often it had been preempted before them."""
+
+    request: str
+    tokens: int = 1
+    preempted: int = 0
+    finished: bool = False
+
+
+class Sent(NamedTuple):
+    """What the core sends after a step."""
+
+    outputs: tuple[Said, ...] = ()
+    #: requests that run; None if it sends no scheduler's stats
+    running: int | None = 0
+    rank: int = 0
+
+
+class NoMore(Exception):
+    """The script is at its end: there a real core would not answer."""
+
+
+def animate(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> None:
+    """Give the stand-ins of a release this behaviour, and V0's `behaviour.animate`'s."""
+    behaviour.animate(facts, modules)
+    if version_key(facts.release) >= version_key("0.8.0"):  # before, V1 was not finished
+        starts = behaviour._sync(facts, modules), behaviour._on_event_loop(facts, modules)
+        _client(facts, modules)
+        _processor(facts, modules)
+        _engines(facts, modules, *starts)
+
+
+def _client(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> None:
+    cls: Any = vars(modules[CLIENT])["EngineCoreClient"]
+
+    class Client(cls):  # type: ignore[misc]
+        """The engine core and the way to it."""
+
+        def __init__(self, log_stats: bool) -> None:
+            self.log_stats = log_stats
+            self.plan: list[Sent] = []
+            self.prompts: dict[str, Prompt] = {}
+            self.begun: set[str] = set()
+            self.aborted: list[str] = []
+
+        def get_output(self) -> Any:
+            return self._next()
+
+        async def get_output_async(self) -> Any:
+            await asyncio.sleep(0)
+            return self._next()
+
+        def _next(self) -> Any:
+            if not self.plan:
+                raise NoMore
+            return _message(self, self.plan.pop(0))
+
+        def abort_requests(self, requests: list[str]) -> None:
+            self.aborted += requests
+
+    for name in ("make_client", "make_async_mp_client"):
+        if name in facts.modules[CLIENT].classes["EngineCoreClient"].methods:
+            behaviour._put(facts, cls, name, lambda given: Client(given["log_stats"]))
+
+
+def _message(client: Any, sent: Sent) -> Any:
+    """The release's own EngineCoreOutputs."""
+    module, stats = (vars(sys.modules[name]) for name in (CORE, STATS))
+    outputs = []
+    for said in sent.outputs:
+        prompt = client.prompts[said.request]
+        fields = module["EngineCoreOutput"].__struct_fields__
+        more: dict[str, Any] = {}
+        if "prefill_stats" in fields and said.request not in client.begun:
+            more["prefill_stats"] = stats["PrefillStats"](
+                num_prompt_tokens=prompt.computed + prompt.cached,
+                num_computed_tokens=prompt.computed,
+                num_cached_tokens=prompt.cached,
+                num_local_cached_tokens=prompt.cached - prompt.external,
+                num_external_cached_tokens=prompt.external,
+            )
+        # these come with each output of the request
+        whole = {"num_cached_tokens": prompt.cached, "num_external_computed_tokens": prompt.external}
+        more |= {name: value for name, value in whole.items() if name in fields}
+        if client.log_stats:
+            kinds = module["EngineCoreEventType"]
+            first = [] if said.request in client.begun else [kinds.QUEUED, kinds.SCHEDULED]
+            events = first + [kinds.PREEMPTED, kinds.SCHEDULED] * said.preempted
+            more["events"] = [module["EngineCoreEvent"](type=kind, timestamp=TIMESTAMP) for kind in events] or None
+        client.begun.add(said.request)
+        reason = module["FinishReason"].LENGTH if said.finished else None
+        outputs.append(
+            module["EngineCoreOutput"](
+                request_id=said.request, new_token_ids=[7] * said.tokens, finish_reason=reason, **more
+            )
+        )
+    rank = {"engine_index": sent.rank} if "engine_index" in module["EngineCoreOutputs"].__struct_fields__ else {}
+    sched = None
+    if client.log_stats and sent.running is not None:
+        sched = stats["SchedulerStats"](num_running_reqs=sent.running)
+    return module["EngineCoreOutputs"](outputs=outputs, scheduler_stats=sched, timestamp=TIMESTAMP, **rank)
+
+
+class Processed(NamedTuple):
+    """What the output processor gives."""
+
+    request_outputs: list[str]
+    reqs_to_abort: list[str]
+
+
+def _processor(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> None:
+    cls: Any = vars(modules[PROCESSOR])["OutputProcessor"]
+
+    def start(processor: Any, log_stats: bool) -> None:
+        processor.log_stats, processor.request_states, processor.given = log_stats, {}, []
+
+    def process_outputs(given: dict[str, Any]) -> Processed:
+        processor, stats = given["self"], given["iteration_stats"]
+        processor.given.append(stats)
+        done = Processed([], [])
+        for output in given["engine_core_outputs"]:
+            state = processor.request_states.get(output.request_id)
+            if state is None:
+                continue
+            processor._update_stats_from_output(state, output, given["engine_core_timestamp"], stats)
+            state.is_prefilling = False
+            state.generated += len(output.new_token_ids)
+            stopped = state.stop_after and state.generated >= state.stop_after
+            done.request_outputs.append(output.request_id)
+            if output.finish_reason is not None or stopped:
+                del processor.request_states[output.request_id]
+                if output.finish_reason is None:
+                    done.reqs_to_abort.append(output.request_id)
+                processor._update_stats_from_finished(state, output.finish_reason, stats)
+        return done
+
+    def from_output(given: dict[str, Any]) -> None:
+        stats, output, state = given["iteration_stats"], given["engine_core_output"], given["req_state"]
+        if stats is None:
+            return
+        assert given["engine_core_timestamp"] == TIMESTAMP
+        stats.num_generation_tokens += len(output.new_token_ids)
+        _ttft(stats, output, state) if state.is_prefilling else _itl(stats)
+        kinds = vars(sys.modules[CORE])["EngineCoreEventType"]
+        stats.num_preempted_reqs += sum(event.type == kinds.PREEMPTED for event in output.events or ())
+
+    def from_finished(given: dict[str, Any]) -> None:
+        if given["iteration_stats"] is not None:
+            one = vars(sys.modules[STATS])["FinishedRequestStats"]()
+            given["iteration_stats"].finished_requests.append(one)
+
+    cls.__init__ = start
+    behaviour._put(facts, cls, "process_outputs", process_outputs)
+    behaviour._put(facts, cls, "_update_stats_from_output", from_output)
+    behaviour._put(facts, cls, "_update_stats_from_finished", from_finished)
+
+
+def _ttft(stats: Any, output: Any, state: Any) -> None:
+    stats.time_to_first_tokens_iter.append(0.1)
+    if not hasattr(stats, "prompt_token_stats"):
+        stats.num_prompt_tokens += state.prompt_len
+        return
+    prompt = state.prompt
+    stats.prompt_token_stats.total += prompt.computed + prompt.cached
+    stats.prompt_token_stats.computed += prompt.computed
+    stats.prompt_token_stats.cached_tokens += prompt.cached
+    stats.prompt_token_stats.external_kv_transfer += prompt.external
+
+
+def _itl(stats: Any) -> None:
+    name = "inter_token_latencies_iter"
+    getattr(stats, name if hasattr(stats, name) else "time_per_output_tokens_iter").append(0.01)
+
+
+def _engines(
+    facts: ReleaseFacts, modules: dict[str, types.ModuleType], start_sync: Start, start_on_loop: Start
+) -> None:
+    sync, on_loop = vars(modules[ENGINE])["LLMEngine"], vars(modules[ASYNC])["AsyncLLM"]
+    client: Any = vars(modules[CLIENT])["EngineCoreClient"]
+    processor: Any = vars(modules[PROCESSOR])["OutputProcessor"]
+    holder = facts.modules[ENGINE].classes["LLMEngine"].calls.stat_logger_attribute
+
+    def build_sync(given: dict[str, Any]) -> None:
+        engine = given["self"]
+        if holder is None:  # 0.8, whatever the user says
+            engine.vllm_config, engine.log_stats = given["vllm_config"], False
+        else:
+            start_sync(given)
+        engine.output_processor = processor(engine.log_stats)
+        engine.engine_core = client.make_client(
+            multiprocess_mode=False,
+            asyncio_mode=False,
+            vllm_config=given["vllm_config"],
+            executor_class=None,
+            log_stats=engine.log_stats,
+        )
+
+    def step(given: dict[str, Any]) -> list[str]:
+        engine = given["self"]
+        outputs = engine.engine_core.get_output()
+        if holder is None:
+            done = engine.output_processor.process_outputs(outputs.outputs)
+        else:
+            stats = vars(modules[STATS])["IterationStats"]() if engine.log_stats else None
+            done = engine.output_processor.process_outputs(
+                outputs.outputs, engine_core_timestamp=outputs.timestamp, iteration_stats=stats
+            )
+        engine.engine_core.abort_requests(done.reqs_to_abort)
+        logger = getattr(engine, holder) if holder else None
+        if logger is not None and (outputs.scheduler_stats is not None or holder == "stat_logger"):
+            logger.record(scheduler_stats=outputs.scheduler_stats, iteration_stats=stats)
+        return done.request_outputs
+
+    def build_on_loop(given: dict[str, Any]) -> None:
+        engine = given["self"]
+        start_on_loop(given)
+        engine.output_processor = processor(engine.log_stats)
+        named = {"vllm_config": given["vllm_config"], "executor_class": None, "log_stats": engine.log_stats}
+        if hasattr(client, "make_async_mp_client"):
+            engine.engine_core = client.make_async_mp_client(**named)
+        else:
+            engine.engine_core = client.make_client(multiprocess_mode=True, asyncio_mode=True, **named)
+
+    async def handle_outputs(engine: Any, chunk: int = 2) -> None:
+        """vLLM's output handler: it takes the outputs of a step in slices, and others may run between them."""
+        engine_core, output_processor = engine.engine_core, engine.output_processor
+        while True:
+            try:
+                outputs = await engine_core.get_output_async()
+            except NoMore:
+                return
+            made = engine.log_stats and outputs.outputs
+            stats = vars(modules[STATS])["IterationStats"]() if made else None
+            for start in range(0, len(outputs.outputs), chunk):
+                some = outputs.outputs[start : start + chunk]
+                done = output_processor.process_outputs(some, outputs.timestamp, stats)
+                await asyncio.sleep(0)
+                engine_core.abort_requests(done.reqs_to_abort)
+            engine.arrive(getattr(outputs, "engine_index", 0), outputs.scheduler_stats, stats)
+
+    behaviour._put(facts, sync, "__init__", build_sync)
+    behaviour._put(facts, sync, "step", step)
+    behaviour._put(facts, sync, "get_metrics", get_metrics) if holder else None
+    behaviour._put(facts, on_loop, "__init__", build_on_loop)
+    on_loop.handle_outputs = handle_outputs
+
+
+def get_metrics(given: dict[str, Any]) -> list[Any]:
+    assert given["self"].log_stats, "Stat logging disabled"
+    return []
+
+
+def add(engine: Any, request: str, prompt: Prompt, *, aborted: bool = False) -> None:
+    """Add a request; of an ``aborted`` one the core still sends, and the front end knows no more."""
+    engine.engine_core.prompts[request] = prompt
+    if aborted:
+        return
+    state = vars(sys.modules[PROCESSOR])["RequestState"]()
+    state.prompt_len, state.is_prefilling = prompt.computed + prompt.cached, True
+    state.prompt, state.generated, state.stop_after = prompt, 0, prompt.stop_after
+    engine.output_processor.request_states[request] = state
