@@ -75,7 +75,7 @@ def recorded_step(adapter: Adapter, batch: int = 8, finished: int = 0) -> Iterat
         vars(modules[ENGINE])["LLMEngine"].step = engine_step
 
     with pytest.MonkeyPatch.context() as patch, fake_vllm(change=quicken) as vllm:
-        patch.setattr(hooks, "ADAPTERS", (adapter,))
+        patch.setitem(hooks.BY_LEVEL, "full", (adapter,))
         with kvhook.install() as session:
             engine = vllm.engine()
             engine.stats = step_stats(
