@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kvhook.adapters.compiler import Record
+from kvhook.adapters.compiler import MEASURE_EVERY, Record
 from kvhook.adapters.light import Counter, Counts, make_counter
 from kvhook.adapters.table import Adapter, lookup
 
@@ -144,42 +144,34 @@ def tap_core(tap: Tap) -> Undo:
     """
     if not tap.adapter.timed:
         return _tap_core_on_event_loop(tap)
-    client, get_output, processor, process_outputs, count = core_of(tap.engine)
+    core = core_of(tap.engine)
+    get_output, processor, count = core.get_output, core.processor, core.counter
     record, failed, every = tap.record, tap.failed, tap.every
-    steps = 0
-    latest: Any = None
+    steps = spent = 0
 
-    def get_output_and_keep(*args: Any, **kwargs: Any) -> Any:
-        nonlocal latest
-        latest = outputs = get_output(*args, **kwargs)
+    def get_output_and_count(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps, spent
+        outputs = get_output(*args, **kwargs)
+        try:
+            # as often as the publisher measures itself
+            start = 0 if steps % MEASURE_EVERY else clock()
+            counts = None
+            if outputs.outputs and not steps % every:
+                counts = Counts()
+                # the others that are gone at the end of the step have finished, also by a stop string, which only the
+                # front end sees
+                counts.states = states = processor.request_states
+                counts.before = len(states)
+                count(outputs.outputs, states, counts)
+            steps += 1
+            record(outputs.scheduler_stats, counts, spent=spent)
+            if start:
+                spent = clock() - start
+        except Exception as error:
+            failed(error)
         return outputs
 
-    def count_and_process_outputs(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal latest, steps
-        outputs, latest = latest, None
-        if outputs is None:
-            return process_outputs(engine_core_outputs, *args, **kwargs)
-        counts, before, start = None, 0, clock()
-        try:
-            if engine_core_outputs and not steps % every:
-                counts = Counts()
-                count(engine_core_outputs, processor.request_states, counts)
-                before = len(processor.request_states)
-            steps += 1
-        except Exception as error:
-            counts = None
-            failed(error)
-        spent = clock() - start
-        result = process_outputs(engine_core_outputs, *args, **kwargs)
-        if counts is not None:
-            # also those that end by a stop string, which only the front end sees
-            counts.num_finished_reqs = before - len(processor.request_states)
-        record(outputs.scheduler_stats, counts, spent=spent)
-        return result
-
-    return _replace(
-        (client, "get_output", get_output_and_keep), (processor, "process_outputs", count_and_process_outputs)
-    )
+    return _replace((core.client, "get_output", get_output_and_count))
 
 
 def _tap_core_on_event_loop(tap: Tap) -> Undo:

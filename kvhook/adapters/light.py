@@ -39,6 +39,9 @@ class Counts:
     num_prompt_tokens_computed = 0
     num_prompt_tokens_cached = 0
     num_prompt_tokens_external = 0
+    #: the front end's requests, and how many there were before it came to this step's outputs
+    states: Mapping[str, Any] = {}
+    before = 0
 
 
 def make_counter() -> Counter:
@@ -131,7 +134,8 @@ def _light(read: Read) -> Read:
 
 def _steps(full: Adapter) -> tuple[Read, ...]:
     lists = tuple(Read(name, (), LIGHT) for name in FULL_ONLY if name.startswith(("ttft_", "itl_")))
-    return (*map(_light, full.steps), Read("num_finished_reqs", ("counts.num_finished_reqs",)), *lists)
+    finished = "counts.num_finished_reqs + counts.before - len(counts.states)"
+    return (*map(_light, full.steps), Read("num_finished_reqs", (finished,)), *lists)
 
 
 #: What is relied on: outputs, the states of requests, and how the output processor is called.
