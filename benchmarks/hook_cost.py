@@ -50,6 +50,7 @@ from cost_objects import (
 from cost_timing import Call, Candidate
 
 from kvhook import hooks
+from kvhook.adapters.fit import adapter_for
 from kvhook.adapters.table import vllm_version
 from kvhook.recorder import Recorder
 from kvhook.ring.place import find_directory
@@ -102,7 +103,7 @@ def bare_step(self: Any) -> Any:
 def full(objects: Objects, folder: Path) -> Recording:
     """As by default: vLLM hands both stats objects to kvhook alone."""
     facts = {"num_kv_blocks": 1000, "finished_hook": True}
-    recorder = Recorder(0, hooks.adapter_for(f"{ENGINE}:LLMEngine"), facts, folder, 8192, hooks.clock)
+    recorder = Recorder(0, adapter_for(f"{ENGINE}:LLMEngine"), facts, folder, 8192, hooks.clock)
     record, publish = recorder.record, recorder.publish
     scheduler, iteration = objects.scheduler, objects.iteration
 

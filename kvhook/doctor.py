@@ -12,10 +12,10 @@ import shutil
 import types
 from typing import Any
 
-from kvhook import hooks
 from kvhook.adapters import ADAPTERS, NEWEST
 from kvhook.adapters.compiler import FINISHED_HOOK, Compiled, compile_publisher
 from kvhook.adapters.config import engine_facts
+from kvhook.adapters.fit import check, choose, is_there
 from kvhook.adapters.table import Adapter, release, vllm_version
 from kvhook.errors import RingDirectoryError
 from kvhook.recorder import process_facts
@@ -153,11 +153,11 @@ def _import_vllm(problems: list[str]) -> None:
 
 
 def _is_there(engine: str) -> bool:
-    return any(hooks.is_there(adapter) for adapter in ADAPTERS if adapter.engine == engine)
+    return any(is_there(adapter) for adapter in ADAPTERS if adapter.engine == engine)
 
 
 def _engine(engine: str) -> EngineFound:
-    adapter, _, problems = hooks.choose(engine)
+    adapter, _, problems = choose(engine)
     compiled: Compiled | None = None
     try:
         compiled = compile_publisher(adapter, _default_facts(adapter))
@@ -175,7 +175,7 @@ def _engine(engine: str) -> EngineFound:
 def _target(adapter: Adapter, i: int) -> TargetFound:
     target = adapter.targets[i]
     try:
-        hooks.check(target)
+        check(target)
     except LookupError as error:
         loss = f"; without it: {target.loss}" if target.loss else ""
         return TargetFound(target.role, target.path, False, target.required, f"{error}{loss}")

@@ -20,7 +20,8 @@ import wrapt
 
 from kvhook.adapters import BY_LEVEL, NEWEST
 from kvhook.adapters.compiler import FINISHED_HOOK, PublishStep, Record
-from kvhook.adapters.table import Adapter, Target, has_field, lookup, release, vllm_version
+from kvhook.adapters.fit import choose, is_there
+from kvhook.adapters.table import Adapter, Target, lookup, release, vllm_version
 from kvhook.adapters.v1 import SETTINGS
 from kvhook.errors import StatsOffError
 from kvhook.taps import TAPS, Tap, core_of, make_no_stats, nothing, quiet_manager
@@ -469,40 +470,6 @@ def patched() -> dict[str, dict[str, Target]]:
     return {name: {t.role: t for t in p.targets if t.role} for name, p in _patched.items()}
 
 
-def resolve(adapter: Adapter) -> tuple[tuple[Target, ...], list[str]]:
-    """Which targets of an adapter the loaded vLLM has; and why it cannot be used, in words, if it cannot."""
-    found, missing = [], []
-    if _too_old(adapter):
-        missing.append(f"the {adapter.name} engine is of a vLLM before {adapter.until}")
-    needed = [s.path for s in adapter.sources if s.argument and not s.optional]
-    for target in (*adapter.targets, *(Target("", path) for path in needed)):
-        try:
-            check(target)
-            found.append(target)
-        except LookupError as error:
-            if target.required:
-                missing.append(str(error))
-    return tuple(found), missing
-
-
-def _too_old(adapter: Adapter) -> bool:
-    return bool(adapter.until) and release(vllm_version()) >= release(adapter.until)
-
-
-def check(target: Target) -> None:
-    """LookupError if a target is not what the adapter says."""
-    what = lookup(target.path)
-    if target.field and not has_field(lookup(target.field[0]), target.field[1]):
-        raise LookupError(f"{target.field[0]} has no {target.field[1]}")
-    if target.takes:
-        parameters = inspect.signature(what).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return
-        lacking = [name for name in target.takes if name not in parameters]
-        if lacking:
-            raise LookupError(f"{target.path} takes no {', '.join(lacking)}")
-
-
 def _on_import(module: Any) -> None:
     """A module that was waited for has been imported."""
     _waiting_for.discard(module.__name__)
@@ -523,17 +490,6 @@ def _patch_what_is_there() -> None:
         owner.fault("patching vLLM", error, "nothing is recorded")
 
 
-def is_there(adapter: Adapter) -> bool:
-    """Whether the adapter's module is loaded, and its engine is the module's own: not another family's under an old
-    name, as ``vllm.engine.llm_engine.LLMEngine`` is V1's from 0.11 and under VLLM_USE_V1=1."""
-    if adapter.trigger not in sys.modules:
-        return False
-    try:
-        return bool(lookup(adapter.engine).__module__ == adapter.trigger)
-    except (LookupError, AttributeError):
-        return adapter.family != "v0"
-
-
 def _patch_family(adapters: list[Adapter]) -> None:
     """Patch one engine class after the other with the first adapter that fits; nothing if one of them has none."""
     chosen = [choose(engine, _level) for engine in dict.fromkeys(a.engine for a in adapters)]
@@ -549,26 +505,6 @@ def _patch_family(adapters: list[Adapter]) -> None:
     for adapter, found, _ in chosen:
         if adapter.name not in _patched:
             _apply(adapter, found)
-
-
-def choose(engine: str, level: str = "full") -> tuple[Adapter, tuple[Target, ...], list[str]]:
-    """The first adapter for this engine class that fits, and its targets; or the one of this vLLM's era, and what it
-    lacks."""
-    answers = [(a, *resolve(a)) for a in BY_LEVEL[level] if a.engine == engine]
-    fitting = next((answer for answer in answers if not answer[2]), None)
-    return fitting or next((answer for answer in reversed(answers) if not _too_old(answer[0])), answers[0])
-
-
-def adapter_for(engine: str) -> Adapter:
-    """The adapter that fits the loaded vLLM for an engine class, patched or not.
-
-    Raises:
-        LookupError: there is none; the message says what is missing.
-    """
-    adapter, _, missing = choose(engine)
-    if missing:
-        raise LookupError("; ".join(missing))
-    return adapter
 
 
 def _say(text: str, *values: str) -> None:

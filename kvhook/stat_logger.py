@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvhook import hooks
 from kvhook.adapters.compiler import FINISHED_HOOK, PublishStep, Record
+from kvhook.adapters.fit import adapter_for
 from kvhook.adapters.v1 import ASYNC_LLM, LOGGERS
 from kvhook.errors import KvhookError
 from kvhook.session import for_logger
@@ -67,7 +68,7 @@ def _open(session: Session, logger: _Logger | None, rank: int) -> tuple[Record, 
     if logger is None:
         return None
     facts = {"stats_on": True, "timed_steps": False, "engine_index": rank, FINISHED_HOOK: False}
-    return session.open_engine(logger, hooks.adapter_for(ASYNC_LLM.engine), facts)
+    return session.open_engine(logger, adapter_for(ASYNC_LLM.engine), facts)
 
 
 def _make() -> type:

@@ -26,7 +26,7 @@ import pytest
 import wrapt
 
 import kvhook
-from kvhook import hooks
+from kvhook.adapters import BY_LEVEL
 from kvhook.adapters.table import Adapter, Read
 from kvhook.adapters.v1 import V1
 from tests.standin import ENGINE, fake_vllm, step_stats
@@ -75,7 +75,7 @@ def recorded_step(adapter: Adapter, batch: int = 8, finished: int = 0) -> Iterat
         vars(modules[ENGINE])["LLMEngine"].step = engine_step
 
     with pytest.MonkeyPatch.context() as patch, fake_vllm(change=quicken) as vllm:
-        patch.setitem(hooks.BY_LEVEL, "full", (adapter,))
+        patch.setitem(BY_LEVEL, "full", (adapter,))
         with kvhook.install() as session:
             engine = vllm.engine()
             engine.stats = step_stats(

@@ -22,6 +22,7 @@ import kvhook
 from kvhook import hooks
 from kvhook.adapters import ADAPTERS, NEWEST
 from kvhook.adapters.config import engine_facts, null_block
+from kvhook.adapters.fit import resolve
 from kvhook.adapters.table import Adapter
 from kvhook.errors import StatsOffError
 from kvhook.recorder import Recorder
@@ -157,7 +158,7 @@ def same(one: dict[tuple[str, str], Any], other: dict[tuple[str, str], Any]) -> 
 
 def recorder_of(name: str, directory: Path, **more: Any) -> Recorder:
     """A recorder as a session makes one for an engine of the stand-in, everything switched on that can be."""
-    hooked = {t.role for t in hooks.resolve(BY_NAME[name])[0]}
+    hooked = {t.role for t in resolve(BY_NAME[name])[0]}
     engine = types.SimpleNamespace(vllm_config=config_of(kv_cache_metrics=True))
     facts = engine_facts(BY_NAME[name], engine) | {"finished_hook": "finished" in hooked} | more
     ticks = iter(range(10**6))

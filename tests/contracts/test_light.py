@@ -21,6 +21,7 @@ import kvhook
 from kvhook import cost, hooks
 from kvhook.adapters import ADAPTERS, LIGHT_ADAPTERS
 from kvhook.adapters.config import engine_facts
+from kvhook.adapters.fit import choose, resolve
 from kvhook.adapters.light import Counts
 from kvhook.adapters.table import Adapter
 from kvhook.errors import StatsOffError
@@ -147,7 +148,7 @@ def test_v0_is_recorded_in_full_and_that_is_said(release: str, said: Any):
 
 def recorder_of(adapter: Adapter, directory: Path) -> Recorder:
     """A recorder as a session makes one for an engine of the stand-in, everything switched on that can be."""
-    hooked = {t.role for t in hooks.resolve(adapter)[0]}
+    hooked = {t.role for t in resolve(adapter)[0]}
     engine = types.SimpleNamespace(vllm_config=config_of(kv_cache_metrics=True))
     facts = engine_facts(adapter, engine) | {"finished_hook": "finished" in hooked}
     ticks = iter(range(10**6))
@@ -178,8 +179,8 @@ def test_exactly_the_expected_columns_are_live_and_the_others_say_why_not(releas
 def test_the_sets_of_the_schema_are_what_light_lacks_and_what_it_counts(release: str, tmp_path: Path):
     full_of = {"v1-light": ("v1", "v1-0.9"), "v1-light-0.8": ("v1-0.8",)}
     with stubs(engines_of(release)):
-        light, _, _ = hooks.choose(SYNC, "light")
-        full, _, _ = hooks.choose(SYNC, "full")
+        light, _, _ = choose(SYNC, "light")
+        full, _, _ = choose(SYNC, "full")
         assert full.name in full_of[light.name]
         at_light, at_full = (live(recorder_of(a, tmp_path), "step") for a in (light, full))
         counted = {r.column for r in light.steps if any("counts." in e for e in r.expressions)}
