@@ -89,9 +89,13 @@ class Diagnosis:
         return found
 
 
-def examine() -> Diagnosis:
+def examine(level: str = "full") -> Diagnosis:
     """Look at vLLM (its engine modules are imported, which takes some seconds), wrapt, the ring's place and the
-    environment. Raises nothing."""
+    environment. Raises nothing.
+
+    Args:
+        level: of which level the hooks and columns are, see `kvhook.install`.
+    """
     import wrapt
 
     problems: list[str] = []
@@ -101,7 +105,7 @@ def examine() -> Diagnosis:
     ]
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     _import_vllm(problems)
-    engines = [_engine(engine) for engine in dict.fromkeys(a.engine for a in ADAPTERS) if _is_there(engine)]
+    engines = [_engine(engine, level) for engine in dict.fromkeys(a.engine for a in ADAPTERS) if _is_there(engine)]
     problems += [f"{e.engine}: {problem}" for e in engines for problem in e.problems]
     if vllm_version() and not engines and not problems:
         problems.append(f"vLLM {vllm_version()} has no engine class that this kvhook knows")
@@ -156,8 +160,8 @@ def _is_there(engine: str) -> bool:
     return any(is_there(adapter) for adapter in ADAPTERS if adapter.engine == engine)
 
 
-def _engine(engine: str) -> EngineFound:
-    adapter, _, problems = choose(engine)
+def _engine(engine: str, level: str) -> EngineFound:
+    adapter, _, problems = choose(engine, level)
     compiled: Compiled | None = None
     try:
         compiled = compile_publisher(adapter, _default_facts(adapter))
@@ -174,12 +178,13 @@ def _engine(engine: str) -> EngineFound:
 
 def _target(adapter: Adapter, i: int) -> TargetFound:
     target = adapter.targets[i]
+    path = f"{target.path}.{target.field[1]}" if target.field and target.path == target.field[0] else target.path
     try:
         check(target)
     except LookupError as error:
         loss = f"; without it: {target.loss}" if target.loss else ""
-        return TargetFound(target.role, target.path, False, target.required, f"{error}{loss}")
-    return TargetFound(target.role, target.path, True, target.required, "")
+        return TargetFound(target.role, path, False, target.required, f"{error}{loss}")
+    return TargetFound(target.role, path, True, target.required, "")
 
 
 def _default_facts(adapter: Adapter) -> dict[str, Any]:

@@ -29,6 +29,9 @@ class Verb:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
         parser.add_argument("--out", type=Path, metavar="FILE.kvh", help="the trace (default: a new kvhook-demo.kvh)")
+        parser.add_argument(
+            "--level", choices=("full", "light"), default="full", help="how much is recorded, see kvhook.install"
+        )
         parser.add_argument("--model", type=Path, metavar="DIR", help="another model, instead of the tiny one")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -40,7 +43,7 @@ class Verb:
             os.environ.setdefault(name, value)
         out = args.out or _unused(Path("kvhook-demo.kvh"))
         log = out.with_suffix(".log")
-        session = kvhook.install(trace=out)
+        session = kvhook.install(trace=out, level=args.level)
         try:
             _run(session, args.model, out, log)
         finally:

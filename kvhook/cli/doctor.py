@@ -22,13 +22,16 @@ class Verb:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
         parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parser.add_argument(
+            "--level", choices=("full", "light"), default="full", help="what kvhook.install(level=...) would record"
+        )
         parser.add_argument("--source", action="store_true", help="print the code that would run in every step")
 
     def run(self, args: argparse.Namespace) -> int:
         """Look, and say it."""
         from kvhook.doctor import examine
 
-        found = examine()
+        found = examine(args.level)
         if args.json:
             print(json.dumps(found.as_dict(), indent=2))
         elif args.source:
@@ -61,10 +64,17 @@ def _engine_lines(e: EngineFound) -> Iterator[str]:
     yield f"{e.engine}, served by the adapter {e.adapter}"
     for target in e.targets:
         mark = "found  " if target.found else "MISSING" if target.required else "not had"
-        yield f"  {mark}  {target.role or 'needed':12} {target.path}{f'  ({target.says})' if target.says else ''}"
+        says = f"  ({target.says})" if target.says else ""
+        yield f"  {mark}  {target.role or 'needed':12} {target.path}{says}"
     for kind in e.live:
-        yield f"  {len(e.live[kind])} columns of a {kind} are live:"
-        yield textwrap.fill(", ".join(e.live[kind]), 110, initial_indent="    ", subsequent_indent="    ")
+        yield f"  {len(e.live[kind])} columns of a {kind} are live{':' if e.live[kind] else ''}"
+        if e.live[kind]:
+            yield textwrap.fill(", ".join(e.live[kind]), 110, initial_indent="    ", subsequent_indent="    ")
         yield f"  absent:{'' if e.absent[kind] else ' none'}"
-        for name, why in e.absent[kind].items():
-            yield f"    {name:34} {why}"
+        for why in dict.fromkeys(e.absent[kind].values()):
+            names = [name for name, reason in e.absent[kind].items() if reason == why]
+            if len(names) == 1:
+                yield f"    {names[0]:34} {why}"
+            else:
+                yield textwrap.fill(", ".join(names), 110, initial_indent="    ", subsequent_indent="    ")
+                yield f"    {'':34} {why}"
