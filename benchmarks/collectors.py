@@ -1,6 +1,6 @@
 """The ways to see what a KV cache does, against each other and against the truth.
 
-    python benchmarks/collectors.py                      all of it, some eight minutes on two cores
+    python benchmarks/collectors.py                      all of it, some seven minutes on two cores
     python benchmarks/collectors.py --quick              a minute: fewer rounds, and no API server
     python benchmarks/collectors.py --json               one JSON document
     python benchmarks/collectors.py --plot usage.svg     a picture of one run as each way saw it (or .png)
@@ -196,6 +196,8 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw one run as each way saw it; .svg or .png")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args()
+    if importlib.util.find_spec("vllm") is None:
+        parser.error("vLLM is not installed here; `make test` installs its CPU build")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is not installed: pip install matplotlib (or 'kvhook[plot]')")
     if args.plot and args.plot.suffix not in (".svg", ".png"):

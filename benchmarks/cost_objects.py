@@ -88,6 +88,15 @@ class Objects:
         for request in self.iteration.finished_requests:
             request.kvhook_ttft = 0.1  # as kvhook's hook on finished requests leaves it there
 
+    def outputs_and_states(self) -> tuple[list[Any], dict[str, Any]]:
+        """What the engine core sends in this step, and the front end's requests."""
+        if self.real:
+            return [output for output, _ in self.requests], {state.request_id: state for _, state in self.requests}
+        names = [str(i) for i in range(self.kind.batch)]
+        outputs = [types.SimpleNamespace(request_id=name, new_token_ids=[17], events=None) for name in names]
+        states = {name: types.SimpleNamespace(is_prefilling=False, prompt_len=200) for name in names}
+        return outputs, states
+
     def build(self) -> Any:
         """The step's `IterationStats`, as `OutputProcessor.process_outputs` makes them."""
         iteration = self.iteration_stats_class()

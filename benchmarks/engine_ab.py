@@ -44,21 +44,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
-import kvhook
-from kvhook import hooks
-from kvhook import session as session_module
-from kvhook.taps import quiet_manager
+from switching import ARMS, Plug
 
-#: Arm -> whether vLLM's stats are on in the engine, the level at which kvhook records, whether get_metrics() is polled.
-ARMS = {
-    "off": ("off", None, False),
-    "noise": ("off", None, False),
-    "light": ("core", "light", False),
-    "full": ("quiet", "full", False),
-    "stats": ("on", None, False),
-    "both": ("on", "full", False),
-    "poll": ("on", None, True),
-}
 #: What an arm is compared with.
 BASELINES = {
     "noise": ("off",),
@@ -74,9 +61,6 @@ BLOCK, WARM_UP = 20, 4
 POLL = 0.1
 #: Tokens of a prompt, and tokens generated before the next batch is sent.
 PROMPT, GENERATED = 16, 900
-
-#: What kvhook's hooks know, all of it for one engine and one session.
-TABLES: tuple[dict[Any, Any], ...] = (hooks._steps, hooks._records, hooks._engines, hooks._patched)
 
 SIZES = {
     "tiny": None,
@@ -120,85 +104,6 @@ def make_engine(size: str, max_num_seqs: int) -> Any:
         compilation_config={"cudagraph_capture_sizes": [1, 8, 64, 256]},
         **common,
     )
-
-
-class Plug:
-    """What one arm wants of the engine, put in and taken out between two steps.
-
-    For arms with kvhook a session is made once, and what it has put into vLLM is taken out and put back as a whole.
-    """
-
-    def __init__(self, llm: Any, arm: str) -> None:
-        self.engine = llm.llm_engine
-        self.processor = self.engine.output_processor
-        self.client = self.engine.engine_core
-        self.scheduler = self.client.engine_core.scheduler
-        self.stats, self.level, polled = ARMS[arm]
-        self.poller = Poller(self.engine) if polled else None
-        self.manager = None
-        self.session: Any = None
-        self.patches: list[Any] = []
-        self.tables: list[dict[Any, Any]] = []
-        self.replaced: list[tuple[Any, str, Any]] = []
-
-    def make(self, vllms: Any) -> None:
-        """Make the session of this arm. `vllms` is vLLM's own stat logger manager."""
-        self.manager = {"on": vllms, "quiet": quiet_manager(type(vllms))}.get(self.stats)
-        self._set_stats()
-        if self.level:
-            self.session = kvhook.install(level=self.level)
-            hooks._read_settings()
-            hooks.watch(self.engine, stats_were_on=self.stats == "on")
-            self.owner = hooks._owner
-            self.patches = list(hooks._patches)
-            self.tables = [dict(table) for table in TABLES]
-            of_engine = ((self.client, "get_output"), (self.processor, "process_outputs"))
-            self.replaced = [(o, n, vars(o)[n]) for o, n in of_engine if n in vars(o)]
-        self.out()
-
-    def put_in(self) -> None:
-        """The engine is as this arm wants it."""
-        self._set_stats()
-        for patch in self.patches:
-            setattr(patch.parent, patch.attribute, patch.wrapper)
-        for table, content in zip(TABLES, self.tables, strict=False):
-            table.update(content)
-        for owner, name, function in self.replaced:
-            setattr(owner, name, function)
-        if self.level:
-            hooks._owner = self.owner
-        if self.poller:
-            self.poller.begin()
-
-    def out(self) -> None:
-        """Nothing of this arm is in the engine any more."""
-        if self.poller:
-            self.poller.end()
-        for patch in reversed(self.patches):
-            hooks._restore(patch)
-        for table, content in zip(TABLES, self.tables, strict=False):
-            for key in content:
-                content[key] = table.pop(key)
-        for owner in (self.client, self.processor):
-            for name in ("get_output", "process_outputs"):
-                vars(owner).pop(name, None)
-        hooks._patches.clear()
-        hooks._owner = None
-        session_module._current = None
-
-    def close(self) -> None:
-        """The session is closed; its data can still be read."""
-        if self.session:
-            self.session.close()
-        if self.poller:
-            self.poller.close()
-
-    def _set_stats(self) -> None:
-        in_front = self.stats in ("quiet", "on")
-        self.engine.log_stats = in_front
-        self.processor.lora_states.log_stats = in_front
-        self.scheduler.log_stats = self.scheduler.kv_cache_manager.log_stats = self.stats != "off"
-        self.engine.logger_manager = self.manager
 
 
 class Poller:
@@ -288,7 +193,7 @@ def interval(ratios: np.ndarray) -> tuple[float, float, float]:
 
 def compare(llm: Any, vllms: Any, batch: int, seconds: float, arms: list[str]) -> dict[str, Any]:
     """All arms at one batch size, for some seconds."""
-    plugs = {arm: Plug(llm, arm) for arm in arms}
+    plugs = {arm: Plug(llm, arm, Poller) for arm in arms}
     for plug in plugs.values():
         plug.make(vllms)
     load = Load(llm, batch)

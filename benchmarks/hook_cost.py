@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import cost_report
@@ -50,10 +51,11 @@ from cost_objects import (
 from cost_timing import Call, Candidate
 
 from kvhook import hooks
-from kvhook.adapters.fit import adapter_for
+from kvhook.adapters.fit import adapter_for, choose
 from kvhook.adapters.table import vllm_version
 from kvhook.recorder import Recorder
 from kvhook.ring.place import find_directory
+from kvhook.taps import TAPS, Tap
 
 PROMETHEUS, LOGGING = "vLLM's PrometheusStatLogger.record", "vLLM's LoggingStatLogger.record"
 BUILD = "vLLM builds IterationStats"
@@ -156,10 +158,37 @@ def beside_vllm(objects: Objects, folder: Path) -> Recording:
     return recording._replace(step=step, bare_step=bare, members=members, close=close, parts={})
 
 
+def light(objects: Objects, folder: Path) -> Recording:
+    """Level light: the engine core's client is tapped, outputs are counted; the front end makes no stats."""
+    adapter, _, _ = choose(f"{ENGINE}:LLMEngine", "light")
+    facts = {"num_kv_blocks": 1000, **{name: ask() for name, ask in adapter.asks.items()}}
+    recorder = Recorder(0, adapter, facts, folder, 8192, hooks.clock)
+    sent, states = objects.outputs_and_states()
+    outputs = SimpleNamespace(outputs=sent, scheduler_stats=objects.scheduler)
+    client, bare_client = (SimpleNamespace(get_output=lambda: outputs) for _ in range(2))
+    processor = SimpleNamespace(request_states=states, process_outputs=None)
+
+    def failed(error: Exception) -> None:
+        raise error
+
+    tapped: Any = SimpleNamespace(engine_core=client, output_processor=processor)
+    TAPS[adapter.tap](Tap(tapped, adapter, recorder.record, {}, failed))
+
+    def step(self: Any) -> Any:
+        return self.client.get_output().outputs
+
+    def bare(self: Any) -> Any:
+        return self.bare_client.get_output().outputs
+
+    members = {"client": client, "bare_client": bare_client}
+    return Recording(step, bare, members, recorder.publish, recorder.close, {})
+
+
 #: Every way to record that is measured; the first is the one that others are compared with.
 RECORDINGS: dict[str, Callable[[Objects, Path], Recording]] = {
     "kvhook full": full,
     "kvhook full, vLLM's stats on": beside_vllm,
+    "kvhook light": light,
 }
 
 

@@ -320,8 +320,8 @@ def install(
         ring_dir: directory of the ring, instead of shared memory; also ``KVHOOK_DIR``.
         ring_slots: records the ring holds, rounded up to a power of two. It is what other processes see live, and
             what is left after a crash.
-        level: ``"full"``, or ``"light"``: the scheduler's stats and exact token counts of every step, for less than
-            half the cost, and without latencies and single requests; see `Summary.not_recorded`.
+        level: ``"full"``, or ``"light"``: the scheduler's stats and exact token counts of every step, without latencies
+            and single requests (`Summary.not_recorded`). vLLM's front end then works as it does without kvhook.
         max_overhead: the most that kvhook may take, as a share of the time inside steps, 0.01 say, what vLLM takes to
             make stats for it included. When that is exceeded for long (three times 256 steps), kvhook steps down to
             level light, and then counts the outputs of every 4th, 16th, 64th step only; the trace says when and why.

@@ -34,6 +34,7 @@ _METRICS = ("vllm:kv_cache_usage_perc", "vllm:generation_tokens", "vllm:prefix_c
 
 KVHOOK_RING = f"kvhook: ring, from another process every {1e3 * EYE_INTERVAL:g} ms"
 KVHOOK_STEPS = "kvhook: session.steps()"
+KVHOOK_LIGHT = 'kvhook, level="light"'
 COLLECTOR_HOOK = 'VLLMMetricsCollector, source "hook"'
 COLLECTOR_REGISTRY = 'VLLMMetricsCollector, source "prometheus_registry", every 1 s'
 #: Seconds between two of vLLM's log lines: its default.
@@ -78,11 +79,11 @@ class Engine:
     """An ``LLM`` of the tiny model whose stats and recording can be switched, and its log lines."""
 
     def __init__(self, folder: Path) -> None:
-        # engine_ab has the switch, and asks for silence where nothing else is said
+        # the benchmarks ask for silence where nothing else is said
         os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
         os.environ["VLLM_LOG_STATS_INTERVAL"] = str(LINE_INTERVAL)
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-        import engine_ab
+        from switching import Switch
         from vllm import LLM
 
         from kvhook.demo.model import make_tiny_model, tiny_model_dir
@@ -100,7 +101,7 @@ class Engine:
         )
         self.lines.take_over()  # vLLM may have set up its logging again
         self.engine = self.llm.llm_engine
-        self.switch = engine_ab.Switch(self.llm)
+        self.switch = Switch(self.llm)
         self._ids = itertools.count()
 
     def drive(self, work: Iterable[load.Batch]) -> tuple[float, list[float]]:
@@ -282,6 +283,7 @@ def costs(engine: Engine, rounds: int, count: int, said: Callable[[str], None]) 
         BASELINE: lambda: _switched(engine, "off"),
         AGAIN: lambda: _switched(engine, "off"),
         KVHOOK_STEPS: lambda: _switched(engine, "full"),
+        KVHOOK_LIGHT: lambda: _switched(engine, "light"),
         COLLECTOR_HOOK: lambda: _collecting(engine, "full", "hook"),
         COLLECTOR_REGISTRY: lambda: _collecting(engine, "stats", "prometheus_registry"),
         **{polled(hz): lambda hz=hz: _polling(engine, hz) for hz in RATES_HZ},  # type: ignore[misc]

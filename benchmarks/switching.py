@@ -1,0 +1,135 @@
+"""What an engine in this process is to have on: vLLM's stats, kvhook, a poller. Two ways of changing that.
+
+The engine is built with its stats on: what is on can be switched off, the other way round it cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import kvhook
+from kvhook import hooks
+from kvhook import session as session_module
+from kvhook.taps import quiet_manager
+
+#: Arm -> whether vLLM's stats are on in the engine, the level at which kvhook records, whether get_metrics() is polled.
+ARMS = {
+    "off": ("off", None, False),
+    "noise": ("off", None, False),
+    "light": ("core", "light", False),
+    "full": ("quiet", "full", False),
+    "stats": ("on", None, False),
+    "both": ("on", "full", False),
+    "poll": ("on", None, True),
+}
+#: What kvhook's hooks know, all of it for one engine and one session.
+TABLES: tuple[dict[Any, Any], ...] = (hooks._steps, hooks._records, hooks._engines, hooks._patched)
+
+
+def set_stats(engine: Any, stats: str, manager: Any) -> None:
+    """Let an engine make its stats as an arm wants them: "off", in the "core" alone, "quiet" or "on"."""
+    in_front = stats in ("quiet", "on")
+    engine.log_stats = engine.output_processor.lora_states.log_stats = in_front
+    scheduler = engine.engine_core.engine_core.scheduler
+    scheduler.log_stats = scheduler.kv_cache_manager.log_stats = stats != "off"
+    engine.logger_manager = manager
+
+
+def manager_for(stats: str, vllms: Any) -> Any:
+    """The stat logger manager of an arm; `vllms` is vLLM's own."""
+    return {"on": vllms, "quiet": quiet_manager(type(vllms))}.get(stats)
+
+
+class Switch:
+    """Puts one engine into the state of an arm: kvhook is installed for it, and uninstalled again."""
+
+    def __init__(self, llm: Any) -> None:
+        self.engine = llm.llm_engine
+        self.vllms = self.engine.logger_manager
+        self.session: Any = None
+
+    def to(self, arm: str) -> None:
+        """Switch stats and kvhook as the arm wants them."""
+        stats, level, _ = ARMS[arm]
+        set_stats(self.engine, stats, manager_for(stats, self.vllms))
+        self.engine.output_processor.log_stats = self.engine.log_stats
+        if level:
+            self.session = kvhook.install(level=level)
+            hooks._read_settings()
+            hooks.watch(self.engine, stats_were_on=stats == "on")
+
+    def back(self) -> None:
+        """Take kvhook out again."""
+        kvhook.uninstall()
+
+
+class Plug:
+    """What one arm wants of the engine, put in and taken out between two steps.
+
+    For arms with kvhook a session is made once, and what it has put into vLLM is taken out and put back as a whole.
+    """
+
+    def __init__(self, llm: Any, arm: str, make_poller: Callable[[Any], Any]) -> None:
+        self.engine = llm.llm_engine
+        self.processor = self.engine.output_processor
+        self.client = self.engine.engine_core
+        self.stats, self.level, polled = ARMS[arm]
+        self.poller = make_poller(self.engine) if polled else None
+        self.manager = None
+        self.session: Any = None
+        self.patches: list[Any] = []
+        self.tables: list[dict[Any, Any]] = []
+        self.replaced: list[tuple[Any, str, Any]] = []
+
+    def make(self, vllms: Any) -> None:
+        """Make the session of this arm. `vllms` is vLLM's own stat logger manager."""
+        self.manager = manager_for(self.stats, vllms)
+        set_stats(self.engine, self.stats, self.manager)
+        if self.level:
+            self.session = kvhook.install(level=self.level)
+            hooks._read_settings()
+            hooks.watch(self.engine, stats_were_on=self.stats == "on")
+            self.owner = hooks._owner
+            self.patches = list(hooks._patches)
+            self.tables = [dict(table) for table in TABLES]
+            of_engine = ((self.client, "get_output"), (self.processor, "process_outputs"))
+            self.replaced = [(o, n, vars(o)[n]) for o, n in of_engine if n in vars(o)]
+        self.out()
+
+    def put_in(self) -> None:
+        """The engine is as this arm wants it."""
+        set_stats(self.engine, self.stats, self.manager)
+        for patch in self.patches:
+            setattr(patch.parent, patch.attribute, patch.wrapper)
+        for table, content in zip(TABLES, self.tables, strict=False):
+            table.update(content)
+        for owner, name, function in self.replaced:
+            setattr(owner, name, function)
+        if self.level:
+            hooks._owner = self.owner
+        if self.poller:
+            self.poller.begin()
+
+    def out(self) -> None:
+        """Nothing of this arm is in the engine any more."""
+        if self.poller:
+            self.poller.end()
+        for patch in reversed(self.patches):
+            hooks._restore(patch)
+        for table, content in zip(TABLES, self.tables, strict=False):
+            for key in content:
+                content[key] = table.pop(key)
+        for owner in (self.client, self.processor):
+            for name in ("get_output", "process_outputs"):
+                vars(owner).pop(name, None)
+        hooks._patches.clear()
+        hooks._owner = None
+        session_module._current = None
+
+    def close(self) -> None:
+        """The session is closed; its data can still be read."""
+        if self.session:
+            self.session.close()
+        if self.poller:
+            self.poller.close()
