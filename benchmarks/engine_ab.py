@@ -8,9 +8,10 @@ One engine in one process (the worst case: with the core in a process of its own
 the core's), decoding batch after batch. Its stats, kvhook and what else an arm wants are switched every few steps, in
 a new random order in every cycle; the first steps of such a block warm up and are not counted. A figure is the
 geometric mean, over the cycles, of the ratio of an arm to its baseline *in the same cycle*, some tenths of a second
-apart, with a 95 % interval (bootstrap over the cycles). `noise` is the same figure of a second arm without anything
-against the first: what this machine makes of no difference at all. All arms have the spools of all sessions beside
-them, which take 0.07 % of a processor each (`spool.py`). Arms:
+apart, with a 95 % interval (bootstrap over the cycles); `typical` is the median in place of the mean, which stalls
+that hit one arm or another by chance do not move. `noise` is the same figure of a second arm without anything against
+the first: what this machine makes of no difference at all. All arms have the spools of all sessions beside them, which
+take 0.07 % of a processor each (`spool.py`). Arms:
 
     off       the user's default: no stats, no kvhook
     noise     the same once more
@@ -55,6 +56,8 @@ BASELINES = {
     "both": ("stats",),
     "poll": ("stats",),
 }
+#: What is compared: of the cycles, and of all steps.
+FIGURES = ("throughput", "typical", "step_p50", "step_p99")
 #: Steps of a block, and how many at its beginning are not counted.
 BLOCK, WARM_UP = 20, 4
 #: Seconds between two calls of get_metrics().
@@ -182,13 +185,13 @@ class Load:
             self.engine.step()
 
 
-def interval(ratios: np.ndarray) -> tuple[float, float, float]:
-    """Geometric mean of ratios and its 95 % interval, by bootstrap over the rounds."""
+def interval(ratios: np.ndarray, middle: Any = np.mean) -> tuple[float, float, float]:
+    """Geometric mean of ratios (or their median) and its 95 % interval, by bootstrap over the cycles."""
     logs = np.log(ratios)
     rng = np.random.default_rng(0)
-    means = rng.choice(logs, (4000, len(logs))).mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))
+    middles = middle(rng.choice(logs, (4000, len(logs))), axis=1)
+    low, high = np.quantile(middles, (0.025, 0.975))
+    return float(np.exp(middle(logs))), float(np.exp(low)), float(np.exp(high))
 
 
 def compare(llm: Any, vllms: Any, batch: int, seconds: float, arms: list[str]) -> dict[str, Any]:
@@ -231,6 +234,7 @@ def compare(llm: Any, vllms: Any, batch: int, seconds: float, arms: list[str]) -
             if base in arms:
                 row["against"][base] = {
                     "throughput": interval(np.array(total[base]) / np.array(total[arm])),
+                    "typical": interval(np.array(total[base]) / np.array(total[arm]), np.median),
                     "step_p50": quantiles(single[arm], single[base], 0.5),
                     "step_p99": quantiles(single[arm], single[base], 0.99),
                 }
@@ -276,10 +280,12 @@ def main() -> int:
     print(", ".join(f"{k}: {v}" for k, v in about.items()))
     for r in results:
         print(f"\nbatch {r['batch']}, {r['cycles']} cycles of {r['steps_per_block']} steps for each arm")
-        print(f"  {'arm':8}{'step p50':>12}   {'throughput':24}{'step p50':24}{'step p99':24}against")
+        print(f"  {'arm':8}{'step p50':>12}   {'throughput':24}{'typical':24}{'step p50':24}{'step p99':24}against")
         for arm, row in r["arms"].items():
             for base, ratios in (row["against"] or {"": {}}).items():
-                cells = "".join(f"{_ratio(ratios.get(k)):24}" for k in ("throughput", "step_p50", "step_p99"))
+                cells = "".join(
+                    f"{_ratio(ratios.get(k)):24}" for k in ("throughput", "typical", "step_p50", "step_p99")
+                )
                 print(f"  {arm:8}{row['step_ms_p50']:9.3f} ms   {cells}{base}")
             if "steps" in row:
                 made = f"; vLLM's stats for it {row['vllm_stats_us_p50']:.1f} us" if "vllm_stats_us_p50" in row else ""
