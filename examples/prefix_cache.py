@@ -37,11 +37,10 @@ for caching in (True, False):
             f"  round {number}: {part['prefix_cache_hits']:4} of {part['prefix_cache_queries']:4} tokens hit "
             f"({percent(part['prefix_cache_hit_rate'])}); block arithmetic: {arithmetic if caching else 0}"
         )
-    rate = stats["key_metrics"]["gpu_prefix_cache_hit_rate"]
-    print(
-        f"  hit rate: {percent(rate)}" + (f" ({stats['absent']['gpu_prefix_cache_hit_rate']})" if rate is None else "")
-    )
     run = stats["summary"]
+    rate = run["prefix_cache_hit_rate"]
+    why = f" ({stats['absent']['gpu_prefix_cache_hit_rate']})" if rate is None else ""
+    print(f"  hit rate of the rounds: {percent(rate)}{why}")
     print(
         f"  prompt tokens computed: {run['num_prompt_tokens'] - run['prefix_cache_hits']} of {run['num_prompt_tokens']}"
     )

@@ -33,7 +33,7 @@ def table() -> list[Row]:
             "shop": rng.choice(SHOPS),
             "product": rng.choice(PRODUCTS),
         }
-        for i in range(40)
+        for i in range(100)
     ]
 
 
@@ -78,7 +78,7 @@ for order, sent in (("own order", [list(row.items()) for row in rows]), ("reorde
         ),
         "hit rate": percent(run["prefix_cache_hit_rate"]),
         "prompt tokens computed": run["num_prompt_tokens"] - run["prefix_cache_hits"],
-        "seconds": f"{seconds:.2f}",
+        "seconds": f"{seconds:.3f}",
     }
 
 print(f"{len(rows)} rows{'':16}" + "".join(f"{order:>12}" for order in found))

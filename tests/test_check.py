@@ -390,6 +390,20 @@ def test_where_blocks_cannot_be_predicted_it_is_skipped_and_said(llm: Played, mo
     assert not [r for r in found.values() if r.outcome == FAILED]
 
 
+def test_v0_which_counts_no_tokens_is_skipped(llm: Played, monkeypatch: pytest.MonkeyPatch):
+    get = VLLMMetricsCollector.get_comprehensive_stats
+
+    def as_in_v0(self: VLLMMetricsCollector) -> dict[str, Any]:
+        stats = get(self)
+        stats["latest_stats"]["metrics_found"][names.V0_RATE] = 0.5
+        stats["absent"]["prefix_cache_queries"] = "V0 counts blocks"
+        return stats
+
+    monkeypatch.setattr(VLLMMetricsCollector, "get_comprehensive_stats", as_in_v0)
+    skipped = {name: r.found for name, r in outcomes(llm).items() if r.outcome == SKIPPED}
+    assert skipped == {"hit_rate_progression": "V0 counts blocks"}
+
+
 def test_a_model_for_short_requests_only_is_skipped(llm: Played):
     llm.llm_engine.vllm_config.model_config.max_model_len = 50
     skipped = {name: r.found for name, r in outcomes(llm).items() if r.outcome == SKIPPED}
@@ -405,6 +419,7 @@ def test_a_model_that_does_not_load_is_a_failed_check_and_vllms_messages_are_kep
 ):
     def refuses(model: str, **_: Any) -> Any:
         os.write(2, b"vLLM's own words\n")
+        os.write(1, b"and its log's\n")
         raise ValueError(f"no such model: {model}\nand much more")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
@@ -418,7 +433,7 @@ def test_a_model_that_does_not_load_is_a_failed_check_and_vllms_messages_are_kep
     assert verdict.startswith("FAILED: 1 of")
     (log,) = Path(tempfile.gettempdir()).glob("kvhook-check-*/vllm.log")
     assert last == f"vLLM's messages are in {log}"
-    assert "vLLM's own words" in log.read_text()
+    assert log.read_text() == "vLLM's own words\nand its log's\n"
     assert kvhook.session._current is None, "nothing is left installed"
     assert "VLLM_LOGGING_LEVEL" not in os.environ
 

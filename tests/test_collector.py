@@ -165,6 +165,7 @@ class V0Stats:
     gpu_cache_usage_sys: float = 0.25
     cpu_cache_usage_sys: float = 0.0
     gpu_prefix_cache_hit_rate: float = 0.5
+    cpu_prefix_cache_hit_rate: float = -1.0
 
 
 @dataclass(eq=False)
@@ -205,10 +206,34 @@ def test_v0_with_prefix_caching_off_says_so():
     assert "prefix caching is off" in found["absent"]["gpu_prefix_cache_hit_rate_percent"]
 
 
-def test_v0_on_a_cpu_has_its_usage_elsewhere():
-    engine = V0Engine(V0Stats(gpu_cache_usage_sys=0.0, cpu_cache_usage_sys=0.75))
-    engine.vllm_config = types.SimpleNamespace(device_config=types.SimpleNamespace(device_type="cpu"))
-    assert collect(engine)["metrics_found"]["gpu_cache_usage_sys"] == 0.75
+ON_CPU = types.SimpleNamespace(device_config=types.SimpleNamespace(device_type="cpu"))
+
+
+def test_v0_on_a_cpu_has_its_usage_and_hit_rate_elsewhere():
+    engine = V0Engine(V0Stats(0, 0, 0.0, 0.75, 0.0, 0.25), vllm_config=ON_CPU)
+    m = collect(engine)["metrics_found"]
+    assert (m["gpu_cache_usage_sys"], m["gpu_prefix_cache_hit_rate"]) == (0.75, 0.25)
+    # before 0.9 they are where they are on a GPU
+    engine.stats = V0Stats(0, 0, 0.5, 0.0, 0.125, -1.0)
+    m = collect(engine)["metrics_found"]
+    assert (m["gpu_cache_usage_sys"], m["gpu_prefix_cache_hit_rate"]) == (0.5, 0.125)
+
+
+def test_v0_on_a_gpu_is_not_confused_by_what_it_swaps_to_the_cpu():
+    m = collect(V0Engine(V0Stats(0, 0, 0.25, 0.75, 0.125, 0.5)))["metrics_found"]
+    assert (m["gpu_cache_usage_sys"], m["gpu_prefix_cache_hit_rate"]) == (0.25, 0.125)
+
+
+@pytest.mark.parametrize(("config", "usage", "rate"), [(ON_CPU, 0.75, 0.25), (None, 0.0, 0.0)], ids=["cpu", "gpu"])
+def test_v0s_metrics_on_a_cpu(config: Any, usage: float, rate: float, monkeypatch: pytest.MonkeyPatch):
+    client: Any = types.ModuleType("prometheus_client")
+    metrics = [gauge(f"vllm:{where}_cache_usage_perc", value) for where, value in (("gpu", 0.0), ("cpu", 0.75))]
+    metrics += [gauge(f"vllm:{where}_prefix_cache_hit_rate", value) for where, value in (("gpu", 0.0), ("cpu", 0.25))]
+    client.REGISTRY = types.SimpleNamespace(collect=lambda: metrics)
+    monkeypatch.setitem(sys.modules, "prometheus_client", client)
+    engine = V0Engine(vllm_config=config)
+    m = VLLMMetricsCollector(engine).collect_prometheus_metrics()["metrics_found"]
+    assert (m["gpu_cache_usage_sys"], m["gpu_prefix_cache_hit_rate"]) == (usage, rate)
 
 
 def v1_engine(*, in_process: bool = True, loggers: tuple[Any, ...] = ()) -> Any:

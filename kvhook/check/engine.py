@@ -106,6 +106,23 @@ def _environment(model: str | None) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def messages_to(path: Path) -> contextlib.AbstractContextManager[None]:
-    """vLLM's messages go into a file meanwhile; see `kvhook.demo.engine.messages_to`."""
-    return demo.messages_to(path)
+@contextlib.contextmanager
+def messages_to(path: Path) -> Iterator[None]:
+    """Append to a file what vLLM and its parts, some of them in processes of their own, write meanwhile.
+
+    Its log goes to standard output, warnings and what its C++ says to standard error.
+    """
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    saved = []
+    try:
+        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+            stream.flush()
+            saved.append((stream, number, os.dup(number)))
+            os.dup2(log, number)
+        yield
+    finally:
+        os.close(log)
+        for stream, number, before in saved:
+            stream.flush()
+            os.dup2(before, number)
+            os.close(before)

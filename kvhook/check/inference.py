@@ -51,7 +51,6 @@ def check_engine(model: str | None, log: Path) -> Iterator[Result]:
         def engine_starts() -> str:
             """The engine starts."""
             began = time.monotonic()
-            stack.enter_context(messages_to(log))
             try:
                 started.append(stack.enter_context(recorded_engine(model)))
             except KvhookError as error:
@@ -61,10 +60,20 @@ def check_engine(model: str | None, log: Path) -> Iterator[Result]:
                 raise Failed(f"vLLM with {model or 'the tiny model'}", "an engine", seen, _messages_in(log)) from error
             return f"{model or 'a tiny Llama with random weights'}, in {time.monotonic() - began:.0f} s"
 
-        yield from run([engine_starts])
+        yield from _quietly([engine_starts], log)
         if started:
-            # nothing of the engine is kept here, so that it is gone when the stack is wound up
-            yield from run(Inference(*started.pop()).checks())
+            # nothing of the engine is kept here, so that it is gone when the stack is closed
+            yield from _quietly(Inference(*started.pop()).checks(), log)
+            with messages_to(log):
+                stack.close()
+
+
+def _quietly(checks: list[Check], log: Path) -> Iterator[Result]:
+    """Run checks, without vLLM's messages in between."""
+    for check in checks:
+        with messages_to(log):
+            (result,) = run([check])
+        yield result
 
 
 def _messages_in(log: Path) -> str:
@@ -141,7 +150,10 @@ class Inference:
             self._generate(prompts, ANSWER)
             collector.collect_current_stats()
         collector.stop_monitoring()
-        seen = collector.get_comprehensive_stats()["trend"]["between_collections"]
+        stats = collector.get_comprehensive_stats()
+        if names.V0_RATE in stats["latest_stats"]["metrics_found"]:
+            raise Skipped(stats["absent"]["prefix_cache_queries"])
+        seen = stats["trend"]["between_collections"]
         hits = iter(prefix_hits([prompt for prompts in rounds for prompt in prompts], size))
         expected = [sum(next(hits) for _ in prompts) for prompts in rounds]
         asked = [sum(map(len, prompts)) for prompts in rounds]

@@ -41,8 +41,11 @@ VALUES: tuple[Value, ...] = (
     Value(V0_RATE, STATE, ("vllm:gpu_prefix_cache_hit_rate",), ("gpu_prefix_cache_hit_rate",)),
 )
 
-#: V0 on a CPU keeps the usage here from 0.9 on.
-V0_CPU_USAGE = "cpu_cache_usage_sys"
+#: V0 on a CPU keeps some values elsewhere from 0.9 on: in this attribute of its ``Stats``, in this metric.
+V0_ON_CPU = {
+    "kv_cache_usage": ("cpu_cache_usage_sys", "vllm:cpu_cache_usage_perc"),
+    V0_RATE: ("cpu_prefix_cache_hit_rate", "vllm:cpu_prefix_cache_hit_rate"),
+}
 
 #: The gauge whose labels are the cache's configuration.
 CACHE_CONFIG = "vllm:cache_config_info"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from kvhook.collector.names import CACHE_CONFIG, TIMES, TOTAL, VALUES
+from kvhook.collector.names import CACHE_CONFIG, TIMES, TOTAL, V0_ON_CPU, VALUES
 from kvhook.collector.reading import Histogram
 
 PREFIX = "vllm:"
@@ -67,6 +67,17 @@ def numbers(families: dict[str, Family]) -> dict[str, float]:
             else:
                 out[value.name] = total / len(found)
             break
+    return out
+
+
+def v0_on_cpu(families: dict[str, Family]) -> dict[str, float]:
+    """The values that V0 on a CPU keeps elsewhere."""
+    out = {}
+    for name, (_, metric) in V0_ON_CPU.items():
+        family = families.get(metric)
+        found = [float(v) for _, v in family.samples] if family is not None and family.kind == "gauge" else []
+        if found and all(map(math.isfinite, found)):
+            out[name] = sum(found) / len(found)
     return out
 
 

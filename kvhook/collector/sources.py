@@ -229,13 +229,16 @@ class RegistrySource:
     def read(self) -> Reading:
         """A snapshot."""
         families = self.families()
+        values = prometheus.numbers(families)
+        if _on_cpu(self._engine()):
+            values |= _greater(values, prometheus.v0_on_cpu(families))
         caching = prometheus.prefix_caching(families)
         if caching is None:
             said = read_path(self._engine(), names.FACTS["enable_prefix_caching"])
             caching = said if isinstance(said, bool) else None
         return Reading(
             self.name,
-            prometheus.numbers(families),
+            values,
             {},
             prometheus.histograms(families),
             prometheus.plain(families),
@@ -331,9 +334,20 @@ def _v0_states(engine: Any) -> dict[str, float]:
         return {}
     stats = get_stats(None)
     found = {value.name: getattr(stats, name, None) for value in names.VALUES for name in value.v0}
-    if read_path(engine, names.FACTS["device"]) == "cpu":
-        found["kv_cache_usage"] = max(found["kv_cache_usage"] or 0.0, getattr(stats, names.V0_CPU_USAGE, 0.0))
-    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+    states = {name: value for name, value in found.items() if isinstance(value, (int, float))}
+    if _on_cpu(engine):
+        others = {name: getattr(stats, attribute, None) for name, (attribute, _) in names.V0_ON_CPU.items()}
+        states |= _greater(states, {name: value for name, value in others.items() if isinstance(value, (int, float))})
+    return states
+
+
+def _on_cpu(engine: Any) -> bool:
+    return str(read_path(engine, names.FACTS["device"])) == "cpu"
+
+
+def _greater(values: dict[str, float], others: dict[str, float]) -> dict[str, float]:
+    """V0's CPU values: the one that is not used is 0 there, or -1."""
+    return {name: max(values.get(name, other), other) for name, other in others.items()}
 
 
 def _scheduler_states(engine: Any) -> dict[str, float]:

@@ -33,11 +33,16 @@ ENVIRONMENT = {
 MakeLLM = Callable[..., Any]
 
 #: V0 is another engine, with truths of its own.
-collect_ignore = (
-    ["test_truth.py", "test_harmless.py", "test_light.py", "test_own_process.py", "test_light_own_process.py"]
-    if vllm_here.V0
-    else ["test_v0.py"]
+_V1 = (
+    "test_truth.py",
+    "test_harmless.py",
+    "test_light.py",
+    "test_own_process.py",
+    "test_light_own_process.py",
+    "test_collector.py",
+    "test_check.py",
 )
+collect_ignore = list(_V1) if vllm_here.V0 else ["test_v0.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
