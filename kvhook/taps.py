@@ -161,7 +161,7 @@ def tap_core(tap: Tap) -> Undo:
             return process_outputs(engine_core_outputs, *args, **kwargs)
         counts, before, start = None, 0, clock()
         try:
-            if engine_core_outputs and not steps % every:
+            if len(engine_core_outputs) and not steps % every:
                 counts = Counts()
                 count(engine_core_outputs, processor.request_states, counts)
                 before = len(processor.request_states)
@@ -203,7 +203,7 @@ def _tap_core_on_event_loop(tap: Tap) -> Undo:
         nonlocal counts
         before = 0
         try:
-            if engine_core_outputs:
+            if len(engine_core_outputs):  # older vLLM makes its slices with numpy
                 counts = counts or Counts()
                 count(engine_core_outputs, processor.request_states, counts)
                 before = len(processor.request_states)
