@@ -195,7 +195,7 @@ def _tap_core_on_event_loop(tap: Tap) -> Undo:
         nonlocal counts
         before = 0
         try:
-            if engine_core_outputs:
+            if len(engine_core_outputs):  # older vLLM makes its slices with numpy
                 counts = counts or Counts()
                 count(engine_core_outputs, processor.request_states, counts)
                 before = len(processor.request_states)

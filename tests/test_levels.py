@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import kvhook
-from kvhook import cost, hooks
+from kvhook import VLLMMetricsCollector, cost, hooks
 from kvhook.cli import main
 from kvhook.schema import COUNTED, FULL_ONLY
 from tests.contracts.behaviour import V0_ENGINE, make_engine
@@ -397,6 +397,43 @@ def test_a_dumped_trace_is_the_same_run(fresh: Path):
     check_levels(again.meta)
     assert again.steps().tolist() == session.steps().tolist()
     assert str(again.summary()) == str(session.summary())
+
+
+# The collector
+
+
+@pytest.mark.usefixtures("hasty")
+def test_the_collector_gives_no_total_of_what_was_counted_in_part():
+    session, engine = over_budget(13)
+    got = VLLMMetricsCollector(engine).get_comprehensive_stats()
+    for name in ("num_generation_tokens", "num_prompt_tokens", "num_preempted_reqs", "num_finished_reqs"):
+        assert got["key_metrics"][name] is None, name
+        assert "to stay within max_overhead" in got["absent"][name]
+        assert got["summary"][name] is None
+    assert got["key_metrics"]["num_running_reqs"] == 2 + 12
+    assert "num_generation_tokens" not in session.meta["absent"]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_the_collector_gives_totals_as_long_as_every_step_is_counted():
+    # at sparse the first step is counted, and here it is the last
+    _, engine = over_budget(10)
+    got = VLLMMetricsCollector(engine).get_comprehensive_stats()
+    assert got["key_metrics"]["num_generation_tokens"] == sum(i + 2 for i in range(10))
+    assert got["key_metrics"]["num_prompt_tokens"] == 50
+    assert got["summary"]["num_generation_tokens"] == sum(i + 2 for i in range(10))
+
+
+def test_the_collector_at_level_light_has_tokens_and_no_latencies():
+    with kvhook.install(level="light"):
+        engine = begin(SYNC, script=script(10))
+        go(engine)
+        got = VLLMMetricsCollector(engine).get_comprehensive_stats()
+    assert got["collection_method"] == "hook"
+    assert got["key_metrics"]["num_generation_tokens"] == sum(i + 2 for i in range(10))
+    assert got["key_metrics"]["num_prompt_tokens"] == 50
+    assert not {"num_generation_tokens", "num_prompt_tokens"} & got["absent"].keys()
+    assert got["histogram_analysis"]["avg_time_to_first_token_seconds"] is None
 
 
 # The command line

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvhook.schema import COUNTED, LEVELS
+
 #: What is so at the moment of a row. NaN where it is not known.
 STATES = ("kv_cache_usage", "num_running_reqs", "num_waiting_reqs", "v0_prefix_cache_hit_rate")
 #: What has been counted up to a row, since counting began. NaN where it is not known.
@@ -20,6 +22,8 @@ TOTALS = (
     "num_preempted_reqs",
     "num_finished_reqs",
 )
+#: Why a total is not known any more.
+NOT_COUNTED = "outputs were counted in some steps only, to stay within max_overhead"
 #: ``t`` is monotonic, to compare with; ``timestamp`` is Unix time, to show. Both in seconds.
 COLUMNS = ("t", "timestamp", *STATES, *TOTALS)
 
@@ -45,9 +49,14 @@ def from_steps(steps: npt.NDArray[np.void], unix_offset: float) -> History:
     for name in STATES:
         if name in names:
             out[name] = np.where(known, steps[name], np.nan)
+    passed_over = np.zeros(len(steps), bool)
+    if "level" in names:
+        passed_over = (steps["level"] == LEVELS.index("sparse")) & (steps["has_iteration_stats"] == 0)
     for name in TOTALS:
         if name in names:
             out[name] = np.cumsum(steps[name])
+            if name in COUNTED:
+                out[name][np.logical_or.accumulate(passed_over)] = np.nan
     return out
 
 

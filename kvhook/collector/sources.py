@@ -105,7 +105,9 @@ class HookSource:
         absent |= {times.name: missing[times.column] for times in names.TIMES if times.column in missing}
         for name in (*history.STATES, *history.TOTALS):
             column = rows[name][rows[name] == rows[name]]
-            if len(column):
+            if name in history.TOTALS and len(column) and rows[name][-1] != rows[name][-1]:
+                absent[name] = history.NOT_COUNTED
+            elif len(column):
                 values[name] = history.plain(name, column[-1])
             elif name not in absent:
                 absent[name] = "no engine step has been recorded yet"

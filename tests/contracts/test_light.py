@@ -322,12 +322,14 @@ def test_level_full_counts_the_same(release: str, path: str):
     check(steps, release, tuple((came[i], *row[1:]) for i, row in enumerate(EXPECTED)))
 
 
+@pytest.mark.parametrize("arrays", [False, True], ids=["lists", "arrays"])
 @pytest.mark.parametrize("chunk", [1, 2, 100])
 @pytest.mark.parametrize("release", ["0.8.0", "0.9.0", "0.12.0", ALL[-1]])
-def test_on_an_event_loop_slices_are_one_step(release: str, chunk: int):
+def test_on_an_event_loop_slices_are_one_step(release: str, chunk: int, arrays: bool):
     with stubs(engines_of(release)), kvhook.install(level="light", ring_slots=64) as session:
         engine = begin(ON_LOOP)
-        asyncio.run(engine.handle_outputs(chunk))
+        asyncio.run(engine.handle_outputs(chunk, arrays))
+        assert session.faults == {}
         check(session.steps(), release)
         assert (session.steps()["t_start_ns"] == session.steps()["t_end_ns"]).all()
         assert session.summary().step_time.count == 0

@@ -240,7 +240,8 @@ def test_columns_that_are_absent_have_a_reason_and_are_not_there(recorded: Recor
     for kind, rows in (("step", recorded.steps), ("request", recorded.requests)):
         reasons = engine["absent"][kind]
         # exactly those that vLLM's code does not have
-        assert set(reasons) == vllm_here.absent(kind)
+        assert set(reasons) == vllm_here.absent(kind, engine["stats_on"])
         assert not set(rows.dtype.names) & reasons.keys()
         assert all(reasons.values())
-    assert recorded.session.meta["absent"].keys() == vllm_here.absent("step") | vllm_here.absent("request")
+    both = vllm_here.absent("step", engine["stats_on"]) | vllm_here.absent("request")
+    assert recorded.session.meta["absent"].keys() == both

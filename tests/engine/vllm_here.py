@@ -57,7 +57,7 @@ NEVER = {
 V0_ABSENT = {
     "step": set(NEEDS["step"])
     | {f"prefix_cache_{what}" for what in ("requests", "queries", "hits", "reset")}
-    | {"num_evicted_blocks_sampled", "cpu_kv_cache_usage"},
+    | {"num_evicted_blocks_sampled", "cpu_kv_cache_usage", "vllm_stats_ns"},
     "request": set(NEEDS["request"]) - {"time_to_first_token"},
 }
 
@@ -87,9 +87,11 @@ def has_field(cls: str, field: str, module: str = STATS) -> bool:
     return field in facts().readable(module, cls)
 
 
-def absent(kind: str) -> set[str]:
-    """The columns that a record of this kind cannot have here."""
-    return NEVER[kind] | {column for column, (cls, field) in NEEDS[kind].items() if not has_field(cls, field)}
+def absent(kind: str, stats_on: bool = False) -> set[str]:
+    """The columns that a record of this kind cannot have here. With the user's `stats_on`, vLLM makes none for kvhook,
+    whose cost it could say."""
+    found = NEVER[kind] | {column for column, (cls, field) in NEEDS[kind].items() if not has_field(cls, field)}
+    return found | ({"vllm_stats_ns"} if stats_on and kind == "step" else set())
 
 
 def usage(blocks_in_use: Any, usable: int) -> Any:
