@@ -82,8 +82,11 @@ class Objects:
             self.iteration = self.build()
         else:
             self.iteration = self._stand_in(stats)
+        # under its name before 0.10 as well
+        names = ("inter_token_latencies_iter", "time_per_output_tokens_iter")
+        self.latencies_name = next(name for name in names if hasattr(self.iteration, name))
         if kind.unlike:
-            latencies = self.iteration.inter_token_latencies_iter
+            latencies = getattr(self.iteration, self.latencies_name)
             latencies[:] = [0.01 + 0.005 * random.random() for _ in latencies]
         for request in self.iteration.finished_requests:
             request.kvhook_ttft = 0.1  # as kvhook's hook on finished requests leaves it there

@@ -218,7 +218,7 @@ def make_engine(step: Callable[[Any], Any], members: dict[str, Any], publish: An
 
 def by_hand(objects: Objects) -> Call:
     """A hook as people write it: a loop over names, into a dictionary, into a list."""
-    scheduler, iteration = objects.scheduler, objects.iteration
+    scheduler, iteration, latencies_name = objects.scheduler, objects.iteration, objects.latencies_name
     names = [n for n in vars(scheduler) if not n.startswith("_")]
     inner = [n for n in vars(iteration) if not n.startswith("_")]
     rows: list[dict[str, Any]] = []
@@ -226,7 +226,7 @@ def by_hand(objects: Objects) -> Call:
     def hook() -> None:
         row = {name: getattr(scheduler, name) for name in names}
         row |= {name: getattr(iteration, name) for name in inner}
-        latencies = iteration.inter_token_latencies_iter
+        latencies = getattr(iteration, latencies_name)
         row["itl_mean"] = sum(latencies) / len(latencies) if latencies else 0.0
         row["itl_max"] = max(latencies, default=0.0)
         row["t"] = time.time()
