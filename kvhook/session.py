@@ -48,6 +48,7 @@ HISTORY = "1GiB"
 _MOST_SLOT_BYTES = 512
 
 NO_LIGHT = "V0 makes all its stats in one piece: there is nothing to leave out, so it is recorded in full"
+AS_IT_COMES = "a kvhook.StatLogger is given what vLLM makes, and records it in full"
 
 _lock = threading.RLock()
 _current: Session | None = None
@@ -194,16 +195,19 @@ class Session:
             wanted = timed and not facts["stats_on"]
             probe = probe_of(engine, adapter, self._probe_failed) if wanted else None
             facts[STATS_FOR_KVHOOK] = probe is not None
-            cost = Cost(self._hook_ns, adapter.level, self._max_overhead, self._step_down_of(engine, self._made))
+            less = timed and adapter.family != "v0"  # whether it can be recorded for less
+            budget = self._max_overhead if less else None
+            cost = Cost(self._hook_ns, adapter.level, budget, self._step_down_of(engine, self._made))
             cost.probe = probe
             self._costs.append(cost)
-            if self._max_overhead is not None and (not timed or adapter.level != self.level or adapter.family == "v0"):
+            if self._max_overhead is not None and not less:
                 self._say_no_budget(timed)
             sample = cost.sample if timed else no_sample
             recorder = Recorder(self._made, adapter, facts, self._ring_dir, self._slots, hooks.clock, sample)
             if adapter.level != self.level:
-                recorder.meta["levels"] = [{"step": 0, "level": adapter.level, "why": NO_LIGHT}]
-                log.warning("kvhook: level=%r: %s", self.level, NO_LIGHT)
+                why = NO_LIGHT if adapter.family == "v0" else AS_IT_COMES
+                recorder.meta["levels"] = [{"step": 0, "level": adapter.level, "why": why}]
+                log.warning("kvhook: level=%r: %s", self.level, why)
             self._made += 1
             self._recorders[recorder.number] = recorder
             self._by_engine.setdefault(id(engine), recorder)

@@ -109,9 +109,20 @@ def test_finished_requests_keep_their_numbers_and_later_ones_are_counted():
         assert session.summary().num_finished_reqs is None
 
 
-def test_a_run_within_its_budget_stays_at_level_full(said: Any):
+def test_a_run_within_its_budget_stays_at_level_full(said: Any, monkeypatch: pytest.MonkeyPatch):
+    now = 0
+
+    def passes(ns: int) -> int:
+        nonlocal now
+        now += ns
+        return now
+
+    monkeypatch.setattr(hooks, "clock", lambda: passes(100))
     with kvhook.install(max_overhead=1.0) as session:
-        go(begin(SYNC, script=script(2000)))
+        engine = begin(SYNC, script=script(2000))
+        get_output = engine.engine_core.get_output
+        engine.engine_core.get_output = lambda: (passes(1_000_000), get_output())[1]  # each step takes a millisecond
+        go(engine)
         assert set(session.steps()["level"].tolist()) == {0}
         assert session.meta["engines"][0]["levels"] == [{"step": 0, "level": "full"}]
         assert session.meta["engines"][0]["max_overhead"] == 1.0

@@ -387,9 +387,11 @@ class _Source:
         prefix = PREFIXES[series]
         low, high, count, total = (f"{prefix}_{what}" for what in ("min", "max", "count", "sum"))
         self.add(2, f"values = {expression} if {_root(expression)} is not None else ()")
-        self.add(2, "if values:")
+        self.add(2, f"{count} = len(values)")
+        self.add(2, f"if {count} == 1:")
+        self.add(3, f"{low} = {high} = {total} = values[0]")
+        self.add(2, f"elif {count}:")
         self.add(3, "values = sorted(values)")
-        self.add(3, f"{count} = len(values)")
         self.add(3, f"{low} = values[0]")
         self.add(3, f"{high} = values[-1]")
         self.add(3, f"if {low} == {high}:")
@@ -399,7 +401,6 @@ class _Source:
         self.add(4, f"if {count} > 2:")
         self.add(5, f"publish_values({VALUE_SERIES.index(series)}, values)")
         self.add(2, "else:")
-        self.add(3, f"{count} = 0")
         self.add(3, f"{low} = {high} = {total} = 0.0")
 
     def values(self) -> None:
