@@ -15,7 +15,9 @@ take 0.07 % of a processor each (`spool.py`). Arms:
 
     off       the user's default: no stats, no kvhook
     noise     the same once more
+    core      the engine core makes its stats, and nobody takes them: what level light makes vLLM do
     light     kvhook.install(level="light"), the user's stats off
+    made      the front end makes its stats too, and nobody takes them: what level full makes vLLM do
     full      kvhook.install(), the user's stats off
     stats     vLLM's own stats on (disable_log_stats=False): Prometheus, log lines
     both      vLLM's own stats on, and kvhook
@@ -50,8 +52,10 @@ from switching import ARMS, Plug
 #: What an arm is compared with.
 BASELINES = {
     "noise": ("off",),
-    "light": ("off", "stats"),
-    "full": ("off", "stats"),
+    "core": ("off",),
+    "light": ("off", "core", "stats"),
+    "made": ("off",),
+    "full": ("off", "made", "stats"),
     "stats": ("off",),
     "both": ("stats",),
     "poll": ("stats",),

@@ -17,7 +17,9 @@ from kvhook.taps import quiet_manager
 ARMS = {
     "off": ("off", None, False),
     "noise": ("off", None, False),
+    "core": ("core", None, False),
     "light": ("core", "light", False),
+    "made": ("quiet", None, False),
     "full": ("quiet", "full", False),
     "stats": ("on", None, False),
     "both": ("on", "full", False),
