@@ -112,6 +112,7 @@ def part(run: Run, figures: dict[str, Any], costs: dict[str, Any], counters: dic
         "run": run.about() | {"vllm_counters_agree": total == counters, "vllm_counters": counters, "truth": total},
         "ways": {name: seen | {"cost": costs.get(name)} for name, seen in figures.items()},
         "noise": costs[offline.AGAIN],
+        "only_costs": {name: cost for name, cost in costs.items() if name not in (*figures, offline.AGAIN)},
     }
 
 
@@ -137,6 +138,7 @@ def table(title: str, one: dict[str, Any]) -> list[str]:
     for name, way in one["ways"].items():
         cells = (name, *cells_of(way))
         lines.append("  " + "".join(f"{cell:{width}}" for cell, width in zip(cells, WIDTHS, strict=True)))
+    lines += [f"  {name}: {ratio(cost)}" for name, cost in one["only_costs"].items()]
     lines.append(f"  noise: {offline.AGAIN}, {ratio(one['noise'])}")
     return lines
 

@@ -147,10 +147,10 @@ def tap_core(tap: Tap) -> Undo:
     core = core_of(tap.engine)
     get_output, processor, count = core.get_output, core.processor, core.counter
     record, failed, every = tap.record, tap.failed, tap.every
-    steps = spent = 0
+    steps = spent = counting = 0
 
     def get_output_and_count(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps, spent
+        nonlocal steps, spent, counting
         outputs = get_output(*args, **kwargs)
         try:
             # as often as the publisher measures itself
@@ -163,10 +163,13 @@ def tap_core(tap: Tap) -> Undo:
                 counts.states = states = processor.request_states
                 counts.before = len(states)
                 count(outputs.outputs, states, counts)
+                if start:
+                    counting, start = clock() - start, clock()
             steps += 1
             record(outputs.scheduler_stats, counts, spent=spent)
             if start:
-                spent = clock() - start
+                # what counting takes is shared by the steps in which nothing is counted
+                spent = counting // every + clock() - start
         except Exception as error:
             failed(error)
         return outputs

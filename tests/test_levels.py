@@ -7,12 +7,14 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import kvhook
-from kvhook import VLLMMetricsCollector, cost, hooks
+from kvhook import VLLMMetricsCollector, cost, hooks, taps
+from kvhook.adapters import BY_LEVEL
 from kvhook.cli import main
 from kvhook.schema import COUNTED, FULL_ONLY
 from tests.contracts.behaviour import V0_ENGINE, make_engine
@@ -135,6 +137,32 @@ def test_as_it_is_set_it_steps_down_after_three_windows_of_256_steps():
     assert cost.WINDOW * cost.WINDOWS * 8 == 768
     # the 96th sample is taken after step 8 * 95
     assert steps["level"].tolist() == [0] * 761 + [1] * 39
+
+
+def test_what_counting_takes_is_shared_by_the_steps_in_which_nothing_is_counted(monkeypatch: pytest.MonkeyPatch):
+    now = 0
+
+    def passes(ns: int) -> int:
+        nonlocal now
+        now += ns
+        return now
+
+    monkeypatch.setattr(taps, "clock", lambda: passes(1))
+    monkeypatch.setattr(taps, "make_counter", lambda: lambda outputs, states, counts: passes(64_000))
+    outputs = SimpleNamespace(outputs=["one"], scheduler_stats=None)
+    spent: dict[int, list[int]] = {}
+    for every in (1, 4, 16):
+        client = SimpleNamespace(get_output=lambda: outputs)
+        processor = SimpleNamespace(request_states={}, process_outputs=None)
+        engine = SimpleNamespace(engine_core=client, output_processor=processor)
+        told = spent.setdefault(every, [])
+        adapter = BY_LEVEL["light"][0]
+        taps.tap_core(taps.Tap(engine, adapter, lambda *_, spent, told=told: told.append(spent), {}, print, every))
+        for _ in range(10):
+            client.get_output()
+    # the first step is timed, and the ninth; each is told with the next
+    assert [round(spent[every][1], -3) for every in (1, 4, 16)] == [64_000, 16_000, 4_000]
+    assert [spent[every][9] // 1000 for every in (1, 4, 16)] == [64, 16, 4]
 
 
 @pytest.mark.usefixtures("hasty")
