@@ -58,7 +58,6 @@ class Switch:
         self.engine.output_processor.log_stats = self.engine.log_stats
         if level:
             self.session = kvhook.install(level=level)
-            hooks._read_settings()
             hooks.watch(self.engine, stats_were_on=stats == "on")
 
     def back(self) -> None:
@@ -90,7 +89,6 @@ class Plug:
         set_stats(self.engine, self.stats, self.manager)
         if self.level:
             self.session = kvhook.install(level=self.level)
-            hooks._read_settings()
             hooks.watch(self.engine, stats_were_on=self.stats == "on")
             self.owner = hooks._owner
             self.patches = list(hooks._patches)

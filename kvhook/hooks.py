@@ -182,10 +182,11 @@ def on_engine_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     finally:
         _building.reset(token)
     try:
-        _read_settings()
         watch(instance, stats_were_on=stats_were_on, built_by_us=True)
     except Exception as error:
         owner.fault("starting to record an engine", error, "this engine is not recorded")
+        if not stats_were_on and adapter.timed and adapter.tap == "manager":
+            make_no_stats(instance, "")
     return result
 
 
@@ -201,7 +202,11 @@ def on_manager(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if building.on_event_loop and kwargs.get("custom_stat_loggers") and "enable_default_loggers" in kwargs:
         # with loggers of the user's own, vLLM would have turned stats on by itself, for them alone
         return wrapped(*args, **{**kwargs, "enable_default_loggers": False})
-    return quiet_manager(wrapped)
+    try:
+        return quiet_manager(wrapped)
+    except Exception as error:  # somebody has put something else in the place of vLLM's class
+        _fault("keeping vLLM's own loggers away", error, "they are made, although stats were left off")
+    return wrapped(*args, **kwargs)
 
 
 def on_core(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -249,6 +254,7 @@ def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> boo
             f"this vLLM ({vllm_version()}) makes no stats behind LLM, whatever disable_log_stats says, unless kvhook "
             "is there when the engine is built: call kvhook.install() before LLM(...)"
         )
+    _read_settings()
     key = id(engine)
     hooked = {t.role for t in _patched[adapter.name].targets}
     facts: dict[str, Any] = {"stats_on": stats_were_on, FINISHED_HOOK: "finished" in hooked}
@@ -265,6 +271,8 @@ def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> boo
         _engines[key] = _tap(engine, adapter, record)
         if not stats_were_on and adapter.level == "full":
             _quiet.add(key)
+            if adapter.timed and adapter.tap == "manager":
+                _engines[key] = _and_turn_stats_off(_engines[key], engine)
     except Exception:
         _forget(key)
         raise
@@ -299,6 +307,20 @@ def step_down(engine: Any, every: int, functions_of: Callable[[Adapter], tuple[R
     _engines[key] = _tap(engine, adapter, record, every)
     _steps[key] = publish
     return True
+
+
+def _and_turn_stats_off(take_out: Callable[[], None], engine: Any) -> Callable[[], None]:
+    """Leave the engine as its user wanted it: without stats. Not for engines on an event loop, whose handler keeps on
+    making them whatever is said later, and needs the clocks of new requests for it."""
+    alive = weakref.ref(engine)
+
+    def undo() -> None:
+        take_out()
+        engine = alive()
+        if engine is not None:
+            make_no_stats(engine, "")
+
+    return undo
 
 
 def _tap(engine: Any, adapter: Adapter, record: Record, every: int = 1) -> Callable[[], None]:
@@ -443,6 +465,11 @@ def arm(owner: Owner, level: str = "full") -> None:
     _patch_what_is_there()
 
 
+def is_recorded(engine: Any) -> bool:
+    """Whether an engine is being recorded."""
+    return id(engine) in _engines
+
+
 def armed() -> bool:
     """Whether a session is told of new engines."""
     return _owner is not None
@@ -458,6 +485,10 @@ def disarm() -> None:
     _steps.clear()
     _records.clear()
     _quiet.clear()
+    _unpatch()
+
+
+def _unpatch() -> None:
     _patches[:] = [p for p in reversed(_patches) if not _restore(p)][::-1]
     _patched.clear()
 
@@ -617,6 +648,8 @@ def _in_child() -> None:
     _steps.clear()
     _records.clear()
     _engines.clear()
+    _quiet.clear()
+    _unpatch()
 
 
 if hasattr(os, "register_at_fork"):

@@ -81,7 +81,7 @@ class Recorder:
                 self.ring = RingWriter(directory / name, self.compiled.layout, slots, self.meta, crc=NEEDS_CRC)
                 break
         self.record, self.publish = self.compiled.bind(self.ring.publish, number, clock, on_sample)
-        self._closing = threading.Lock()
+        self._closing = threading.RLock()
 
     def go_on(self, adapter: Adapter, level: str, start: Counters) -> tuple[Record, PublishStep]:
         """The functions that record from here on at another level, into the same ring.
@@ -98,6 +98,12 @@ class Recorder:
         """Mark the ring closed; what it holds can still be read. Closing twice is fine."""
         with self._closing:
             self.ring.close()
+            # the session keeps its recorders: with these two the ring would stay mapped for as long
+            self.record = self.publish = _nothing
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
 
 
 def process_facts() -> dict[str, Any]:

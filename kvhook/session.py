@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvhook")
 
-#: Slots of a ring: some 3 MB. In containers /dev/shm is often 64 MiB in all.
+#: Slots of a ring: some 3.7 MB. In containers /dev/shm is often 64 MiB in all.
 RING_SLOTS = 8192
-#: Bytes of history on disk: 2.7 million steps.
+#: Bytes of history on disk: 2.4 million steps.
 HISTORY = "1GiB"
 #: A slot with every column of the schema takes less than this; used to try out the ring's directory.
 _MOST_SLOT_BYTES = 512
@@ -257,13 +257,10 @@ class Session:
         log.warning("kvhook: max_overhead has no effect on this engine: %s", why)
 
     def close_engine(self, engine_id: int) -> None:
-        """An engine was deleted; see `kvhook.hooks.Owner`."""
-        with _lock:
-            self._by_engine.pop(engine_id, None)
-            for recorder in self._ranks.pop(engine_id, []):
-                if not self._closed:
-                    self._spool.remove(recorder.number)
-                    recorder.close()
+        """An engine was deleted; see `kvhook.hooks.Owner`. It is called by a finalizer, and must wait for no lock."""
+        self._by_engine.pop(engine_id, None)
+        for recorder in self._ranks.pop(engine_id, []):
+            self._spool.leave(recorder.number)
 
     def fault(self, where: str, error: BaseException, then: str) -> None:
         """Something in kvhook failed; see `kvhook.hooks.Owner`."""
@@ -336,6 +333,9 @@ def install(
     """
     global _current
     with _lock:
+        if _current is not None and _current._closed:
+            hooks.disarm()  # closed by hand: it records nothing any more
+            _current = None
         if _current is None or _current._pid != os.getpid():
             _current = Session(
                 ring_dir=ring_dir,
@@ -358,7 +358,7 @@ def for_logger() -> Session:
     """The session that a `kvhook.StatLogger` records into: the one that is there, or a new one that patches nothing."""
     global _current
     with _lock:
-        if _current is None or _current._pid != os.getpid():
+        if _current is None or _current._closed or _current._pid != os.getpid():
             _current = Session(ring_dir=None, ring_slots=RING_SLOTS, history=HISTORY, trace=None)
             atexit.register(_at_exit, _current)
         return _current
@@ -393,11 +393,13 @@ def attach(llm: Any) -> Session:
     engine = getattr(llm, "llm_engine", getattr(llm, "engine", llm))
     if not hasattr(engine, "step") and not hasattr(engine, "add_request"):
         raise KvhookError(f"attach() takes a vllm.LLM or its llm_engine, not {type(llm).__name__}")
+    if _current is not None and _current._pid == os.getpid() and hooks.is_recorded(engine):
+        return _current
     if getattr(engine, "log_stats", None) is False:
         raise StatsOffError(
-            "this engine was built with its stats off (the default of vllm.LLM). Its scheduler, in a process of its "
-            "own, then never makes any, and that cannot be changed any more. Call kvhook.install() before LLM(...), "
-            "or build the engine with LLM(..., disable_log_stats=False)"
+            "this engine makes no stats: it was built with them off (the default of vllm.LLM), so that its scheduler "
+            "never makes any; or kvhook has been uninstalled since, which turned them off again. It cannot be undone. "
+            "Call kvhook.install() before LLM(...), or build it with LLM(..., disable_log_stats=False)"
         )
     session = install()
     if hooks.adapter_of(engine) is None:

@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -212,6 +213,8 @@ class Spool:
         self.unwritten: dict[int, int] = {}
         #: Records that the spool has come to, per engine.
         self.published: dict[int, int] = {}
+        #: Engines that are gone, of which the last records are still to be drained.
+        self._leaving: deque[int] = deque()
         #: Engines whose facts are still to be written to the file that is in use.
         self._owed: set[int] = set()
         #: Records that fell out of a bounded history.
@@ -240,20 +243,43 @@ class Spool:
     def remove(self, number: int) -> None:
         """Drain an engine for the last time, and put its count of records into the file."""
         with self._lock:
-            engine = self._engines.get(number)
-            if engine is None:
-                return
+            self._remove(number)
+
+    def leave(self, number: int) -> None:
+        """The same, and its ring is closed; at once if nobody else is at work here, else when they have done.
+
+        It waits for nothing, since it is called from finalizers: the garbage collector runs them in any thread at any
+        moment, also in one that holds the lock.
+        """
+        self._leaving.append(number)
+        if self._lock.acquire(blocking=False):
             try:
-                self._drain(engine)
-                file = self._file_for(engine.recorder.ring.layout)
-                self._settle(number, file)
-                file.append_meta(number, self._counts(number))
-            except OSError as error:
-                self._fault(_WRITING, error, _THEN)
-            except Exception as error:
-                self._fault("draining the ring", error, "what was not drained yet is counted as lost")
-            del self._engines[number]
-            engine.reader.close()
+                self._let_go()
+            finally:
+                self._lock.release()
+
+    def _let_go(self) -> None:
+        while self._leaving:
+            engine = self._remove(self._leaving.popleft())
+            if engine is not None:
+                engine.recorder.close()
+
+    def _remove(self, number: int) -> _Engine | None:
+        engine = self._engines.get(number)
+        if engine is None:
+            return None
+        try:
+            self._drain(engine)
+            file = self._file_for(engine.recorder.ring.layout)
+            self._settle(number, file)
+            file.append_meta(number, self._counts(number))
+        except OSError as error:
+            self._fault(_WRITING, error, _THEN)
+        except Exception as error:
+            self._fault("draining the ring", error, "what was not drained yet is counted as lost")
+        del self._engines[number]
+        engine.reader.close()
+        return engine
 
     def tell_again(self, number: int) -> None:
         """Write the facts about an engine once more, at the next look at its ring: they have changed. Takes no lock,
@@ -263,6 +289,7 @@ class Spool:
     def drain(self) -> int:
         """Bring the files up to now; gives the number of records that were taken over."""
         with self._lock:
+            self._let_go()
             taken = 0
             for number, engine in self._engines.items():
                 taken += self._drain(engine)

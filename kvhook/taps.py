@@ -184,19 +184,21 @@ def _tap_core_on_event_loop(tap: Tap) -> Undo:
     record, failed = tap.record, tap.failed
     latest: Any = None
     counts: Counts | None = None
+    spent = 0
 
     async def hand_over_and_get_output(*args: Any, **kwargs: Any) -> Any:
-        nonlocal latest, counts
+        nonlocal latest, counts, spent
         outputs, latest = latest, None
         if outputs is not None:
-            record(outputs.scheduler_stats, counts, engine_idx=getattr(outputs, "engine_index", 0))
-        counts = None
+            record(outputs.scheduler_stats, counts, engine_idx=getattr(outputs, "engine_index", 0), spent=spent)
+        counts, spent = None, 0
         latest = outputs = await get_output_async(*args, **kwargs)
         return outputs
 
     def count_and_process_outputs(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal counts
+        nonlocal counts, spent
         before = 0
+        start = clock()
         try:
             if len(engine_core_outputs):  # older vLLM makes its slices with numpy
                 counts = counts or Counts()
@@ -205,6 +207,7 @@ def _tap_core_on_event_loop(tap: Tap) -> Undo:
         except Exception as error:
             counts = None
             failed(error)
+        spent += clock() - start
         result = process_outputs(engine_core_outputs, *args, **kwargs)
         if before and counts is not None:
             counts.num_finished_reqs += before - len(processor.request_states)
@@ -278,7 +281,7 @@ def quiet_manager(logger_class: Any) -> Any:
 
 def make_no_stats(engine: Any, holder: str) -> None:
     """Let an engine whose stats kvhook had turned on make none in its front end any more, as its user wanted it."""
-    processor = engine.output_processor
+    processor = getattr(engine, "output_processor", None)
     owners: tuple[Any, ...] = (engine, processor, getattr(processor, "lora_states", None))
     for owner in owners:
         if hasattr(owner, "log_stats"):

@@ -432,3 +432,94 @@ def test_after_a_fork_the_child_is_silent_and_the_parent_goes_on():
         assert session.steps()["num_generation_tokens"].tolist() == [1, 1]
         (ring,) = Path(os.environ["KVHOOK_DIR"]).glob("*.ring")
         assert ring.read_bytes()[96] == 1, "the child must not close its parent's ring"
+
+
+def test_an_engine_freed_by_the_garbage_collector_in_the_middle_of_the_spools_work_hangs_nothing():
+    with fake_vllm() as vllm, kvhook.install(ring_slots=64) as session:
+        one, other = vllm.engine(), vllm.engine()
+        for engine in (one, other):
+            engine.plan.append(step_stats(kv_cache_usage=0.5, generated=3))
+            engine.step()
+        engines = [one, other]
+        del one, other, engine
+        # the finalizer runs in whichever thread collects, also in one that holds the spool's lock
+        with session._spool._lock:
+            engines.pop()
+            assert session._spool._leaving
+        engines.pop()
+        assert session.steps()["num_generation_tokens"].tolist() == [3, 3]
+        assert not session._spool._leaving
+        assert [ring.read_bytes()[96] for ring in session.rings] == [2, 2], "both are closed"
+
+
+def test_a_ring_is_unmapped_when_its_engine_is_gone():
+    with fake_vllm() as vllm, kvhook.install(ring_slots=64) as session:
+        engine = vllm.engine()
+        play(engine, step_stats())
+        (ring,) = session.rings
+        assert str(ring) in Path("/proc/self/maps").read_text()
+        del engine
+        session.steps()  # if the spool was at work just then, it lets go of the engine now
+        assert str(ring) not in Path("/proc/self/maps").read_text()
+
+
+def test_what_somebody_else_has_put_in_the_place_of_the_manager_cannot_fail_the_engine():
+    def instead(modules: dict[str, Any]) -> None:
+        module: Any = modules[ENGINE]
+        manager = module.StatLoggerManager
+        module.StatLoggerManager = lambda **given: manager(**given)
+
+    with fake_vllm(change=instead) as vllm, kvhook.install(ring_slots=64) as session:
+        engine = vllm.engine()
+        engine.plan.append(step_stats(kv_cache_usage=0.5))
+        assert engine.step() == ["output of the step"]
+        assert "keeping vLLM's own loggers away" in session.faults
+
+
+def test_when_kvhook_leaves_stats_that_only_it_wanted_are_off_again():
+    with fake_vllm() as vllm, kvhook.install(ring_slots=64):
+        quiet, loud = vllm.engine(), vllm.engine(log_stats=True)
+        assert (quiet.log_stats, loud.log_stats) == (True, True)
+        kvhook.uninstall()
+        assert (quiet.log_stats, loud.log_stats) == (False, True)
+
+
+def test_an_engine_that_cannot_be_recorded_makes_no_stats_for_nobody(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with fake_vllm() as vllm, kvhook.install(ring_slots=64) as session:
+        monkeypatch.setattr(session, "open_engine", fail)
+        assert vllm.engine().log_stats is False
+        assert session.faults == {"starting to record an engine": 1}
+
+
+def test_attaching_an_engine_that_is_recorded_already_gives_its_session():
+    with fake_vllm() as vllm, kvhook.install(ring_slots=64) as session:
+        engine = vllm.engine()
+        engine.log_stats = False  # as at level light
+        assert kvhook.attach(engine) is session
+
+
+def test_installing_after_the_session_was_closed_by_hand_records_again():
+    with fake_vllm() as vllm:
+        kvhook.install(ring_slots=64).close()
+        with kvhook.install(ring_slots=64) as session:
+            engine = vllm.engine()
+            engine.plan.append(step_stats(kv_cache_usage=0.5))
+            engine.step()
+            assert len(session.steps()) == 1
+
+
+def test_a_forked_child_may_install_at_another_level():
+    with fake_vllm(), kvhook.install(ring_slots=64):
+        pid = os.fork()
+        if not pid:
+            try:
+                before = list(hooks.patched())
+                kvhook.install(ring_slots=64, level="light")
+                os._exit(0 if before == [] and set(hooks.patched()) <= {"v1-light", "v1-async-light"} else 2)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert "v1" in hooks.patched()

@@ -40,7 +40,10 @@ def engine_facts(adapter: Adapter, engine: Any) -> dict[str, Any]:
 
     Args:
         engine: its VllmConfig is read, where that is (before 0.6.6 the engine itself holds the parts). A part that
-            this vLLM does not have is None in the answer; nothing raises.
+            this vLLM does not have is None in the answer.
+
+    Raises:
+        LookupError: what the adapter asks (`Adapter.asks`) is not where it says.
     """
     config = getattr(engine, "vllm_config", None) or engine
     facts = {name: _plain(read_path(config, path)) for name, path in adapter.facts.items()}

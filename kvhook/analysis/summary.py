@@ -200,9 +200,9 @@ def _summarize(trace: Trace, engine: int | None) -> Summary:
         e2e_latency=distribution(_column(requests, "e2e_latency")),
         kvhook_ns_p50=float(np.median(cost)) if len(cost) else None,
         kvhook_ns_p99=float(np.quantile(cost, 0.99)) if len(cost) else None,
-        kvhook_share=_ratio(float(cost.mean()) * len(steps) / 1e9 if len(cost) else None, inside),
+        kvhook_share=_ratio(float(cost.mean()) * int(timed.sum()) / 1e9 if len(cost) else None, inside),
         vllm_stats_ns_p50=float(np.median(made)) if len(made) else None,
-        vllm_stats_share=_ratio(float(made.mean()) * levels.get("full", 0) / 1e9 if len(made) else None, inside),
+        vllm_stats_share=_ratio(float(made.mean()) * _made_for_us(steps, engines) / 1e9, inside) if len(made) else None,
         # a damaged record is a gap in the numbers as well, unless it was the last
         records_lost=max(int(meta["records_lost"]), int(meta["damaged"])),
         records_dropped=int(meta["records_dropped"]),
@@ -247,9 +247,21 @@ def _cost(steps: Table, column: str, call_ns: int) -> npt.NDArray[np.float64]:
     return cost[cost >= 0] + call_ns
 
 
+def _level_codes(steps: Table) -> npt.NDArray[np.int64]:
+    """The level of each step as an index into LEVELS; traces from before there were levels are full."""
+    there = "level" in (steps.dtype.names or ())
+    return steps["level"] if there else np.zeros(len(steps), np.int64)
+
+
+def _made_for_us(steps: Table, engines: list[dict[str, Any]]) -> int:
+    """Steps in which vLLM made iteration stats only because of kvhook."""
+    of = [e["engine"] for e in engines if e.get("stats_for_kvhook")]
+    return int((np.isin(steps["engine"], of) & (_level_codes(steps) == 0)).sum())
+
+
 def _levels(steps: Table) -> dict[str, int]:
-    """Level -> steps that were recorded at it; traces from before there were levels are full."""
-    codes = _column(steps, "level") if "level" in (steps.dtype.names or ()) else np.zeros(len(steps))
+    """Level -> steps that were recorded at it."""
+    codes = _level_codes(steps)
     found = {name: int((codes == code).sum()) for code, name in enumerate(LEVELS)}
     return {name: count for name, count in found.items() if count}
 

@@ -138,6 +138,8 @@ class HookSource:
                     self.session, self.number = current, ranks[0].number if len(ranks) == 1 else None
             elif not self._given:
                 self.session, self.number = current, None
+        elif current is not None and engine is not None and len(current._ranks.get(id(engine), [])) > 1:
+            self.number = None  # data-parallel ranks come one by one, each with its first stats
         return self.session is not None
 
     def _why(self) -> str:

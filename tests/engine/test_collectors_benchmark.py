@@ -53,7 +53,7 @@ def here(document: dict[str, Any]) -> dict[str, Any]:
 def test_the_document_says_what_was_measured_on_what(document: dict[str, Any]):
     assert {"cpu", "python", "wrapt", "wrapt_c_extension", "vllm", "device"} <= document["machine"].keys()
     assert set(document) == {"machine", "size", "in_this_process"}, "the quick run has no API server"
-    assert set(document["in_this_process"]) == {"run", "ways", "noise"}
+    assert set(document["in_this_process"]) == {"run", "ways", "noise", "only_costs"}
     assert set(document["in_this_process"]["ways"]) == {RING, STEPS, HOOK, REGISTRY, *POLLED.values(), LOG_LINE}
 
 
@@ -98,7 +98,7 @@ def test_polling_misses_steps_and_the_slower_the_more(here: dict[str, Any]):
 
 
 def test_costs_are_ratios_with_their_interval_and_the_noise_is_said(here: dict[str, Any]):
-    for cost in (*(way["cost"] for way in here["ways"].values()), here["noise"]):
+    for cost in (*(way["cost"] for way in here["ways"].values()), here["noise"], *here["only_costs"].values()):
         assert cost["against"] == "stats off"
         for figure in ("throughput", "step_p50"):
             mean, low, high = cost[figure]
