@@ -225,7 +225,7 @@ def test_attach_to_an_engine_without_stats_says_why_and_what_to_do():
         with pytest.raises(StatsOffError) as error:
             kvhook.attach(vllm.engine(log_stats=False))
         assert vllm.originals() == before
-    assert "cannot be undone" in str(error.value)
+    assert "cannot be changed any more" in str(error.value)
     assert "kvhook.install() before LLM" in str(error.value)
     assert "disable_log_stats=False" in str(error.value)
 
