@@ -397,9 +397,9 @@ def attach(llm: Any) -> Session:
         return _current
     if getattr(engine, "log_stats", None) is False:
         raise StatsOffError(
-            "this engine makes no stats, and that cannot be changed any more: it was built with them off (the default of "
-            "vllm.LLM), or kvhook turned them off again when it was uninstalled. Call kvhook.install() before LLM(...), "
-            "or build the engine with LLM(..., disable_log_stats=False)"
+            "this engine makes no stats, and that cannot be changed any more: it was built with them off (the default "
+            "of vllm.LLM), or kvhook turned them off again when it was uninstalled. Call kvhook.install() before "
+            "LLM(...), or build the engine with LLM(..., disable_log_stats=False)"
         )
     session = install()
     if hooks.adapter_of(engine) is None:
