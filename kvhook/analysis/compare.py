@@ -16,6 +16,7 @@ ROWS: tuple[tuple[str, Callable[[Summary], str]], ...] = (
     ("vLLM", lambda s: s.vllm or "-"),
     ("model", lambda s: s.model.rsplit("/", 1)[-1][-(_CELL - 2) :] or "-"),
     ("steps", lambda s: count(s.steps)),
+    ("level", lambda s: "/".join(s.steps_by_level) or "-"),
     ("time in steps", lambda s: seconds(s.time_in_steps)),
     ("step time p50", lambda s: seconds(s.step_time.p50)),
     ("step time p99", lambda s: seconds(s.step_time.p99)),
