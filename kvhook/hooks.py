@@ -7,10 +7,8 @@ import with wrapt's post-import hooks, or patches at once what is loaded already
 from __future__ import annotations
 
 import contextvars
-import functools
 import inspect
 import logging
-import mmap
 import os
 import sys
 import time
@@ -23,8 +21,8 @@ import wrapt
 from kvhook.adapters import BY_LEVEL, NEWEST
 from kvhook.adapters.compiler import FINISHED_HOOK, PublishStep, Record
 from kvhook.adapters.fit import choose, is_there
+from kvhook.adapters.settings import Settings
 from kvhook.adapters.table import Adapter, Target, lookup, release, vllm_version
-from kvhook.adapters.v1 import SETTINGS
 from kvhook.errors import StatsOffError
 from kvhook.taps import TAPS, Tap, core_of, make_no_stats, nothing, quiet_manager
 
@@ -418,28 +416,6 @@ ROLES: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
 }
 
 
-class Settings:
-    """In place of ``vllm.envs`` in vLLM's stats module: the same, with what is asked for each output kept as a value.
-
-    os.environ is looked up and parsed each time otherwise, for each output of each step: most of what making
-    IterationStats takes (`benchmarks/hook_cost.py`). The values are read when an engine has been built; changing the
-    environment later has no effect on them, as in the engine core, where vLLM itself keeps all its settings so.
-    """
-
-    def __init__(self, envs: Any) -> None:
-        self._envs = envs
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._envs, name)
-
-    def read(self) -> None:
-        """Take over the values of now."""
-        for name in SETTINGS:
-            vars(self).pop(name, None)
-            if hasattr(self._envs, name):
-                setattr(self, name, getattr(self._envs, name))
-
-
 def _read_settings() -> None:
     for patch in _patches:
         if isinstance(patch.wrapper, Settings):
@@ -588,56 +564,6 @@ def _restore(patch: Patch) -> bool:
     else:
         setattr(patch.parent, patch.attribute, patch.original)
     return True
-
-
-@functools.cache
-def call_overhead_ns() -> int:
-    """What a step costs on this machine beyond what the publisher can measure from inside, in nanoseconds: the wrapped
-    call, and the hand-over of the stats.
-
-    It is measured with the processor's own caches cold, as they are after a forward pass: 0.5 us when warm, 5 to 10 so.
-    Takes some 10 ms, once in a process.
-    """
-    given: Any = None
-
-    def record(scheduler_stats: Any = None, iteration_stats: Any = None, mm_cache_stats: Any = None, **_: Any) -> None:
-        nonlocal given
-        given = scheduler_stats, iteration_stats, mm_cache_stats
-
-    class Bare:
-        def step(self) -> None:
-            return None
-
-    class Wrapped:
-        def _step(self) -> None:
-            record(scheduler_stats=None, iteration_stats=None, mm_cache_stats=None)
-
-        step = wrapt.FunctionWrapper(_step, on_step)
-
-    bare, hooked = Bare(), Wrapped()
-    _steps[id(hooked)] = lambda start, end: None
-    try:
-        # a map of its own: giving 8 MB back to malloc would let it keep large blocks from then on
-        with mmap.mmap(-1, _MORE_THAN_CACHES) as much:
-            for page in range(0, len(much), mmap.PAGESIZE):
-                much[page] = 0  # until it is written to, every page is one and the same of the system's
-            return max(0, _time_cold(hooked.step, much) - _time_cold(bare.step, much))
-    finally:
-        del _steps[id(hooked)]
-
-
-#: Bytes that are walked over to make caches cold: a core's own hold 2 MB at most, and the last one is not aimed at.
-_MORE_THAN_CACHES = 8 << 20
-
-
-def _time_cold(call: Callable[[], Any], much: mmap.mmap) -> int:
-    times = []
-    for _ in range(15):
-        much.find(b"\1", 0)  # from the beginning to the end
-        start = clock()
-        call()
-        times.append(clock() - start)
-    return sorted(times)[len(times) // 2]
 
 
 def _in_child() -> None:

@@ -22,6 +22,7 @@ from kvhook.adapters.config import engine_facts
 from kvhook.cost import Cost, probe_of
 from kvhook.errors import KvhookError, StatsOffError
 from kvhook.guard import Guard
+from kvhook.overhead import call_overhead_ns
 from kvhook.recorder import Recorder
 from kvhook.ring.layout import MAX_CAPACITY
 from kvhook.ring.place import find_directory, history_root, process_start
@@ -186,7 +187,7 @@ class Session:
             if self._closed:
                 return None
             if not self._hook_ns:
-                self._hook_ns = hooks.call_overhead_ns()
+                self._hook_ns = call_overhead_ns()
             facts = engine_facts(adapter, engine) | facts
             facts |= {"hook_call_ns": self._hook_ns, "engine_class": type(engine).__qualname__}
             if self._max_overhead is not None:
