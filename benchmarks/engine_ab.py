@@ -287,9 +287,7 @@ def main() -> int:
         print(f"  {'arm':8}{'step p50':>12}   {'throughput':24}{'typical':24}{'step p50':24}{'step p99':24}against")
         for arm, row in r["arms"].items():
             for base, ratios in (row["against"] or {"": {}}).items():
-                cells = "".join(
-                    f"{_ratio(ratios.get(k)):24}" for k in ("throughput", "typical", "step_p50", "step_p99")
-                )
+                cells = "".join(f"{_ratio(ratios.get(figure)):24}" for figure in FIGURES)
                 print(f"  {arm:8}{row['step_ms_p50']:9.3f} ms   {cells}{base}")
             if "steps" in row:
                 made = f"; vLLM's stats for it {row['vllm_stats_us_p50']:.1f} us" if "vllm_stats_us_p50" in row else ""

@@ -326,8 +326,9 @@ def _tap(engine: Any, adapter: Adapter, record: Record, every: int = 1) -> Calla
 
     def failed(error: Exception) -> None:
         _steps.pop(key, None)
-        undo, _engines[key] = _engines.get(key, nothing), nothing
-        undo()
+        if key in _engines:  # else it has been let go of: its number may be another engine's by now
+            undo, _engines[key] = _engines[key], nothing
+            undo()
         _fault("counting what a step gave", error, _NOT_ANY_FURTHER)
 
     return TAPS[adapter.tap](Tap(engine, adapter, record, _records, failed, every))

@@ -165,6 +165,16 @@ def test_what_counting_takes_is_shared_by_the_steps_in_which_nothing_is_counted(
     assert [spent[every][9] // 1000 for every in (1, 4, 16)] == [64, 16, 4]
 
 
+def test_a_fault_in_what_was_put_into_an_engine_that_was_let_go_of_does_not_bring_it_back():
+    with kvhook.install(level="light"):
+        engine = begin(SYNC, script=script(2))
+        ours = engine.engine_core.get_output
+        del engine.output_processor.request_states
+        kvhook.uninstall()
+        ours()  # somebody has kept it
+        assert not hooks.is_recorded(engine)
+
+
 @pytest.mark.usefixtures("hasty")
 def test_two_engines_step_down_each_by_itself():
     with kvhook.install(max_overhead=1e-9) as session:
@@ -539,8 +549,10 @@ def test_a_budget_that_is_no_share_is_refused(share: Any):
 
 @pytest.mark.parametrize("share", [1, 0.01, 1e-12])
 def test_a_share_is_taken(share: float):
-    with kvhook.install(max_overhead=share):
+    with kvhook.install(max_overhead=share) as session:
         go(begin(SYNC, script=script(1)))
+        assert session.meta["engines"][0]["max_overhead"] == share
+        assert session.faults == {}
 
 
 def test_installing_again_with_another_level_or_budget_warns_that_it_has_no_effect(said: Any):
