@@ -53,7 +53,7 @@ from cost_timing import Call, Candidate
 from kvhook import hooks
 from kvhook.adapters.fit import adapter_for, choose
 from kvhook.adapters.table import vllm_version
-from kvhook.recorder import Recorder
+from kvhook.recording.recorder import Recorder
 from kvhook.ring.place import find_directory
 from kvhook.taps import TAPS, Tap
 

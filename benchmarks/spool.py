@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 from hook_cost import machine
 
-from kvhook import spool as module
+from kvhook.recording import spool as module
+from kvhook.recording.spool import Spool
 from kvhook.ring.layout import make_layout
 from kvhook.ring.writer import RingWriter
 from kvhook.schema import STEP
-from kvhook.spool import Spool
 from kvhook.trace import open_trace
 
 RATE = 600_000

@@ -10,7 +10,7 @@ from typing import Any
 
 import kvhook
 from kvhook import hooks
-from kvhook import session as session_module
+from kvhook.recording import session as session_module
 from kvhook.taps import quiet_manager
 
 #: Arm -> whether vLLM's stats are on in the engine, the level at which kvhook records, whether get_metrics() is polled.

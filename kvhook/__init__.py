@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from kvhook.collector import VLLMMetricsCollector
     from kvhook.errors import KvhookError
-    from kvhook.session import Session, attach, install, uninstall
+    from kvhook.recording.session import Session, attach, install, uninstall
     from kvhook.stat_logger import StatLogger as StatLogger
     from kvhook.trace import Trace
     from kvhook.trace import open_trace as open
@@ -37,14 +37,14 @@ __all__ = [
 # Loaded when first asked for: `import kvhook` itself costs a millisecond, and neither numpy nor wrapt.
 _WHERE = {
     "KvhookError": ("kvhook.errors", "KvhookError"),
-    "Session": ("kvhook.session", "Session"),
+    "Session": ("kvhook.recording.session", "Session"),
     "StatLogger": ("kvhook.stat_logger", "StatLogger"),
     "Trace": ("kvhook.trace", "Trace"),
     "VLLMMetricsCollector": ("kvhook.collector", "VLLMMetricsCollector"),
-    "attach": ("kvhook.session", "attach"),
-    "install": ("kvhook.session", "install"),
+    "attach": ("kvhook.recording.session", "attach"),
+    "install": ("kvhook.recording.session", "install"),
     "open": ("kvhook.trace", "open_trace"),
-    "uninstall": ("kvhook.session", "uninstall"),
+    "uninstall": ("kvhook.recording.session", "uninstall"),
 }
 
 

@@ -18,7 +18,7 @@ from kvhook.adapters.config import engine_facts
 from kvhook.adapters.fit import check, choose, is_there
 from kvhook.adapters.table import Adapter, release, vllm_version
 from kvhook.errors import RingDirectoryError
-from kvhook.recorder import process_facts
+from kvhook.recording.recorder import process_facts
 from kvhook.ring.place import ENV_DIR, find_directory
 from kvhook.schema import REQUEST_FIELDS, STEP_FIELDS
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvhook.analysis.summary import Summary
-    from kvhook.session import Session
+    from kvhook.recording.session import Session
     from kvhook.trace import Trace
 
 FIXTURE = "kvhook"

@@ -24,10 +24,10 @@ from kvhook.adapters.compiler import FINISHED_HOOK, PublishStep, Record
 from kvhook.adapters.fit import adapter_for
 from kvhook.adapters.v1 import ASYNC_LLM, LOGGERS
 from kvhook.errors import KvhookError
-from kvhook.session import for_logger
+from kvhook.recording.session import for_logger
 
 if TYPE_CHECKING:
-    from kvhook.session import Session
+    from kvhook.recording.session import Session
 
     StatLogger: Any
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 import kvhook
-from kvhook import check, cli, guard
+from kvhook import check, cli
+from kvhook import faults as guard
 from kvhook.check import FAILED, OK, SKIPPED, Failed, Skipped, expect, inference, run, structure
 from kvhook.check.inference import Inference
 from kvhook.collector import VLLMMetricsCollector, answer, collector, names, prometheus, reading, sources
@@ -109,9 +110,9 @@ def test_what_an_engine_left_in_this_process_does_not_matter(
         session = kvhook.install()
         engine = vllm.engine()
         assert cli.main(["check"]) == 0
-        assert kvhook.session._current is session
+        assert kvhook.recording.session._current is session
         del engine
-    assert kvhook.session._current is session
+    assert kvhook.recording.session._current is session
 
 
 HIDDEN = """
@@ -434,7 +435,7 @@ def test_a_model_that_does_not_load_is_a_failed_check_and_vllms_messages_are_kep
     (log,) = Path(tempfile.gettempdir()).glob("kvhook-check-*/vllm.log")
     assert last == f"vLLM's messages are in {log}"
     assert log.read_text() == "vLLM's own words\nand its log's\n"
-    assert kvhook.session._current is None, "nothing is left installed"
+    assert kvhook.recording.session._current is None, "nothing is left installed"
     assert "VLLM_LOGGING_LEVEL" not in os.environ
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvhook.cli import main
+from kvhook.discovery.rings import find_rings, leftovers, prune_histories
 from kvhook.ring.place import process_start
-from kvhook.rings import find_rings, leftovers, prune_histories
 from tests.ring.synthetic import Recording
 
 DAY = 24 * 3600

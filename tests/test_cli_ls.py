@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from kvhook import rings
 from kvhook.cli import main
 from kvhook.cli.ls import as_text
+from kvhook.discovery import rings
+from kvhook.discovery.rings import ALIVE, CLOSED_RING, DAMAGED, DEAD, choose, directories, find_rings, prune
 from kvhook.errors import KvhookError
 from kvhook.ring import place
-from kvhook.rings import ALIVE, CLOSED_RING, DAMAGED, DEAD, choose, directories, find_rings, prune
 from tests.ring.synthetic import Recording
 from tests.standin import fake_vllm, step_stats
 
@@ -173,7 +173,7 @@ def test_making_a_ring_prunes_and_failing_to_do_so_harms_nothing(fresh: Path, mo
     with fake_vllm() as vllm, kvhook.install():
         vllm.engine()
         assert len(find_rings([fresh / "rings"])) == rings.MOST_RINGS + 1
-        monkeypatch.setattr("kvhook.recorder.prune", lambda place: 1 / 0)
+        monkeypatch.setattr("kvhook.recording.recorder.prune", lambda place: 1 / 0)
         engine = vllm.engine()
         engine.plan.append(step_stats(generated=5))
         engine.step()

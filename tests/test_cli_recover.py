@@ -9,8 +9,8 @@ import pytest
 
 import kvhook
 from kvhook.cli import main
+from kvhook.discovery.recovery import recover
 from kvhook.errors import KvhookError
-from kvhook.recover import recover
 from tests.ring.synthetic import Recording
 
 

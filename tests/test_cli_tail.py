@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from kvhook.analysis.steps_text import COLUMNS, StepLines, clock_time
 from kvhook.cli import main
 from kvhook.cli.tail import lines
-from kvhook.live import CLOSED, DIED, News, follow
+from kvhook.discovery.follow import CLOSED, DIED, News, follow
+from kvhook.discovery.rings import wait_for
 from kvhook.ring.reader import RingReader
-from kvhook.rings import wait_for
+from kvhook.text.steps import COLUMNS, StepLines, clock_time
 from tests.conftest import ROOT
 from tests.ring.synthetic import LAYOUT, Recording
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from kvhook import cost
 from kvhook.adapters.compiler import Counters
-from kvhook.cost import LADDER, PROBE_EVERY, WINDOW, WINDOWS, Cost, Level, StatsProbe
+from kvhook.recording import budget as cost
+from kvhook.recording.budget import LADDER, PROBE_EVERY, WINDOW, WINDOWS, Cost, Level, StatsProbe
 
 #: Nanoseconds of a step in these tests.
 STEP_NS = 1_000_000

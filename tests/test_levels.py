@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import kvhook
-from kvhook import VLLMMetricsCollector, cost, hooks, taps
+from kvhook import VLLMMetricsCollector, hooks, taps
+from kvhook.recording import budget as cost
 from kvhook.adapters import BY_LEVEL
 from kvhook.cli import main
 from kvhook.schema import COUNTED, FULL_ONLY

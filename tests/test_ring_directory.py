@@ -137,7 +137,7 @@ def test_asked_for_place_that_will_not_do_fails_install(fresh: Path):
 
 UNWRITABLE = """
 import os, sys
-import kvhook, kvhook.session, numpy
+import kvhook, kvhook.recording.session, numpy
 from kvhook.errors import RingDirectoryError
 if os.getuid() == 0:
     os.seteuid(65534)
@@ -177,7 +177,7 @@ print(kvhook.install(ring_dir=sys.argv[1], ring_slots=1024))
 
 FULL = """
 import sys
-import kvhook, kvhook.session
+import kvhook, kvhook.recording.session
 from tests.standin import fake_vllm, step_stats
 from kvhook.errors import RingDirectoryError
 full = sys.argv[1]

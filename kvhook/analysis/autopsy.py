@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from kvhook.analysis.summary_text import percent, seconds
+from kvhook.text.summary import percent, seconds
 
 if TYPE_CHECKING:
     from kvhook.analysis.summary import Summary

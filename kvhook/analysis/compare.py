@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from kvhook.analysis.distribution import Distribution
 from kvhook.analysis.summary import Summary
-from kvhook.analysis.summary_text import count, percent, seconds
+from kvhook.text.summary import count, percent, seconds
 
 _NAME, _CELL, _MOST = 28, 16, 28
 

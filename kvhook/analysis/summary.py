@@ -106,7 +106,7 @@ class Summary:
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def __str__(self) -> str:
-        from kvhook.analysis.summary_text import as_text
+        from kvhook.text.summary import as_text
 
         return as_text(self)
 

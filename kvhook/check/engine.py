@@ -14,7 +14,7 @@ from kvhook.adapters.table import read_path
 from kvhook.demo import engine as demo
 
 if TYPE_CHECKING:
-    from kvhook.session import Session
+    from kvhook.recording.session import Session
 
 #: Everything that is to be compared is switched on.
 COMPARED = {"disable_log_stats": False, "enable_prefix_caching": True}
@@ -45,7 +45,7 @@ def recorded_engine(model: str | None) -> Iterator[tuple[Any, Session]]:
         Exception: whatever vLLM raises if it cannot load the model.
     """
     import kvhook
-    from kvhook import session as sessions
+    from kvhook.recording import session as sessions
 
     demo.require_vllm()
     with _environment(model):

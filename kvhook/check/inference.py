@@ -17,7 +17,7 @@ from kvhook.collector import VLLMMetricsCollector, names
 from kvhook.errors import KvhookError
 
 if TYPE_CHECKING:
-    from kvhook.session import Session
+    from kvhook.recording.session import Session
 
 #: Collections of which the median is taken for the cost.
 TIMES = 25

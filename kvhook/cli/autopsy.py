@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvhook.analysis.steps_text import StepLines
 from kvhook.cli.common import add_dir, positive, shows_blocks
+from kvhook.discovery.rings import ALIVE, CLOSED_RING, DEAD, choose, directories, find_rings, history_of, parse_pid
 from kvhook.errors import KvhookError
-from kvhook.rings import ALIVE, CLOSED_RING, DEAD, choose, directories, find_rings, history_of, parse_pid
+from kvhook.text.steps import StepLines
 
 if TYPE_CHECKING:
     from kvhook.ring.layout import Header
@@ -34,10 +34,10 @@ class Verb:
     def run(self, args: argparse.Namespace) -> int:
         """Print it."""
         from kvhook.analysis.autopsy import examine
-        from kvhook.analysis.autopsy_text import as_text
         from kvhook.ring.layout import CLOSED
         from kvhook.ring.place import history_root
         from kvhook.ring.reader import writer_alive
+        from kvhook.text.autopsy import as_text
         from kvhook.trace import open_trace
 
         path = self._path(args)

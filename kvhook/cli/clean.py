@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from kvhook.cli.common import add_dir, age, size
-from kvhook.rings import OLD, directories, leftovers, remove
+from kvhook.discovery.rings import OLD, directories, leftovers, remove
 
 
 class Verb:

@@ -16,7 +16,7 @@ from kvhook.demo.workload import BLOCK_SIZE, NUM_GPU_BLOCKS, rounds
 from kvhook.errors import KvhookError
 
 if TYPE_CHECKING:
-    from kvhook.session import Session
+    from kvhook.recording.session import Session
 
 
 class Verb:

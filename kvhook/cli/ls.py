@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from kvhook.cli.common import add_dir, age, size
-from kvhook.rings import Ring, directories, find_rings
+from kvhook.discovery.rings import Ring, directories, find_rings
 
 _COLUMNS = ("PID", "ENGINE", "STATE", "MODEL", "PROGRAM", "STEPS", "AGE", "SIZE")
 _RIGHT = frozenset({"PID", "ENGINE", "STEPS", "AGE", "SIZE"})

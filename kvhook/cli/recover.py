@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from kvhook.cli.common import add_dir
-from kvhook.rings import directories
+from kvhook.discovery.rings import directories
 
 
 class Verb:
@@ -24,7 +24,7 @@ class Verb:
 
     def run(self, args: argparse.Namespace) -> int:
         """Do it, and say what was added."""
-        from kvhook.recover import recover
+        from kvhook.discovery.recovery import recover
 
         done = recover(args.trace, directories(args.dir), args.out)
         if done.reason:

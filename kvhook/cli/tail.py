@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvhook.analysis.steps_text import StepLines
 from kvhook.cli.common import add_dir, positive, shows_blocks
+from kvhook.discovery.follow import DIED, INTERVAL, News, follow
+from kvhook.discovery.rings import ALIVE, choose, directories, find_rings, parse_pid, wait_for
 from kvhook.errors import KvhookError
-from kvhook.live import DIED, INTERVAL, News, follow
-from kvhook.rings import ALIVE, choose, directories, find_rings, parse_pid, wait_for
+from kvhook.text.steps import StepLines
 
 if TYPE_CHECKING:
     from kvhook.ring.layout import Header
@@ -87,7 +87,7 @@ def lines(
     """The lines for what comes from a ring.
 
     Args:
-        news: see `kvhook.live.follow`.
+        news: see `kvhook.discovery.follow.follow`.
         header: of the ring.
         back: of the steps that the ring holds at the beginning, print so many.
         as_json: JSON instead of columns.

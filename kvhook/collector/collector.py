@@ -25,7 +25,7 @@ from kvhook.collector.prometheus import plain
 from kvhook.collector.reading import Reading, Unavailable
 from kvhook.collector.sources import EngineSource, HookSource, RegistrySource, Source
 from kvhook.errors import KvhookError
-from kvhook.guard import Guard
+from kvhook.faults import Guard
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,7 @@ from kvhook.collector.reading import Histogram, Reading, Unavailable, histogram
 from kvhook.export.rows import as_rows
 
 if TYPE_CHECKING:
-    from kvhook.session import Session
+    from kvhook.recording.session import Session
     from kvhook.trace import Trace
 
 #: Gives the engine; None if there is none (any more).
@@ -60,7 +60,7 @@ class HookSource:
     def begin(self) -> None:
         """Have the engine recorded, where that can still be done, or those that will be made if none was given."""
         import kvhook
-        from kvhook import session as sessions
+        from kvhook.recording import session as sessions
 
         if self._find() and self.session is sessions._current:
             return
@@ -82,7 +82,7 @@ class HookSource:
 
     def end(self) -> None:
         """Uninstall kvhook, if `begin` installed it."""
-        from kvhook import session as sessions
+        from kvhook.recording import session as sessions
 
         if self.installed and self.session is sessions._current:
             sessions.uninstall()
@@ -128,7 +128,7 @@ class HookSource:
 
     def _find(self) -> bool:
         """Look for the session that records our engine. What was found stays."""
-        from kvhook import session as sessions
+        from kvhook.recording import session as sessions
 
         current, engine = sessions._current, self._engine()
         if current is not None and current is not self.session:

@@ -25,7 +25,7 @@ from kvhook.adapters.config import engine_facts, null_block
 from kvhook.adapters.fit import resolve
 from kvhook.adapters.table import Adapter
 from kvhook.errors import StatsOffError
-from kvhook.recorder import Recorder
+from kvhook.recording.recorder import Recorder
 from kvhook.schema import REQUEST_FIELDS, STEP_FIELDS
 from tests.contracts import extract
 from tests.contracts.behaviour import VllmLogger, animate, config_of, make_engine

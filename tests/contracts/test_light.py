@@ -18,14 +18,15 @@ from typing import Any
 import pytest
 
 import kvhook
-from kvhook import cost, hooks
+from kvhook import hooks
 from kvhook.adapters import ADAPTERS, LIGHT_ADAPTERS
 from kvhook.adapters.config import engine_facts
 from kvhook.adapters.fit import choose, resolve
 from kvhook.adapters.light import Counts
 from kvhook.adapters.table import Adapter
 from kvhook.errors import StatsOffError
-from kvhook.recorder import Recorder
+from kvhook.recording import budget as cost
+from kvhook.recording.recorder import Recorder
 from kvhook.schema import COUNTED, FULL_ONLY, STEP_FIELDS
 from tests.contracts import core, extract
 from tests.contracts.behaviour import ASYNC, CLIENT, ENGINE, V0_ENGINE, VllmLogger, config_of, make_engine

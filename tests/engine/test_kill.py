@@ -19,7 +19,7 @@ import pytest
 import kvhook
 from kvhook.analysis.autopsy import examine
 from kvhook.cli import main
-from kvhook.rings import DEAD, find_rings
+from kvhook.discovery.rings import DEAD, find_rings
 from tests.conftest import ROOT
 from tests.engine.killed import ROW
 

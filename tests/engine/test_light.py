@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import kvhook
-from kvhook import cost
+from kvhook.recording import budget as cost
 from tests.engine import vllm_here
 from tests.engine.conftest import MakeLLM, Recorded, record
 from tests.workloads import BLOCK_SIZE, USABLE, Seen, run, workload

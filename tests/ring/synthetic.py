@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kvhook.recording.spool import TraceWriter
 from kvhook.ring.layout import STATE_WORD, make_layout, seal
 from kvhook.ring.place import pid_namespace, process_start
 from kvhook.ring.writer import RingWriter
 from kvhook.schema import KINDS, blank
-from kvhook.spool import TraceWriter
 
 LAYOUT = make_layout({})
 BLOCKS = 100

@@ -19,15 +19,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvhook.analysis.autopsy import examine
-from kvhook.analysis.autopsy_text import as_text
-from kvhook.analysis.steps_text import StepLines
 from kvhook.cli import main
+from kvhook.discovery.follow import follow
+from kvhook.discovery.rings import find_rings, leftovers
 from kvhook.errors import KvhookError, TraceFormatError
-from kvhook.live import follow
+from kvhook.recording.spool import pack_meta
 from kvhook.ring.layout import SCHEMA_AT, seal
 from kvhook.ring.reader import RingReader
-from kvhook.rings import find_rings, leftovers
-from kvhook.spool import pack_meta
+from kvhook.text.autopsy import as_text
+from kvhook.text.steps import StepLines
 from kvhook.trace import open_trace
 from tests.ring.synthetic import LAYOUT, Recording
 

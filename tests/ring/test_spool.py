@@ -14,8 +14,8 @@ import pytest
 
 import kvhook
 from kvhook.errors import KvhookError
+from kvhook.recording.spool import BATCH, INTERVAL, LONGEST, SHORTEST, Spool, TraceWriter, next_pause
 from kvhook.ring.layout import CLOSED
-from kvhook.spool import BATCH, INTERVAL, LONGEST, SHORTEST, Spool, TraceWriter, next_pause
 from kvhook.trace import open_trace
 from tests.conftest import Python
 from tests.ring.synthetic import Recording
@@ -247,7 +247,7 @@ with fake_vllm() as vllm:
         engine.step()
     os._exit(0)
 """
-    from kvhook.recover import recover
+    from kvhook.discovery.recovery import recover
 
     python(code)
     path = tmp_path / "run.kvh"

@@ -22,9 +22,9 @@ from kvhook.adapters.compiler import (
     no_sample,
 )
 from kvhook.adapters.table import Adapter, vllm_version
+from kvhook.discovery.rings import prune
 from kvhook.ring.place import RING_SUFFIX, pid_namespace, process_start
 from kvhook.ring.writer import RingWriter
-from kvhook.rings import prune
 
 #: Processors that may reorder stores: there each record carries a crc, since Python has no memory fence.
 NEEDS_CRC = platform.machine().lower() not in ("x86_64", "amd64", "i686", "i386")

@@ -19,15 +19,15 @@ from kvhook import hooks
 from kvhook.adapters import BY_LEVEL
 from kvhook.adapters.compiler import STATS_FOR_KVHOOK, no_sample
 from kvhook.adapters.config import engine_facts
-from kvhook.cost import Cost, probe_of
+from kvhook.discovery.rings import HISTORY_PREFIX, prune_histories
 from kvhook.errors import KvhookError, StatsOffError
-from kvhook.guard import Guard
-from kvhook.overhead import call_overhead_ns
-from kvhook.recorder import Recorder
+from kvhook.faults import Guard
+from kvhook.recording.budget import Cost, probe_of
+from kvhook.recording.overhead import call_overhead_ns
+from kvhook.recording.recorder import Recorder
+from kvhook.recording.spool import TRACE_SUFFIX, Spool
 from kvhook.ring.layout import MAX_CAPACITY
 from kvhook.ring.place import find_directory, history_root, process_start
-from kvhook.rings import HISTORY_PREFIX, prune_histories
-from kvhook.spool import TRACE_SUFFIX, Spool
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from kvhook.adapters.compiler import Counters, PublishStep, Record
     from kvhook.adapters.table import Adapter
     from kvhook.analysis.summary import Summary
-    from kvhook.cost import Level
+    from kvhook.recording.budget import Level
     from kvhook.trace import Trace
 
 log = logging.getLogger("kvhook")

@@ -21,7 +21,7 @@ from kvhook.ring.reader import RingReader
 from kvhook.schema import META
 
 if TYPE_CHECKING:
-    from kvhook.recorder import Recorder
+    from kvhook.recording.recorder import Recorder
     from kvhook.ring.layout import Header
     from kvhook.ring.reader import Batch, Slots
 

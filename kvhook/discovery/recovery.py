@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvhook.discovery.rings import find_rings
 from kvhook.errors import KvhookError
+from kvhook.recording.spool import pack_meta, trace_header
 from kvhook.ring.layout import CLOSED, MAX_HEADER, Header, parse_header
 from kvhook.ring.reader import RingReader, slot_head, writer_alive
-from kvhook.rings import find_rings
-from kvhook.spool import pack_meta, trace_header
 from kvhook.trace import Trace, open_trace
 
 if TYPE_CHECKING:

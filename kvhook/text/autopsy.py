@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvhook.analysis.autopsy import Autopsy
-from kvhook.analysis.steps_text import StepLines
-from kvhook.analysis.summary_text import as_text as summary_text
-from kvhook.analysis.summary_text import seconds
+from kvhook.text.steps import StepLines
+from kvhook.text.summary import as_text as summary_text
+from kvhook.text.summary import seconds
 
 _ENDS = {
     "killed": "The process ended without closing its ring: it was killed (kill -9, out of memory), crashed, or left "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from kvhook.analysis.summary_text import percent, seconds
+from kvhook.text.summary import percent, seconds
 
 Row = dict[str, Any]
 

@@ -1,0 +1,1 @@
+"""Numbers as text for a terminal. Nothing is computed here."""
