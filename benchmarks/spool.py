@@ -196,8 +196,7 @@ def throughput(rings: Path, disk: Path, rate: int, seconds: float, run: Run) -> 
 
 def check(path: Path) -> tuple[int, int]:
     """How many records a trace holds, and how many of them are out of order or hold something else."""
-    from kvhook.ring.reader import slot_head
-    from kvhook.trace import fields_of
+    from kvhook.ring.slots import fields_of, slot_head
 
     count, wrong, last = 0, 0, -1
     trace = open_trace(path)

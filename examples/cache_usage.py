@@ -6,7 +6,7 @@ args = arguments(__doc__, "cache_usage.kvh")
 
 import kvhook  # noqa: E402
 from kvhook.analysis.blocks import blocks_of  # noqa: E402
-from kvhook.demo.live import bar  # noqa: E402
+from kvhook.text.bar import bar  # noqa: E402
 
 REQUESTS, GENERATED = 96, 80
 

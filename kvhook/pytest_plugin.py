@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from kvhook.analysis.summary import Summary
     from kvhook.recording.session import Session
+    from kvhook.text.summary import PrintedSummary
     from kvhook.trace import Trace
 
 FIXTURE = "kvhook"
@@ -57,7 +57,7 @@ class Recording:
         trace = self.session.trace()
         return trace if self._whole else Window(trace, self._after)
 
-    def summary(self) -> Summary:
+    def summary(self) -> PrintedSummary:
         """This test in numbers."""
         return self.trace().summary()
 

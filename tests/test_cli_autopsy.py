@@ -11,6 +11,7 @@ import pytest
 
 from kvhook.analysis.autopsy import Autopsy, changes, examine
 from kvhook.cli import main
+from kvhook.text.autopsy import sentences
 from kvhook.trace import open_trace
 from tests.ring.synthetic import Recording
 
@@ -32,7 +33,7 @@ def of(recording: Recording) -> Autopsy:
 
 
 def test_what_changed_is_said_in_words(tmp_path: Path):
-    assert of(crash(tmp_path)).changes == [
+    assert sentences(of(crash(tmp_path)).changes) == [
         "steps became slower: a median of 30 ms over the last 16, 10 ms before (3.0 times)",
         "KV cache usage rose from a median of 40.0 % to 99.4 % in the last step",
         "the queue grew: 15 requests waited in the last step, a median of 0 before",
@@ -90,14 +91,14 @@ def test_each_change(tmp_path: Path, name: str):
     for values in [before] * 30 + [end] * 10:
         usage = values.get("kv_cache_usage", values.get("usage", 0.5))
         recording.step(usage, **{k: v for k, v in values.items() if k not in ("usage", "kv_cache_usage")})
-    assert changes(open_trace(recording.path).steps()) == told
+    assert sentences(changes(open_trace(recording.path).steps())) == told
 
 
 def test_one_long_step_stands_out(tmp_path: Path):
     recording = Recording(tmp_path).run(50)
     recording.step(took_ms=2000)
     recording.run(3)
-    assert of(recording).changes == ["one of the last 13 steps took 2 s, 200 times the median"]
+    assert sentences(of(recording).changes) == ["one of the last 13 steps took 2 s, 200 times the median"]
 
 
 def test_columns_that_this_vllm_does_not_fill_are_no_ground_either(tmp_path: Path):

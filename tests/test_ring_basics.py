@@ -13,13 +13,14 @@ import pytest
 
 from kvhook.errors import TraceFormatError
 from kvhook.ring.layout import make_layout, seal
-from kvhook.ring.reader import RingReader, slot_head
+from kvhook.ring.reader import RingReader
+from kvhook.ring.slots import slot_head
 from kvhook.ring.writer import RingWriter
 from kvhook.schema import STEP, Field
 from tests.conftest import Python
 
 if TYPE_CHECKING:
-    from kvhook.ring.reader import Slots
+    from kvhook.ring.slots import Slots
 
 FIELDS = tuple(Field(name, "i8", "id", "", "") for name in ("a", "b"))
 LAYOUT = make_layout({"step": FIELDS})
@@ -230,7 +231,8 @@ def test_another_process_reads_along_and_goes_and_the_ring_lives_on(tmp_path: Pa
     code = """
 import sys
 from pathlib import Path
-from kvhook.ring.reader import RingReader, slot_head
+from kvhook.ring.reader import RingReader
+from kvhook.ring.slots import slot_head
 with RingReader(Path(sys.argv[1])) as reader:
     slots = reader.poll().slots
     print(len(slots), int(slots[:, 32:40].copy().view("<i8").sum()), reader.writer_alive, reader.closed)

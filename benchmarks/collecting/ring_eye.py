@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kvhook.ring.reader import RingReader, slot_head
+from kvhook.ring.reader import RingReader
+from kvhook.ring.slots import fields_of, slot_head
 from kvhook.schema import STEP
-from kvhook.trace import fields_of
 
 
 def main() -> None:

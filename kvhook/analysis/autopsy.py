@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvhook.text.summary import percent, seconds
-
-if TYPE_CHECKING:
-    from kvhook.analysis.summary import Summary
-    from kvhook.trace import Trace
-
-    Table = npt.NDArray[np.void]
+from kvhook.analysis.summary import Summary, summarize
+from kvhook.records.columns import Table, floats, total, with_stats
+from kvhook.records.rows import as_rows
+from kvhook.records.tables import Records
 
 #: The end of a run: so many steps, or a quarter of what there is if that is less.
 LAST = 16
@@ -23,6 +20,29 @@ LAST_REQUESTS = 5
 #: A change is worth a word from this factor on (times), or this difference (usage).
 FACTOR = 1.5
 DIFFERENCE = 0.1
+#: A single step is worth a word if it took so many times the median.
+OUTLIER = 5
+#: A cache is full from this usage on.
+FULL = 0.95
+
+
+class Change(NamedTuple):
+    """Something that was different in the last steps; `kvhook.text.autopsy` puts it into words.
+
+    Args:
+        what: "slower", "faster", "longest step", "usage", "full", "queue grew", "queue shrank", "preemptions" or
+            "no stats".
+        before: the median of the steps before (of "preemptions" their sum).
+        last: the median or the sum of the last steps, or the value in the very last one.
+        steps_before: how many steps there were before.
+        steps: how many the last steps are.
+    """
+
+    what: str
+    before: float
+    last: float
+    steps_before: int
+    steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,121 +55,104 @@ class Autopsy:
     #: the last steps and the requests that finished last, as rows; None is what is not known
     last_steps: list[dict[str, Any]]
     last_requests: list[dict[str, Any]]
-    #: what changed before the end, a sentence each
-    changes: list[str]
+    #: what changed before the end
+    changes: list[Change]
     #: requests in the last step that brought stats; None if there is none
     still_running: int | None
     still_waiting: int | None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries, lists, numbers and None: what ``json.dumps`` takes."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"summary": self.summary.as_dict()}
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return plain | {"summary": self.summary.as_dict(), "changes": [c._asdict() for c in self.changes]}
 
 
-def examine(trace: Trace, ended: str, last: int = 20, engine: int | None = None) -> Autopsy:
+def examine(records: Records, ended: str, last: int = 20, engine: int | None = None) -> Autopsy:
     """Look at the end of a run.
 
     Args:
-        trace: what is left of it.
+        records: what is left of it.
         ended: "killed", "closed" or "alive".
         last: how many steps to list.
         engine: only this engine of it.
     """
-    steps, requests = trace.steps(engine), trace.requests(engine)
+    steps, requests = records.steps(engine), records.requests(engine)
     with np.errstate(all="ignore"):
         return Autopsy(
             ended=ended,
-            summary=trace.summary(engine),
-            last_steps=_rows(steps[max(0, len(steps) - last) :], "step"),
-            last_requests=_rows(requests[-LAST_REQUESTS:], "request"),
+            summary=summarize(records, engine),
+            last_steps=as_rows(steps[max(0, len(steps) - last) :], "step"),
+            last_requests=as_rows(requests[-LAST_REQUESTS:], "request"),
             changes=changes(steps),
             still_running=_last_known(steps, "num_running_reqs"),
             still_waiting=_last_known(steps, "num_waiting_reqs"),
         )
 
 
-def changes(steps: Table) -> list[str]:
-    """What was different in the last steps from the median of those before, in words; empty if nothing was."""
+def changes(steps: Table) -> list[Change]:
+    """What was different in the last steps from those before; empty if nothing was."""
     count = min(LAST, len(steps) // 4)
     if not count:
         return []
     before, end = steps[:-count], steps[-count:]
-    told = (
-        _step_time(before, end),
-        _usage(before, end),
-        _waiting(before, end),
-        _preemptions(before, end),
-        _no_stats(before, end),
-    )
-    return [sentence for sentence in told if sentence]
+    found = (*_step_time(before, end), *_usage(before, end), *_waiting(before, end), *_preemptions(before, end))
+    return [Change(*one, len(before), len(end)) for one in (*found, *_no_stats(before, end))]
 
 
-def _step_time(before: Table, end: Table) -> str:
+#: What changed, and its value before and at the end.
+_Found = list[tuple[str, float, float]]
+
+
+def _step_time(before: Table, end: Table) -> _Found:
+    """In seconds."""
     usual, last = (float(np.median(s["t_end_ns"] - s["t_start_ns"])) / 1e9 for s in (before, end))
     longest = float(np.max(end["t_end_ns"] - end["t_start_ns"])) / 1e9
-    text = ""
+    found = []
     if usual > 0 and last >= FACTOR * usual:
-        text = f"steps became slower: {_median(last, seconds)} over the last {len(end)}, {seconds(usual)} before"
-        text += f" ({last / usual:.1f} times)"
+        found.append(("slower", usual, last))
     elif usual > 0 and 0 < last <= usual / FACTOR:
-        text = f"steps became faster: {_median(last, seconds)} over the last {len(end)}, {seconds(usual)} before"
-    if usual > 0 and longest >= 5 * max(usual, last):
-        text += f"{'; ' if text else ''}one of the last {len(end)} steps took {seconds(longest)}, "
-        text += f"{longest / usual:.0f} times the median"
-    return text
+        found.append(("faster", usual, last))
+    if usual > 0 and longest >= OUTLIER * max(usual, last):
+        found.append(("longest step", usual, longest))
+    return found
 
 
-def _usage(before: Table, end: Table) -> str:
+def _usage(before: Table, end: Table) -> _Found:
     usual, values = _known(before, "kv_cache_usage"), _known(end, "kv_cache_usage")
     if not len(usual) or not len(values):
-        return ""
+        return []
     median, last = float(np.median(usual)), float(values[-1])
     if abs(last - median) >= DIFFERENCE:
-        verb = "rose" if last > median else "fell"
-        return f"KV cache usage {verb} from {_median(median, percent)} to {percent(last)} in the last step"
-    if last >= 0.95:
-        return f"the KV cache was full: {percent(last)} in the last step, {_median(median, percent)} before"
-    return ""
+        return [("usage", median, last)]
+    return [("full", median, last)] if last >= FULL else []
 
 
-def _waiting(before: Table, end: Table) -> str:
+def _waiting(before: Table, end: Table) -> _Found:
     usual, values = _known(before, "num_waiting_reqs"), _known(end, "num_waiting_reqs")
     if not len(usual) or not len(values):
-        return ""
+        return []
     median, last = float(np.median(usual)), int(values[-1])
     if last > max(2.0, FACTOR * median):
-        return f"the queue grew: {last:,} requests waited in the last step, {_median(median, '{:,.0f}'.format)} before"
-    if median >= 2 and last < median / FACTOR:
-        return (
-            f"the queue shrank: {last:,} requests waited in the last step, {_median(median, '{:,.0f}'.format)} before"
-        )
-    return ""
+        return [("queue grew", median, last)]
+    return [("queue shrank", median, last)] if median >= 2 and last < median / FACTOR else []
 
 
-def _preemptions(before: Table, end: Table) -> str:
-    if "num_preempted_reqs" not in (end.dtype.names or ()):
-        return ""
-    last, earlier = int(end["num_preempted_reqs"].sum()), int(before["num_preempted_reqs"].sum())
-    if last <= 0 or last / len(end) < FACTOR * earlier / len(before):
-        return ""
-    return f"{last:,} preemptions in the last {len(end)} steps, {earlier:,} in the {len(before):,} before"
+def _preemptions(before: Table, end: Table) -> _Found:
+    earlier, last = total(before, "num_preempted_reqs"), total(end, "num_preempted_reqs")
+    if earlier is None or last is None or last <= 0 or last / len(end) < FACTOR * earlier / len(before):
+        return []
+    return [("preemptions", earlier, last)]
 
 
-def _no_stats(before: Table, end: Table) -> str:
+def _no_stats(before: Table, end: Table) -> _Found:
     silent = int((end["has_scheduler_stats"] != 1).sum())
-    if silent and silent / len(end) > 2 * (before["has_scheduler_stats"] != 1).mean():
-        return f"{silent} of the last {len(end)} steps brought no stats"
-    return ""
-
-
-def _median(value: float, text: Any) -> str:
-    return f"a median of {text(value)}"
+    share_before = float((before["has_scheduler_stats"] != 1).mean())
+    return [("no stats", share_before, silent)] if silent and silent / len(end) > 2 * share_before else []
 
 
 def _known(steps: Table, name: str) -> npt.NDArray[np.float64]:
-    if name not in (steps.dtype.names or ()):
-        return np.empty(0)
-    values = steps[steps["has_scheduler_stats"] == 1][name].astype(np.float64)
+    """The values of a state where it is known."""
+    values = floats(with_stats(steps), name)
     known: npt.NDArray[np.float64] = values[np.isfinite(values)]
     return known
 
@@ -157,9 +160,3 @@ def _known(steps: Table, name: str) -> npt.NDArray[np.float64]:
 def _last_known(steps: Table, name: str) -> int | None:
     values = _known(steps, name)
     return int(values[-1]) if len(values) else None
-
-
-def _rows(table: Table, kind: str) -> list[dict[str, Any]]:
-    from kvhook.export.rows import as_rows
-
-    return as_rows(table, kind)

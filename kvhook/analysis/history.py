@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvhook.schema import COUNTED, LEVELS
+from kvhook.records.columns import Table, has
+from kvhook.records.levels import not_counted
+from kvhook.schema import COUNTED
 
 #: What is so at the moment of a row. NaN where it is not known.
 STATES = ("kv_cache_usage", "num_running_reqs", "num_waiting_reqs", "v0_prefix_cache_hit_rate")
@@ -22,8 +24,6 @@ TOTALS = (
     "num_preempted_reqs",
     "num_finished_reqs",
 )
-#: Why a total is not known any more.
-NOT_COUNTED = "outputs were counted in some steps only, to stay within max_overhead"
 #: ``t`` is monotonic, to compare with; ``timestamp`` is Unix time, to show. Both in seconds.
 COLUMNS = ("t", "timestamp", *STATES, *TOTALS)
 
@@ -32,7 +32,7 @@ History = npt.NDArray[np.void]
 _TYPE = np.dtype([(name, "<f8") for name in COLUMNS])
 
 
-def from_steps(steps: npt.NDArray[np.void], unix_offset: float) -> History:
+def from_steps(steps: Table, unix_offset: float) -> History:
     """One row per engine step: the states after it, and the totals up to it.
 
     Args:
@@ -41,22 +41,20 @@ def from_steps(steps: npt.NDArray[np.void], unix_offset: float) -> History:
         unix_offset: what to add to the monotonic clock for Unix time, in seconds.
     """
     steps = steps[np.argsort(steps["t_end_ns"], kind="stable")]
-    names = steps.dtype.names or ()
     known = steps["has_scheduler_stats"] == 1
     out = np.full(len(steps), np.nan, _TYPE)
     out["t"] = steps["t_end_ns"] / 1e9
     out["timestamp"] = out["t"] + unix_offset
     for name in STATES:
-        if name in names:
+        if has(steps, name):
             out[name] = np.where(known, steps[name], np.nan)
-    passed_over = np.zeros(len(steps), bool)
-    if "level" in names:
-        passed_over = (steps["level"] == LEVELS.index("sparse")) & (steps["has_iteration_stats"] == 0)
+    # from the first step that was not counted on, totals are not known any more
+    unknown = np.logical_or.accumulate(not_counted(steps))
     for name in TOTALS:
-        if name in names:
+        if has(steps, name):
             out[name] = np.cumsum(steps[name])
             if name in COUNTED:
-                out[name][np.logical_or.accumulate(passed_over)] = np.nan
+                out[name][unknown] = np.nan
     return out
 
 
@@ -71,7 +69,7 @@ def from_samples(samples: Sequence[tuple[float, dict[str, float]]], unix_offset:
     return out
 
 
-def plain(name: str, value: float) -> float:
+def count_or_share(name: str, value: float) -> float:
     """A value of a column: counts of requests and tokens as int, shares as float."""
     return int(value) if name.startswith(("num_", "prefix_")) else float(value)
 

@@ -1,21 +1,19 @@
-"""A run in numbers, and those numbers as a table that a person wants to read."""
+"""A run in numbers. `kvhook.text.summary` prints them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvhook.analysis.distribution import Distribution, distribution
-from kvhook.schema import COUNTED, LEVELS
-
-if TYPE_CHECKING:
-    from kvhook.trace import Trace
-
-    Table = npt.NDArray[np.void]
+from kvhook.records.columns import Table, floats, has, texts, total, with_stats
+from kvhook.records.levels import NOT_COUNTED, level_codes, steps_by_level, tokens_are_known
+from kvhook.records.tables import Records
+from kvhook.schema import COUNTED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +101,7 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries, numbers and None: what ``json.dumps`` takes. NaN becomes None."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-    def __str__(self) -> str:
-        from kvhook.text.summary import as_text
-
-        return as_text(self)
+        return {f.name: _json_value(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 _FIELDS = frozenset(f.name for f in dataclasses.fields(Summary))
@@ -122,47 +115,49 @@ _ONLY_FULL = (
 )
 
 
-def summarize(trace: Trace, engine: int | None = None) -> Summary:
-    """Reduce a trace to its summary.
+def summarize(records: Records, engine: int | None = None) -> Summary:
+    """Reduce a run to its summary.
 
     Args:
-        trace: the run.
+        records: the run.
         engine: only this engine of it; all of them together otherwise.
     """
     with np.errstate(all="ignore"):  # numbers out of a damaged file may be anything
-        return _summarize(trace, engine)
+        return _summarize(records, engine)
 
 
-def _summarize(trace: Trace, engine: int | None) -> Summary:
-    steps, requests = trace.steps(engine), trace.requests(engine)
-    meta = trace.meta
+def _summarize(records: Records, engine: int | None) -> Summary:
+    steps, requests = records.steps(engine), records.requests(engine)
+    meta = records.meta
     engines = [e for e in meta["engines"] if engine is None or e["engine"] == engine]
-    with_stats = steps[steps["has_scheduler_stats"] == 1]
+    known = with_stats(steps)
     # AsyncLLM has no step that could be timed: its records have one time each
     timed = ~np.isin(steps["engine"], [e["engine"] for e in engines if e.get("timed_steps") is False])
     seconds = (steps["t_end_ns"] - steps["t_start_ns"])[timed] / 1e9
     inside = float(seconds.sum())
-    usage = _column(with_stats, "kv_cache_usage")
+    usage = floats(known, "kv_cache_usage")
     caching = [e.get("enable_prefix_caching") for e in engines]
     prefix_on = None if None in caching or not caching else any(caching)
-    queries, hits = _total(steps, "prefix_cache_queries"), _total(steps, "prefix_cache_hits")
-    again_queries = _total(steps, "prefix_cache_preempted_queries")
-    again = _total(steps, "prefix_cache_preempted_hits")
-    prompt, generated = _total(steps, "num_prompt_tokens"), _total(steps, "num_generation_tokens")
-    running, waiting = _column(with_stats, "num_running_reqs"), _column(with_stats, "num_waiting_reqs")
-    reasons, reason_counts = np.unique(_texts(requests, "finish_reason"), return_counts=True)
+    queries, hits = total(steps, "prefix_cache_queries"), total(steps, "prefix_cache_hits")
+    again_queries = total(steps, "prefix_cache_preempted_queries")
+    again = total(steps, "prefix_cache_preempted_hits")
+    levels = steps_by_level(steps)
+    counted: dict[str, int | None] = dict.fromkeys(COUNTED)
+    if tokens_are_known(levels):
+        counted = {name: total(steps, name) for name in COUNTED}
+        counted["num_finished_reqs"] = _finished(steps, requests, levels)
+    prompt, generated = counted["num_prompt_tokens"], counted["num_generation_tokens"]
+    running, waiting = floats(known, "num_running_reqs"), floats(known, "num_waiting_reqs")
+    reasons, reason_counts = np.unique(texts(requests, "finish_reason"), return_counts=True)
     cost = _cost(steps, "kvhook_ns", max((e.get("hook_call_ns") or 0 for e in engines), default=0))
     made = _cost(steps, "vllm_stats_ns", 0)
-    levels = _levels(steps)
-    if levels.get("sparse"):
-        prompt = generated = None
     blocks = [e["num_kv_blocks"] for e in engines if e.get("num_kv_blocks")]
     return Summary(
         vllm=str(meta["vllm"]),
         model=str(engines[0].get("model") or "") if engines else "",
         engines=len(engines),
         steps=len(steps),
-        steps_without_stats=len(steps) - len(with_stats),
+        steps_without_stats=len(steps) - len(known),
         steps_by_level=levels,
         level_changes=[c for e in engines for c in _changes(e)],
         not_recorded=_not_recorded(levels, len(steps)),
@@ -182,8 +177,8 @@ def _summarize(trace: Trace, engine: int | None) -> Summary:
         prefix_cache_preempted_hits=again,
         preempted_share_of_hits=_ratio(again, None if again is None or hits is None else hits + again),
         num_prompt_tokens=prompt,
-        num_prompt_tokens_computed=None if levels.get("sparse") else _total(steps, "num_prompt_tokens_computed"),
-        num_prompt_tokens_cached=None if levels.get("sparse") else _total(steps, "num_prompt_tokens_cached"),
+        num_prompt_tokens_computed=counted["num_prompt_tokens_computed"],
+        num_prompt_tokens_cached=counted["num_prompt_tokens_cached"],
         num_generation_tokens=generated,
         prompt_tokens_per_second=_ratio(prompt, inside),
         generation_tokens_per_second=_ratio(generated, inside),
@@ -191,13 +186,13 @@ def _summarize(trace: Trace, engine: int | None) -> Summary:
         num_running_reqs_peak=int(running.max()) if len(running) else None,
         num_waiting_reqs_mean=float(waiting.mean()) if len(waiting) else None,
         num_waiting_reqs_peak=int(waiting.max()) if len(waiting) else None,
-        num_preempted_reqs=None if levels.get("sparse") else _total(steps, "num_preempted_reqs"),
-        num_finished_reqs=None if levels.get("sparse") else _finished(steps, requests, levels),
+        num_preempted_reqs=counted["num_preempted_reqs"],
+        num_finished_reqs=counted["num_finished_reqs"],
         finished_by_reason=dict(zip(reasons.tolist(), reason_counts.tolist(), strict=True)),
-        time_to_first_token=distribution(*trace.latencies("time_to_first_token", engine)),
-        inter_token_latency=distribution(*trace.latencies("inter_token_latency", engine)),
+        time_to_first_token=distribution(*records.latencies("time_to_first_token", engine)),
+        inter_token_latency=distribution(*records.latencies("inter_token_latency", engine)),
         mean_time_per_output_token=_time_per_output_token(requests),
-        e2e_latency=distribution(_column(requests, "e2e_latency")),
+        e2e_latency=distribution(floats(requests, "e2e_latency")),
         kvhook_ns_p50=float(np.median(cost)) if len(cost) else None,
         kvhook_ns_p99=float(np.quantile(cost, 0.99)) if len(cost) else None,
         kvhook_share=_ratio(float(cost.mean()) * int(timed.sum()) / 1e9 if len(cost) else None, inside),
@@ -211,65 +206,39 @@ def _summarize(trace: Trace, engine: int | None) -> Summary:
     )
 
 
-def _column(table: Table, name: str) -> npt.NDArray[np.float64]:
-    """A column as floats, empty if this vLLM does not fill it."""
-    if name not in (table.dtype.names or ()):
-        return np.empty(0)
-    return table[name].astype(np.float64)
-
-
-def _texts(table: Table, name: str) -> npt.NDArray[np.str_]:
-    return table[name] if name in (table.dtype.names or ()) else np.empty(0, "U1")
-
-
-def _total(table: Table, name: str) -> int | None:
-    return int(table[name].sum()) if name in (table.dtype.names or ()) else None
-
-
 def _ratio(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
 
 
 def _time_per_output_token(requests: Table) -> Distribution:
     """Of requests that generated more than one token: the first one is prefill (vLLM's own definition)."""
-    if "num_generation_tokens" not in (requests.dtype.names or ()):
+    if not has(requests, "num_generation_tokens"):
         return distribution(())
     several = requests[requests["num_generation_tokens"] > 1]
-    values = _column(several, "mean_time_per_output_token")
-    if not len(values) and "decode_time" in (requests.dtype.names or ()):
+    values = floats(several, "mean_time_per_output_token")
+    if not len(values) and has(requests, "decode_time"):
         values = several["decode_time"] / (several["num_generation_tokens"] - 1)
     return distribution(values)
 
 
 def _cost(steps: Table, column: str, call_ns: int) -> npt.NDArray[np.float64]:
     """What a step cost, of the steps in which it was measured."""
-    cost = _column(steps, column)
+    cost = floats(steps, column)
     return cost[cost >= 0] + call_ns
-
-
-def _level_codes(steps: Table) -> npt.NDArray[np.int64]:
-    """The level of each step as an index into LEVELS; traces from before there were levels are full."""
-    there = "level" in (steps.dtype.names or ())
-    return steps["level"] if there else np.zeros(len(steps), np.int64)
 
 
 def _made_for_us(steps: Table, engines: list[dict[str, Any]]) -> int:
     """Steps in which vLLM made iteration stats only because of kvhook."""
     of = [e["engine"] for e in engines if e.get("stats_for_kvhook")]
-    return int((np.isin(steps["engine"], of) & (_level_codes(steps) == 0)).sum())
-
-
-def _levels(steps: Table) -> dict[str, int]:
-    """Level -> steps that were recorded at it."""
-    codes = _level_codes(steps)
-    found = {name: int((codes == code).sum()) for code, name in enumerate(LEVELS)}
-    return {name: count for name, count in found.items() if count}
+    return int((np.isin(steps["engine"], of) & (level_codes(steps) == 0)).sum())
 
 
 def _changes(engine: dict[str, Any]) -> list[dict[str, Any]]:
     """The changes of level that an engine's facts tell of, less what a damaged file may have there."""
-    told = engine.get("levels")
-    return [c for c in told if isinstance(c, dict) and isinstance(c.get("why"), str)] if isinstance(told, list) else []
+    levels = engine.get("levels")
+    if not isinstance(levels, list):
+        return []
+    return [c for c in levels if isinstance(c, dict) and isinstance(c.get("why"), str)]
 
 
 def _not_recorded(levels: dict[str, int], steps: int) -> dict[str, str]:
@@ -279,21 +248,20 @@ def _not_recorded(levels: dict[str, int], steps: int) -> dict[str, str]:
     if full < steps:
         why = f"of {full:,} of {steps:,} steps only: the others are" if full else "this run is"
         out = dict.fromkeys(_ONLY_FULL, f"{why} recorded at level light, without single requests and their clocks")
-    if levels.get("sparse"):
-        why = "outputs were counted in some steps only, to stay within max_overhead"
-        out |= dict.fromkeys((*(c for c in COUNTED if c in _FIELDS), "prompt_tokens_per_second"), why)
-        out["generation_tokens_per_second"] = why
+    if not tokens_are_known(levels):
+        sums = (*(c for c in COUNTED if c in _FIELDS), "prompt_tokens_per_second", "generation_tokens_per_second")
+        out |= dict.fromkeys(sums, NOT_COUNTED)
     return out
 
 
 def _finished(steps: Table, requests: Table, levels: dict[str, int]) -> int:
     """Finished requests: their records, or at level light their count."""
-    return len(requests) if levels.keys() <= {"full"} else int(_column(steps, "num_finished_reqs").sum())
+    return len(requests) if levels.keys() <= {"full"} else int(floats(steps, "num_finished_reqs").sum())
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, Distribution):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _json_value(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, float) and math.isnan(value):
         return None
     return value

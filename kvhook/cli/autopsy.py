@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvhook.cli.common import add_dir, positive, shows_blocks
+from kvhook.cli.common import add_dir, positive
 from kvhook.discovery.rings import ALIVE, CLOSED_RING, DEAD, choose, directories, find_rings, history_of, parse_pid
 from kvhook.errors import KvhookError
+from kvhook.text.bar import shows_blocks
 from kvhook.text.steps import StepLines
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Verb:
         from kvhook.ring.layout import CLOSED
         from kvhook.ring.place import history_root
         from kvhook.ring.reader import writer_alive
-        from kvhook.text.autopsy import as_text
+        from kvhook.text.autopsy import as_text, sentences
         from kvhook.trace import open_trace
 
         path = self._path(args)
@@ -47,7 +48,8 @@ class Verb:
         ended = "closed" if header.state == CLOSED else "alive" if writer_alive(header) else "killed"
         result = examine(trace, ended, args.steps, args.engine)
         if args.json:
-            print(json.dumps({"path": str(path), "pid": header.pid, **result.as_dict()}, indent=2))
+            plain = result.as_dict() | {"changes": sentences(result.changes)}
+            print(json.dumps({"path": str(path), "pid": header.pid, **plain}, indent=2))
             return 0
         print(_heading(header, path))
         print(as_text(result, StepLines(header.monotonic_ns, header.realtime_ns, ascii_only=not shows_blocks())))

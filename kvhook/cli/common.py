@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 
@@ -40,12 +39,3 @@ def size(count: float) -> str:
     return (
         f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
     )
-
-
-def shows_blocks() -> bool:
-    """Whether standard output can show the characters of a bar."""
-    try:
-        "█·".encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -11,12 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvhook.demo import engine
-from kvhook.demo.live import LiveLines, bar
+from kvhook.demo.live import LiveLines
 from kvhook.demo.workload import BLOCK_SIZE, NUM_GPU_BLOCKS, rounds
 from kvhook.errors import KvhookError
+from kvhook.text.bar import bar, shows_blocks
 
 if TYPE_CHECKING:
     from kvhook.recording.session import Session
+
+#: Lines of the progression.
+PARTS = 20
 
 
 class Verb:
@@ -97,14 +102,19 @@ def _as_typed(program: str) -> str:
 
 
 def _print_progression(session: Session) -> None:
-    from kvhook.analysis.progression import progression
+    from kvhook.analysis.history import cut, even_edges, from_steps
 
     print("the prefix cache over the run: hit rate so far, and what was looked up on the way")
-    for part in progression(session.steps(), parts=20):
-        if part.queries:
-            rate = part.hit_rate_so_far or 0.0
-            looked_up = f"{part.hits:5,} of {part.queries:5,} tokens hit"
-            print(f"  up to step {part.last_step:4}  {bar(rate)} {100 * rate:5.1f} %   {looked_up}")
+    steps = session.steps()
+    history = from_steps(steps, 0.0)
+    rows = 0
+    for part in cut(history, even_edges(history, -math.inf, math.inf, PARTS)):
+        rows += part["rows"]
+        if part["prefix_cache_queries"]:
+            rate = part["prefix_cache_hit_rate_so_far"] or 0.0
+            looked_up = f"{part['prefix_cache_hits']:5,} of {part['prefix_cache_queries']:5,} tokens hit"
+            drawn = bar(rate, ascii_only=not shows_blocks())
+            print(f"  up to step {steps['step'][rows - 1]:4}  {drawn} {100 * rate:5.1f} %   {looked_up}")
 
 
 def _unused(path: Path) -> Path:

@@ -20,7 +20,7 @@ class Verb:
 
     def run(self, args: argparse.Namespace) -> int:
         """Print it."""
-        from kvhook.analysis.compare import side_by_side
+        from kvhook.text.compare import side_by_side
         from kvhook.trace import open_trace
 
         summaries = [open_trace(file).summary() for file in args.files]

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvhook.cli.common import add_dir, positive, shows_blocks
+from kvhook.cli.common import add_dir, positive
 from kvhook.discovery.follow import DIED, INTERVAL, News, follow
 from kvhook.discovery.rings import ALIVE, choose, directories, find_rings, parse_pid, wait_for
 from kvhook.errors import KvhookError
+from kvhook.text.bar import shows_blocks
 from kvhook.text.steps import StepLines
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ def lines(
         say: takes what is not a step: records that were missed, and the end.
         ascii_only: draw the bar with ``#``.
     """
-    from kvhook.export.rows import rows
-    from kvhook.ring.reader import slot_head
+    from kvhook.records.rows import rows
+    from kvhook.ring.slots import slot_head
     from kvhook.schema import STEP
     from kvhook.trace import from_slots
 

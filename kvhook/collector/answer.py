@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from kvhook.analysis.history import STATES, TOTALS, plain
+from kvhook.analysis.history import STATES, TOTALS, count_or_share
 from kvhook.collector.names import KEYS, TIMES, UNAVAILABLE, V0_RATE, VALUES, Times
 from kvhook.collector.reading import Reading
 
@@ -104,5 +104,5 @@ def _names_of(times: Times) -> tuple[str, ...]:
 
 def of_row(method: str, row: np.void) -> dict[str, Any]:
     """A row of the history as a collection."""
-    values = {name: plain(name, row[name]) for name in (*STATES, *TOTALS) if row[name] == row[name]}
+    values = {name: count_or_share(name, row[name]) for name in (*STATES, *TOTALS) if row[name] == row[name]}
     return collection(Reading(method, values, {}, {}, {}, None, ""), {}, float(row["timestamp"]), 0.0)

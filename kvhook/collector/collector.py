@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvhook.adapters.table import read_path, vllm_version
-from kvhook.analysis.history import COLUMNS, cut, even_edges, from_samples, monitored
-from kvhook.analysis.history import plain as whole_counts
+from kvhook.analysis.history import COLUMNS, count_or_share, cut, even_edges, from_samples, monitored
 from kvhook.collector import answer, names
 from kvhook.collector.prometheus import plain
 from kvhook.collector.reading import Reading, Unavailable
@@ -272,7 +271,7 @@ class VLLMMetricsCollector:
                     writer.writerow(["collection_method", *COLUMNS[1:]])
                     for row in rows.tolist():
                         cells = zip(COLUMNS[1:], row[1:], strict=True)
-                        writer.writerow([method, *("" if v != v else whole_counts(name, v) for name, v in cells)])
+                        writer.writerow([method, *("" if v != v else count_or_share(name, v) for name, v in cells)])
             os.replace(temporary, place)
         except BaseException:
             temporary.unlink(missing_ok=True)

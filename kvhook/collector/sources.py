@@ -11,7 +11,9 @@ from kvhook.adapters.table import read_path
 from kvhook.analysis import history
 from kvhook.collector import names, prometheus
 from kvhook.collector.reading import Histogram, Reading, Unavailable, histogram
-from kvhook.export.rows import as_rows
+from kvhook.records.columns import has
+from kvhook.records.levels import NOT_COUNTED
+from kvhook.records.rows import as_rows
 
 if TYPE_CHECKING:
     from kvhook.recording.session import Session
@@ -106,9 +108,9 @@ class HookSource:
         for name in (*history.STATES, *history.TOTALS):
             column = rows[name][rows[name] == rows[name]]
             if name in history.TOTALS and len(column) and rows[name][-1] != rows[name][-1]:
-                absent[name] = history.NOT_COUNTED
+                absent[name] = NOT_COUNTED
             elif len(column):
-                values[name] = history.plain(name, column[-1])
+                values[name] = history.count_or_share(name, column[-1])
             elif name not in absent:
                 absent[name] = "no engine step has been recorded yet"
         caching = {e.get("enable_prefix_caching") for e in engines}
@@ -160,7 +162,7 @@ class HookSource:
             if times.series:
                 values, counts = trace.latencies(times.series, self.number)
                 out[times.name] = histogram(values, counts, times.bounds)
-            elif times.column in (requests.dtype.names or ()):
+            elif has(requests, times.column):
                 out[times.name] = histogram(requests[times.column], None, times.bounds)
         return out
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from kvhook.text.bar import bar, shows_blocks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 #: A line for so many steps.
 EVERY = 25
-_WIDTH = 20
 
 
 class LiveLines:
@@ -33,6 +33,7 @@ class LiveLines:
         self._flushed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvhook-demo-live", daemon=True)
         self._queries = self._hits = 0
+        self._ascii_only = not shows_blocks()
 
     def __enter__(self) -> LiveLines:
         self._thread.start()
@@ -52,9 +53,9 @@ class LiveLines:
     def _run(self) -> None:
         import numpy as np
 
-        from kvhook.ring.reader import RingReader, slot_head
+        from kvhook.ring.reader import RingReader
+        from kvhook.ring.slots import fields_of, slot_head
         from kvhook.schema import STEP
-        from kvhook.trace import fields_of
 
         with RingReader(self._ring) as reader:
             held: list[npt.NDArray[np.void]] = []
@@ -84,26 +85,10 @@ class LiveLines:
         rate = f"{100 * self._hits / self._queries:3.0f} %" if self._queries else "  - "
         preempted = int(steps["num_preempted_reqs"].sum())
         return (
-            f"step {int(steps['step'][-1]):5}  KV {bar(usage)} {100 * usage:3.0f} %"
+            f"step {int(steps['step'][-1]):5}  KV {bar(usage, ascii_only=self._ascii_only)} {100 * usage:3.0f} %"
             f"  running {int(max(known['num_running_reqs'], default=0)):2}"
             f"  waiting {int(max(known['num_waiting_reqs'], default=0)):2}"
             f"  hit rate {rate}"
             f"  {int(steps['num_generation_tokens'].sum()):4} tokens"
             + (f"  {preempted} preempted" if preempted else "")
         )
-
-
-def bar(share: float, width: int = _WIDTH) -> str:
-    """A share from 0 to 1 as a bar, in characters that the terminal can show."""
-    full, empty = ("█", "·") if can_show("█·") else ("#", ".")
-    filled = round(min(max(share, 0.0), 1.0) * width)
-    return full * filled + empty * (width - filled)
-
-
-def can_show(text: str) -> bool:
-    """Whether standard output can encode this text."""
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from kvhook.ring.reader import RingReader, Slots
+    from kvhook.ring.reader import RingReader
+    from kvhook.ring.slots import Slots
 
 #: Seconds between two looks at a ring.
 INTERVAL = 0.1

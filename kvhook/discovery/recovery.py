@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvhook.discovery.rings import find_rings
 from kvhook.errors import KvhookError
-from kvhook.ring.layout import CLOSED, MAX_HEADER, Header, parse_header
-from kvhook.ring.reader import RingReader, slot_head, writer_alive
-from kvhook.ring.trace_file import pack_meta, trace_header
+from kvhook.files import written_beside
+from kvhook.ring.layout import CLOSED, Header
+from kvhook.ring.reader import RingReader, writer_alive
+from kvhook.ring.slots import slot_head
+from kvhook.ring.trace_file import header_of, pack_meta, trace_header
 from kvhook.trace import Trace, open_trace
 
 if TYPE_CHECKING:
-    from kvhook.ring.reader import Slots
+    from kvhook.ring.slots import Slots
 
 
 class Recovered(NamedTuple):
@@ -43,13 +45,14 @@ def recover(path: Path, places: Iterable[Path], out: Path | None = None) -> Reco
         KvhookError: it is no trace, its process still runs, or it cannot be written.
     """
     trace = open_trace(path)
-    with open(path, "rb") as file:
-        header = parse_header(file.read(MAX_HEADER), os.fstat(file.fileno()).st_size, str(path))
+    header = header_of(path)
     if header.capacity:
         raise KvhookError(f"{path} is a ring, not a trace; kvhook export {path} out.kvh makes a trace of it")
     if out is not None and out.exists():
         raise KvhookError(f"{out} exists; take another name or remove it")
-    if header.state == CLOSED and not any(trace.told(e["engine"], "records_unwritten") for e in trace.meta["engines"]):
+    if header.state == CLOSED and not any(
+        trace.engines.count(e["engine"], "records_unwritten") for e in trace.meta["engines"]
+    ):
         return Recovered(path, {}, {}, "it is complete: it was closed")
     if writer_alive(header):
         raise KvhookError(
@@ -92,40 +95,32 @@ def _rings_of(header: Header, places: Iterable[Path]) -> Iterator[tuple[Header, 
 def _new(trace: Trace, ring: Header, slots: Slots) -> _Piece | None:
     """The records of a ring that a trace has not."""
     engine = int(ring.meta.get("engine") or 0)
-    last = trace.last_record(engine)
+    last = trace.engines.last_record(engine)
     numbers = slot_head(slots)["n"]
     new = slots[numbers > last]
     published = max(last, int(numbers.max(initial=-1))) + 1
     missing = int(slot_head(new)["n"][0]) - last - 1 if len(new) else 0
     known = any(e["engine"] == engine and e.get("kvhook") for e in trace.meta["engines"])
     facts = {} if known else dict(ring.meta)
-    counts = {"records_published": published, "records_overrun": trace.told(engine, "records_overrun") + missing}
+    counts = {
+        "records_published": published,
+        "records_overrun": trace.engines.count(engine, "records_overrun") + missing,
+    }
     return _Piece(engine, facts | counts | {"recovered": len(new)}, new, missing)
 
 
 def _write(path: Path, header: Header, pieces: list[_Piece], target: Path) -> None:
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     slot = header.layout.slot_bytes
-    try:
-        with open(path, "rb") as old, open(part, "xb", opener=_private) as new:
-            size = os.fstat(old.fileno()).st_size
-            facts = {name: value for name, value in header.meta.items() if name in ("kvhook", "vllm", "pid_namespace")}
-            new.write(trace_header(header.layout, facts, like=header, closed=True))
-            old.seek(header.header_bytes)
-            left = (size - header.header_bytes) // slot * slot
-            while left and (data := old.read(min(left, 1 << 20))):
-                new.write(data)
-                left -= len(data)
-            for piece in pieces:
-                new.write(pack_meta(header.layout, piece.engine, piece.facts).tobytes())
-                new.write(piece.slots.tobytes())
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(part, target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+    with open(path, "rb") as old, written_beside(private=True) as (opener, _):
+        size = os.fstat(old.fileno()).st_size
+        facts = {name: value for name, value in header.meta.items() if name in ("kvhook", "vllm", "pid_namespace")}
+        new = opener(target)
+        new.write(trace_header(header.layout, facts, like=header, closed=True))
+        old.seek(header.header_bytes)
+        left = (size - header.header_bytes) // slot * slot
+        while left and (data := old.read(min(left, 1 << 20))):
+            new.write(data)
+            left -= len(data)
+        for piece in pieces:
+            new.write(pack_meta(header.layout, piece.engine, piece.facts).tobytes())
+            new.write(piece.slots.tobytes())

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvhook.errors import KvhookError
-from kvhook.ring.layout import CLOSED, MAX_HEADER, Header, parse_header
+from kvhook.ring.layout import CLOSED, Header
 from kvhook.ring.place import ENV_DIR, RING_SUFFIX, default_directories, is_alive
-from kvhook.ring.reader import RingReader, slot_head, writer_alive
+from kvhook.ring.reader import RingReader, writer_alive
+from kvhook.ring.slots import fields_of, slot_head
+from kvhook.ring.trace_file import header_of
 from kvhook.schema import STEP
 
 #: What becomes of a ring: its process runs, has ended without closing it, has closed it, or its header is damaged.
@@ -283,11 +285,7 @@ def _glance(path: Path) -> tuple[Ring, Header | None]:
     info = _lstat(path)
     size, changed = (info.st_size, info.st_mtime) if info else (0, 0.0)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            header = parse_header(os.pread(fd, MAX_HEADER, 0), size, str(path))
-        finally:
-            os.close(fd)
+        header = header_of(path, follow_links=False)
     except (KvhookError, OSError) as error:
         return _unreadable(path, size, changed, str(error)), None
     if not header.capacity:
@@ -326,8 +324,7 @@ def _elsewhere(header: Header) -> bool:
 
 def _from_elsewhere(path: Path) -> bool:
     try:
-        with open(path, "rb") as file:
-            return _elsewhere(parse_header(file.read(MAX_HEADER), os.fstat(file.fileno()).st_size, str(path)))
+        return _elsewhere(header_of(path))
     except (KvhookError, OSError):
         return False
 
@@ -340,8 +337,6 @@ def _made(header: Header) -> float:
 
 def _progress(reader: RingReader) -> dict[str, Any]:
     """How many records and steps there have been, and when the last step ended."""
-    from kvhook.trace import fields_of
-
     header = reader.header
     dead = not reader.writer_alive
     records = reader.head

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
 
-from kvhook.export.rows import rows
-
-if TYPE_CHECKING:
-    from kvhook.trace import Trace
+from kvhook.files import Opener
+from kvhook.records.rows import rows
+from kvhook.records.tables import Records
 
 
-def write(trace: Trace, path: Path, opener: Callable[[Path], IO[bytes]]) -> None:
+def write(records: Records, path: Path, opener: Opener) -> None:
     """Each line is an object with ``kind``: ``meta``, ``request`` or ``step``. Unknown values are null."""
     file = opener(path)
-    file.write(json.dumps({"kind": "meta", **trace.meta}, default=str).encode() + b"\n")
-    for kind, some in rows(trace):
-        file.write(b"".join(json.dumps({"kind": kind, **row}).encode() + b"\n" for row in some))
+    file.write(json.dumps({"kind": "meta", **records.meta}, default=str).encode() + b"\n")
+    for kind, batch in rows(records):
+        file.write(b"".join(json.dumps({"kind": kind, **row}).encode() + b"\n" for row in batch))

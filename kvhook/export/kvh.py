@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
 
 from kvhook.errors import ExportError
+from kvhook.files import Opener
+from kvhook.records.tables import Records
 from kvhook.ring.trace_file import pack_meta, trace_header
 
-if TYPE_CHECKING:
-    from kvhook.trace import Trace
 
-
-def write(trace: Trace, path: Path, opener: Callable[[Path], IO[bytes]]) -> None:
+def write(records: Records, path: Path, opener: Opener) -> None:
     """One file that `kvhook.open` gives back unchanged.
 
     Raises:
-        ExportError: the trace holds engines with different columns (of two vLLM versions, say).
+        ExportError: the run holds engines with different columns (of two vLLM versions, say).
     """
     file = opener(path)
     first = None
-    for slots, layout in trace.chunks():
+    for slots, layout in records.chunks():
         if first is None:
             first = layout
-            facts = {"kvhook": trace.meta["kvhook"], "vllm": trace.meta["vllm"]}
-            file.write(trace_header(layout, facts, like=trace.header, closed=True))
-            for engine in trace.meta["engines"]:
+            facts = {"kvhook": records.meta["kvhook"], "vllm": records.meta["vllm"]}
+            file.write(trace_header(layout, facts, like=records.header, closed=True))
+            for engine in records.meta["engines"]:
                 file.write(pack_meta(layout, engine["engine"], engine).tobytes())
         if layout != first:
             raise ExportError(f"{path}: these engines have different columns; a .kvh file holds one set. Use .jsonl")

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from kvhook.adapters.compiler import Counters, PublishStep, Record
     from kvhook.adapters.table import Adapter
-    from kvhook.analysis.summary import Summary
     from kvhook.recording.budget import Level
+    from kvhook.text.summary import PrintedSummary
     from kvhook.trace import Trace
 
 log = logging.getLogger("kvhook")
@@ -112,7 +112,7 @@ class Session:
         """Every single TTFT or inter-token latency so far, see `kvhook.Trace.latencies`."""
         return self.trace().latencies(series, engine)
 
-    def summary(self, engine: int | None = None) -> Summary:
+    def summary(self, engine: int | None = None) -> PrintedSummary:
         """The run so far in numbers: ``print`` it for people, ``.as_dict()`` for programs."""
         return self.trace().summary(engine)
 

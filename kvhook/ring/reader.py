@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import mmap
 import os
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvhook.errors import TraceFormatError
-from kvhook.ring.layout import (
-    BODY_AT,
-    CLOSED,
-    CRC_AT,
-    HEAD_WORD,
-    MAX_HEADER,
-    MAX_RECORDS,
-    SCHEMA_AT,
-    STAMP_AT,
-    STATE_WORD,
-    Header,
-    parse_header,
-)
+from kvhook.ring.layout import CLOSED, HEAD_WORD, MAX_RECORDS, SCHEMA_AT, STATE_WORD, Header
 from kvhook.ring.place import is_alive, pid_namespace
+from kvhook.ring.slots import CHUNK_BYTES, refute_by_crc, slot_head, whole
+from kvhook.ring.trace_file import read_header
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    #: Raw slots, shape (records, slot bytes). Bytes and not a structured array: numpy does not promise to copy
-    #: the padding of structured ones.
-    Slots = npt.NDArray[np.uint8]
-    Bools = npt.NDArray[np.bool_]
-
-
-#: Bytes that are looked at a time, so that memory stays flat whatever a file claims.
-CHUNK_BYTES = 6 << 20
+    from kvhook.ring.slots import Bools, Slots
 
 
 class Batch(NamedTuple):
@@ -45,35 +24,14 @@ class Batch(NamedTuple):
     lost: int
 
 
-def slot_head(slots: Slots) -> npt.NDArray[np.void]:
-    """The head of each raw slot, without copying: a structured array of ``stamp, crc, n, kind, engine``."""
-    import numpy as np
-
-    head = {
-        "names": ["stamp", "crc", "n", "kind", "engine"],
-        "formats": ["<u8", "<u8", "<i8", "<i4", "<i4"],
-        "offsets": [STAMP_AT, CRC_AT, BODY_AT, BODY_AT + 8, BODY_AT + 12],
-        "itemsize": slots.shape[1],
-    }
-    return slots.view(np.dtype(head))[:, 0]  # type: ignore[call-overload]
-
-
 def sound(slots: Slots, first: int, *, crc: bool) -> Bools:
     """Which of these slots hold, whole, the records numbered from `first` on."""
     import numpy as np
 
-    head = slot_head(slots)
-    n = np.arange(first, first + len(slots))
-    good: Bools = (head["stamp"] == (2 * n + 2).astype(np.uint64)) & (head["n"] == n)
+    good: Bools = whole(slots) & (slot_head(slots)["n"] == np.arange(first, first + len(slots)))
     if crc:
-        _check_crc(slots, good)
+        refute_by_crc(slots, good)
     return good
-
-
-def _check_crc(slots: Slots, good: Bools) -> None:
-    crc = slot_head(slots)["crc"]
-    for i in good.nonzero()[0]:
-        good[i] = zlib.crc32(slots[i, BODY_AT:].tobytes()) == crc[i]
 
 
 def writer_alive(header: Header) -> bool:
@@ -102,19 +60,12 @@ class RingReader:
         self.path = path
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            size = os.fstat(fd).st_size
-            if size < SCHEMA_AT:
-                raise TraceFormatError(f"{path} is too short for a kvhook ring ({size} bytes): it holds no header")
-            self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
-        finally:
-            os.close(fd)
-        try:
-            self.header: Header = parse_header(self._map[:MAX_HEADER], size, str(path))
+            self.header: Header = read_header(fd, str(path))
             if not self.header.capacity:
                 raise TraceFormatError(f"{path} is a trace, not a ring; open it with kvhook.open()")
-        except TraceFormatError:
-            self._map.close()
-            raise
+            self._map = mmap.mmap(fd, os.fstat(fd).st_size, mmap.MAP_SHARED, mmap.PROT_READ)
+        finally:
+            os.close(fd)
         self._words = memoryview(self._map)[:SCHEMA_AT].cast("Q")
         shape = (self.header.capacity, self.header.layout.slot_bytes)
         self._slots = np.ndarray(shape, np.uint8, buffer=self._map, offset=self.header.header_bytes)
@@ -186,12 +137,10 @@ class RingReader:
         some = max(1, CHUNK_BYTES // self.header.layout.slot_bytes)
         for at in range(0, capacity, some):
             copy = self._slots[at : at + some].copy()
-            head = slot_head(copy)
-            n = head["n"]
-            good = (head["stamp"] == (2 * n + 2).astype(np.uint64)) & (n >= 0) & (n < MAX_RECORDS)
-            good &= (n & (capacity - 1)) == np.arange(at, at + len(copy))
+            good = whole(copy)
+            good &= (slot_head(copy)["n"] & (capacity - 1)) == np.arange(at, at + len(copy))
             if self.header.crc:
-                _check_crc(copy, good)
+                refute_by_crc(copy, good)
             parts.append(copy[good])
         slots = np.concatenate(parts)
         n = slot_head(slots)["n"]

@@ -1,4 +1,5 @@
-"""Writing a ``.kvh`` file: the ring's own header, then slots in order, without end."""
+"""The files: reading the header of a ring or a trace, and writing a ``.kvh`` trace (the ring's own header, then slots
+in order, without end)."""
 
 from __future__ import annotations
 
@@ -11,17 +12,48 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvhook.ring.layout import CLOSED, HEAD_WORD, STATE_WORD, Layout, pack_header
+from kvhook.ring.layout import CLOSED, HEAD_WORD, MAX_HEADER, STATE_WORD, Header, Layout, pack_header, parse_header
 from kvhook.ring.place import create_file, process_start
 from kvhook.schema import META
 
 if TYPE_CHECKING:
-    from kvhook.ring.layout import Header
-    from kvhook.ring.reader import Slots
+    from kvhook.ring.slots import Slots
 
 TRACE_SUFFIX = ".kvh"
 
 _WORD = struct.Struct("<Q")
+
+
+def read_header(fd: int, name: str) -> Header:
+    """Read and check the header of an open ring or trace. The file's position does not matter and does not change.
+
+    Args:
+        fd: the file.
+        name: what to call it in errors.
+
+    Raises:
+        TraceFormatError: it is neither a ring nor a trace, or its header is damaged.
+        OSError: it cannot be read.
+    """
+    return parse_header(os.pread(fd, MAX_HEADER, 0), os.fstat(fd).st_size, name)
+
+
+def header_of(path: Path, *, follow_links: bool = True) -> Header:
+    """The same for a file by its name.
+
+    Args:
+        path: the file.
+        follow_links: False for a name that others can guess: then a symbolic link is refused.
+
+    Raises:
+        TraceFormatError: it is neither a ring nor a trace, or its header is damaged.
+        OSError: it cannot be opened or read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW))
+    try:
+        return read_header(fd, str(path))
+    finally:
+        os.close(fd)
 
 
 class TraceWriter:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from kvhook.analysis.autopsy import Autopsy
+from kvhook.analysis.autopsy import Autopsy, Change
+from kvhook.text.numbers import percent, seconds
 from kvhook.text.steps import StepLines
 from kvhook.text.summary import as_text as summary_text
-from kvhook.text.summary import seconds
 
 _ENDS = {
     "killed": "The process ended without closing its ring: it was killed (kill -9, out of memory), crashed, or left "
@@ -33,7 +33,7 @@ def _lines(a: Autopsy, lines: StepLines) -> Iterator[str]:
     yield ""
     yield "What changed before the end"
     if a.changes:
-        yield from (f"  {sentence}" for sentence in a.changes)
+        yield from (f"  {sentence}" for sentence in sentences(a.changes))
     elif a.summary.steps:
         yield "  nothing: the last steps were like those before"
     else:
@@ -55,6 +55,52 @@ def _lines(a: Autopsy, lines: StepLines) -> Iterator[str]:
     yield ""
     yield "What is left of the run"
     yield summary_text(a.summary)
+
+
+def sentences(changes: Sequence[Change]) -> list[str]:
+    """The changes in words, a sentence each. What there is to say about step times is one sentence."""
+    out: list[str] = []
+    for i, change in enumerate(changes):
+        text = _WORDS[change.what](change)
+        if change.what == "longest step" and i and changes[i - 1].what in ("slower", "faster"):
+            out[-1] += f"; {text}"
+        else:
+            out.append(text)
+    return out
+
+
+def _times(c: Change) -> str:
+    return f"a median of {seconds(c.last)} over the last {c.steps}, {seconds(c.before)} before"
+
+
+def _usage(c: Change) -> str:
+    verb = "rose" if c.last > c.before else "fell"
+    return f"KV cache usage {verb} from a median of {percent(c.before)} to {percent(c.last)} in the last step"
+
+
+def _queue(verb: str) -> Callable[[Change], str]:
+    return lambda c: (
+        f"the queue {verb}: {c.last:,.0f} requests waited in the last step, a median of {c.before:,.0f} before"
+    )
+
+
+_WORDS: dict[str, Callable[[Change], str]] = {
+    "slower": lambda c: f"steps became slower: {_times(c)} ({c.last / c.before:.1f} times)",
+    "faster": lambda c: f"steps became faster: {_times(c)}",
+    "longest step": lambda c: (
+        f"one of the last {c.steps} steps took {seconds(c.last)}, {c.last / c.before:.0f} times the median"
+    ),
+    "usage": _usage,
+    "full": lambda c: (
+        f"the KV cache was full: {percent(c.last)} in the last step, a median of {percent(c.before)} before"
+    ),
+    "queue grew": _queue("grew"),
+    "queue shrank": _queue("shrank"),
+    "preemptions": lambda c: (
+        f"{c.last:,.0f} preemptions in the last {c.steps} steps, {c.before:,.0f} in the {c.steps_before:,} before"
+    ),
+    "no stats": lambda c: f"{c.last:.0f} of the last {c.steps} steps brought no stats",
+}
 
 
 def _request(row: dict[str, Any]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from kvhook.text.summary import percent, seconds
+from kvhook.text.bar import bar
+from kvhook.text.numbers import percent, seconds
 
 Row = dict[str, Any]
 
@@ -36,7 +37,7 @@ class StepLines:
 
     def __init__(self, monotonic_ns: int, realtime_ns: int, *, ascii_only: bool = False) -> None:
         self._offset_ns = realtime_ns - monotonic_ns
-        self._full, self._empty = ("#", ".") if ascii_only else ("█", "·")
+        self._ascii_only = ascii_only
         self._queries = self._hits = 0
 
     def heading(self) -> str:
@@ -69,8 +70,7 @@ class StepLines:
     def _usage(self, share: float | None) -> str:
         if share is None:
             return "-"
-        filled = round(min(max(share, 0.0), 1.0) * BAR)
-        return f"{self._full * filled}{self._empty * (BAR - filled)} {percent(share):>8}"
+        return f"{bar(share, BAR, ascii_only=self._ascii_only)} {percent(share):>8}"
 
 
 def clock_time(realtime_ns: int) -> str:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from kvhook.analysis.distribution import Distribution
-
-if TYPE_CHECKING:
-    from kvhook.analysis.summary import Summary
+from kvhook.analysis.summary import Summary
+from kvhook.records.levels import tokens_are_known
+from kvhook.text.numbers import count, percent, rate, seconds
 
 _WIDTH = 16
+
+
+class PrintedSummary(Summary):
+    """A `Summary` that ``print`` shows as a table."""
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def printed(summary: Summary) -> PrintedSummary:
+    """The same numbers, as an object that prints as a table."""
+    return PrintedSummary(**{f.name: getattr(summary, f.name) for f in dataclasses.fields(summary)})
 
 
 def as_text(s: Summary) -> str:
@@ -85,7 +97,7 @@ def _levels(s: Summary) -> Iterator[str]:
     elif len(s.steps_by_level) > 1:
         yield ", ".join(f"{name} in {n:,} steps" for name, n in s.steps_by_level.items())
         yield f"latencies and single requests are those of the {s.steps_by_level.get('full', 0):,} steps at level full"
-    if s.steps_by_level.get("sparse"):
+    if not tokens_are_known(s.steps_by_level):
         yield "tokens are not known: in some steps outputs were not counted"
     for change in s.level_changes:
         yield f"step {change.get('step')}: {change.get('level')}, because {change['why']}"
@@ -147,28 +159,3 @@ def _row(name: str, text: str) -> str:
 def _latency(name: str, d: Distribution) -> str:
     cells = "".join(f"{seconds(v):>10}" for v in (d.mean, d.p50, d.p90, d.p99, d.max))
     return f"  {name:{_WIDTH}}{d.count:>9,}{cells}"
-
-
-def seconds(value: float) -> str:
-    """A time with three digits and the unit that suits it; ``-`` for NaN."""
-    if value != value:
-        return "-"
-    for factor, unit in ((1e-6, "us"), (1e-3, "ms")):
-        if abs(value) < 999.5 * factor:
-            return f"{value / factor:.3g} {unit}" if value else "0 s"
-    return f"{value:.3g} s" if value < 100 else f"{value:,.0f} s"
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as per cent; ``-`` for None."""
-    return "-" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def count(value: int | None) -> str:
-    """A number with thousands separated; ``not known`` for None."""
-    return "not known" if value is None else f"{value:,}"
-
-
-def rate(value: float | None) -> str:
-    """Tokens per second inside steps."""
-    return "-" if value is None else f"{value:,.0f} per second in steps"

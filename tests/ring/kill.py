@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvhook.ring.reader import RingReader, slot_head
+from kvhook.ring.reader import RingReader
+from kvhook.ring.slots import slot_head
 from kvhook.ring.writer import RingWriter
 from tests.ring.torn import LAYOUT, body, count_torn, end
 

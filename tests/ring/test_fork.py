@@ -6,7 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from kvhook.ring.reader import RingReader, slot_head
+from kvhook.ring.reader import RingReader
+from kvhook.ring.slots import slot_head
 from kvhook.trace import open_trace
 from tests.conftest import ROOT, Python
 from tests.ring.synthetic import LAYOUT, Recording
@@ -171,4 +172,4 @@ def test_the_stand_in_records_what_it_says(tmp_path: Path):
     trace = open_trace(recording.path)
     assert trace.steps()["kv_cache_usage"].tolist() == [0.25, 0.25, 0.25, 0.5]
     assert trace.requests()["request_id"].tolist() == [7]
-    assert LAYOUT.slot_bytes == trace._sources[0].layout.slot_bytes
+    assert LAYOUT.slot_bytes == trace.sources[0].layout.slot_bytes

@@ -1,0 +1,148 @@
+"""What is known of the engines behind some slots: their facts, and which of their records are there."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvhook.facts import clean_facts
+from kvhook.records.sources import SlotSource, usable
+from kvhook.ring.layout import BODY_AT, FIELDS_AT, Layout
+from kvhook.ring.slots import fields_of, slot_head
+from kvhook.schema import META
+
+if TYPE_CHECKING:
+    from kvhook.ring.slots import Slots
+
+
+class Engines:
+    """The engines of one run, found by a pass over the heads of its slots.
+
+    Args:
+        after: engine -> the last record that was left out of the slots on purpose; see `LaterSlots`. Engines without
+            a later record are left out too. None: nothing was left out.
+
+    Attributes:
+        damaged: slots that hold no usable record.
+    """
+
+    def __init__(self, after: Mapping[int, int] | None = None) -> None:
+        self.damaged = 0
+        self._after = after
+        self._facts: dict[int, dict[str, Any]] = {}
+        self._numbers: dict[int, tuple[int, int, int]] = {}  # engine -> lowest n, highest n, count
+
+    # ---- taking in -------------------------------------------------------------------------------------------------
+
+    def scan(self, source: SlotSource) -> None:
+        """Take in the facts and the record numbers of a source."""
+        pieces: dict[int, list[bytes]] = {}
+        self._facts |= source.engines
+        for slots in source.chunks():
+            good = usable(slots)
+            self.damaged += int(len(slots) - good.sum())
+            slots = slots[good]
+            head = slot_head(slots)
+            is_meta = head["kind"] == META
+            for i in is_meta.nonzero()[0]:
+                self._take_piece(slots[i], int(head["engine"][i]), source.layout, pieces)
+            self._count(head["engine"][~is_meta], head["n"][~is_meta])
+
+    def add_facts(self, engine: int, facts: Mapping[str, Any]) -> None:
+        """Take in more facts about an engine; they replace earlier ones of the same name."""
+        self._facts[engine] = self._facts.get(engine, {}) | dict(facts)
+
+    def leave_out_idle(self) -> None:
+        """Of a later part of a run: leave out the engines that did nothing in it."""
+        if self._after is not None:
+            self._facts = {engine: facts for engine, facts in self._facts.items() if engine in self._numbers}
+
+    def _count(self, engines: npt.NDArray[np.int32], n: npt.NDArray[np.int64]) -> None:
+        """Add to the lowest number, the highest, and the count of records of each engine."""
+        order = np.argsort(engines, kind="stable")
+        different, first = np.unique(engines[order], return_index=True)
+        if not len(different):
+            return
+        n = n[order]
+        spans = zip(
+            different.tolist(),
+            np.minimum.reduceat(n, first).tolist(),
+            np.maximum.reduceat(n, first).tolist(),
+            np.diff(first, append=len(n)).tolist(),
+            strict=True,
+        )
+        for engine, lowest, highest, count in spans:
+            low, high, before = self._numbers.get(engine, (lowest, highest, 0))
+            self._numbers[engine] = min(low, lowest), max(high, highest), before + count
+
+    def _take_piece(self, slot: Slots, engine: int, layout: Layout, pieces: dict[int, list[bytes]]) -> None:
+        """Take in a META record: one piece of an engine's facts."""
+        if zlib.crc32(slot[BODY_AT:].tobytes()) != int(slot_head(slot[None])["crc"][0]):
+            self.damaged += 1
+            return
+        fields = fields_of(slot[None], layout.columns["meta"])[0]
+        begin = FIELDS_AT + 8 * len(layout.columns["meta"])
+        parts = pieces.setdefault(engine, [])
+        if fields["part"] != len(parts):
+            parts.clear()
+            if fields["part"]:
+                return
+        parts.append(slot[begin : begin + int(np.clip(fields["nbytes"], 0, layout.meta_bytes_per_slot))].tobytes())
+        if len(parts) == fields["parts"]:
+            try:
+                self.add_facts(engine, clean_facts(json.loads(b"".join(parts))))
+            except (ValueError, RecursionError):
+                self.damaged += len(parts)
+            parts.clear()
+
+    # ---- asking ----------------------------------------------------------------------------------------------------
+
+    def facts(self) -> list[dict[str, Any]]:
+        """The facts of each engine, in the order of their numbers; ``engine`` is the number."""
+        numbers = sorted(self._facts.keys() | self._numbers.keys())
+        return [{"engine": e} | self._facts.get(e, {}) | {"engine": e} for e in numbers]
+
+    def last_record(self, engine: int) -> int:
+        """The highest number of an engine's records, -1 if there are none."""
+        return self._numbers.get(engine, (0, -1, 0))[1]
+
+    def count(self, engine: int, fact: str) -> int:
+        """A count from an engine's facts, 0 if it is not among them."""
+        return int(self._facts.get(engine, {}).get(fact) or 0)
+
+    @property
+    def records(self) -> int:
+        """Records of all engines."""
+        return sum(count for _, _, count in self._numbers.values())
+
+    def lost_and_dropped(self) -> tuple[int, int]:
+        """Records that are missing: those that were never read or written, and those that fell out of a bounded
+        history."""
+        lost = dropped = 0
+        for engine in sorted(self._facts.keys() | self._numbers.keys()):
+            missing, before = self._missing(engine)
+            counted = sum(self.count(engine, fact) for fact in ("records_overrun", "records_unwritten"))
+            # what is missing before the first record fell out of a bounded history, unless it was never written
+            gone = min(missing, max(missing - before, counted))
+            lost, dropped = lost + gone, dropped + missing - gone
+        return lost, dropped
+
+    def _missing(self, engine: int) -> tuple[int, int]:
+        """How many records of an engine are not here, and how many of those come before the first that is."""
+        published = self.count(engine, "records_published")
+        earlier = 0 if self._after is None else self._after.get(engine, -1) + 1
+        low, high, count = self._numbers.get(engine, (published, published - 1, 0))
+        missing = max(0, max(high + 1, published) - count)
+        return max(0, missing - earlier), max(0, low - earlier)
+
+    def absent(self, kind: str) -> dict[str, str]:
+        """Columns that no engine fills, with the first engine's reason."""
+        missing = [facts.get("absent", {}).get(kind, {}) for facts in self._facts.values()]
+        if not missing:
+            return {}
+        return {name: why for name, why in missing[0].items() if all(name in m for m in missing)}

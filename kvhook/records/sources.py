@@ -1,0 +1,137 @@
+"""Where slots come from: a trace file, the memory of a ring, or a part of another source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvhook.errors import KvhookError, TraceFormatError
+from kvhook.ring.layout import Header, Layout
+from kvhook.ring.slots import CHUNK_BYTES, slot_head, whole
+from kvhook.ring.trace_file import read_header
+from kvhook.schema import KINDS, META
+
+if TYPE_CHECKING:
+    from kvhook.ring.slots import Bools, Slots
+
+#: A process numbers its engines from 0: a record of an engine beyond this is damaged.
+MAX_ENGINES = 1 << 16
+
+
+def usable(slots: Slots) -> Bools:
+    """Which slots hold a whole record of a kind and an engine that there can be."""
+    head = slot_head(slots)
+    codes = [code for code, _ in KINDS.values()]
+    good: Bools = whole(slots) & np.isin(head["kind"], codes)
+    good &= (head["engine"] >= 0) & (head["engine"] < MAX_ENGINES)
+    return good
+
+
+class SlotSource:
+    """Slots of one layout, in order.
+
+    Attributes:
+        layout: of every slot.
+        header: of the file or ring that they are from; None if they are from none.
+        engines: engine -> facts that are known before a slot has been read.
+    """
+
+    def __init__(self, layout: Layout, header: Header | None = None, engines: dict[int, dict[str, Any]] | None = None):
+        self.layout = layout
+        self.header = header
+        self.engines = engines or {}
+
+    def chunks(self) -> Iterator[Slots]:
+        """The slots, some thousands at a time, usable or not."""
+        raise NotImplementedError
+
+
+class FileSlots(SlotSource):
+    """A ``.kvh`` file. It is held open, so that it can be read even after it was dropped from a bounded history.
+
+    Args:
+        path: the file.
+        fd: a descriptor of it, which is taken over; for a file that may have lost its name.
+
+    Raises:
+        TraceFormatError: it is a ring, or damaged.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path, fd: int | None = None) -> None:
+        self._file = open(path, "rb", buffering=0, opener=None if fd is None else lambda *_: fd)  # noqa: SIM115
+        try:
+            self._header = read_header(self._file.fileno(), str(path))
+            if self._header.capacity:
+                raise TraceFormatError(f"{path} is a ring, not a trace")
+        except KvhookError:
+            self._file.close()
+            raise
+        super().__init__(self._header.layout, self._header)
+        size = os.fstat(self._file.fileno()).st_size
+        self._count = (size - self._header.header_bytes) // self.layout.slot_bytes
+
+    def chunks(self) -> Iterator[Slots]:
+        """The file's slots. A last one that was cut off is left out."""
+        slot = self.layout.slot_bytes
+        at_a_time = max(1, CHUNK_BYTES // slot)
+        for first in range(0, self._count, at_a_time):
+            count = min(at_a_time, self._count - first)
+            data = os.pread(self._file.fileno(), count * slot, self._header.header_bytes + first * slot)
+            yield np.frombuffer(data[: len(data) // slot * slot], np.uint8).reshape(-1, slot)
+
+
+class ArraySlots(SlotSource):
+    """Slots in memory: what a ring holds. Their one engine's facts are in the ring's header."""
+
+    def __init__(self, slots: Slots, header: Header) -> None:
+        super().__init__(header.layout, header, {int(header.meta.get("engine", 0)): header.meta})
+        self._slots = slots
+
+    def chunks(self) -> Iterator[Slots]:
+        """All of them at once."""
+        yield self._slots
+
+
+class RenumberedSlots(SlotSource):
+    """A source of one run among the sources of others: its engines get other numbers, and its facts are left out."""
+
+    def __init__(self, source: SlotSource, first_engine: int) -> None:
+        super().__init__(source.layout, source.header)
+        self._source = source
+        self._first_engine = first_engine
+
+    def chunks(self) -> Iterator[Slots]:
+        """Copies of the usable slots, with the new numbers."""
+        for slots in self._source.chunks():
+            slots = slots[usable(slots)]
+            slots = slots[slot_head(slots)["kind"] != META].copy()  # the facts have been read already
+            slot_head(slots)["engine"] += self._first_engine
+            yield slots
+
+
+class LaterSlots(SlotSource):
+    """A source without each engine's records up to a certain one. Facts stay.
+
+    Args:
+        source: the whole of it.
+        after: engine -> the last record that is left out.
+    """
+
+    def __init__(self, source: SlotSource, after: Mapping[int, int]) -> None:
+        super().__init__(source.layout, source.header, source.engines)
+        self._source = source
+        self._after = after
+
+    def chunks(self) -> Iterator[Slots]:
+        """The later slots."""
+        for slots in self._source.chunks():
+            head = slot_head(slots)
+            last = np.full(len(slots), -1, np.int64)
+            for engine, n in self._after.items():
+                last[head["engine"] == engine] = n
+            yield slots[(head["n"] > last) | (head["kind"] == META)]

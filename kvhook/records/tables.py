@@ -1,0 +1,197 @@
+"""The tables of one run: steps, finished requests, single latencies, and the facts about its engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvhook.errors import KvhookError, TraceFormatError
+from kvhook.facts import NEEDED_COLUMNS
+from kvhook.records.columns import Table, has
+from kvhook.records.engines import Engines
+from kvhook.records.sources import SlotSource, usable
+from kvhook.ring.layout import FIELDS_AT, Column, Header, Layout, make_layout
+from kvhook.ring.slots import fields_of, slot_head
+from kvhook.schema import FINISH_REASONS, KINDS, VALUE_SERIES, VALUES, blank
+
+if TYPE_CHECKING:
+    from kvhook.ring.slots import Slots
+
+#: A step does not bring more single latencies than this: a count beyond it is damaged.
+MAX_LATENCIES = 1 << 31
+
+
+class Records:
+    """One run as arrays. `kvhook.Trace` is this, with a summary and exports.
+
+    Args:
+        sources: where its slots come from.
+        name: what to call it in errors.
+        more: what goes into `meta` beside what the slots tell.
+        facts: the same for single engines, by their number.
+        after: of a part of a run, engine -> the last record before the part; see `Engines`.
+
+    Attributes:
+        sources: as given.
+        engines: the facts about each engine, and which of its records are there.
+        meta: the facts about the run, see `kvhook.Trace`.
+
+    Raises:
+        TraceFormatError: a source lacks a column that every reader needs.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SlotSource],
+        name: str,
+        more: Mapping[str, Any] | None = None,
+        facts: Mapping[int, Mapping[str, Any]] | None = None,
+        after: Mapping[int, int] | None = None,
+    ) -> None:
+        for source in sources:
+            for kind, needed in NEEDED_COLUMNS.items():
+                if missing := needed - {c.name for c in source.layout.columns[kind]}:
+                    raise TraceFormatError(f"{name} holds no usable {kind} records: they have no {min(missing)}")
+        self.name = name
+        self.sources = sources
+        self.engines = Engines(after)
+        for source in sources:
+            self.engines.scan(source)
+        for engine, known in (facts or {}).items():
+            self.engines.add_facts(engine, known)
+        self.engines.leave_out_idle()
+        self.meta = self._describe() | dict(more or {})
+
+    def steps(self, engine: int | None = None) -> Table:
+        """One row per engine step, in order: a structured array with the columns of `kvhook.schema.STEP_FIELDS` that
+        this vLLM fills, and ``engine``, the number of the engine in its process.
+
+        Args:
+            engine: only the steps of this engine.
+        """
+        return self._gather("step", engine)
+
+    def requests(self, engine: int | None = None) -> Table:
+        """One row per finished request, in the order of finishing: the columns of `kvhook.schema.REQUEST_FIELDS`
+        that this vLLM fills, and ``engine``. ``finish_reason`` is text."""
+        return self._gather("request", engine)
+
+    def latencies(
+        self, series: str, engine: int | None = None
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+        """Every single value of a series, as different values and how often each occurred.
+
+        Args:
+            series: ``"time_to_first_token"`` or ``"inter_token_latency"``.
+            engine: only the values of this engine.
+
+        Returns:
+            Values in seconds, not sorted, and counts; ``np.repeat(values, counts)`` is the plain list.
+
+        Raises:
+            KvhookError: there is no such series.
+        """
+        if series not in VALUE_SERIES:
+            raise KvhookError(f"there is no series {series!r}; there are {', '.join(VALUE_SERIES)}")
+        prefix = ("ttft", "itl")[VALUE_SERIES.index(series)]
+        steps = self.steps(engine)
+        if not has(steps, f"{prefix}_count"):
+            return np.empty(0), np.empty(0, np.int64)
+        count, low, high = (steps[f"{prefix}_{what}"] for what in ("count", "min", "max"))
+        count = np.where((count >= 0) & (count < MAX_LATENCIES), count, 0)
+        # what the step records tell by themselves: equal values, and pairs; see the compiler
+        equal, pair = (count > 0) & (low == high), (count == 2) & (low != high)
+        values = [low[equal], low[pair], high[pair]]
+        counts = [count[equal], np.ones(2 * pair.sum(), np.int64)]
+        for slots, layout in self._slots(VALUES, engine):
+            fields = fields_of(slots, layout.columns["values"])
+            mine = fields["series"] == VALUE_SERIES.index(series)
+            first = FIELDS_AT + 8 * len(layout.columns["values"])
+            room = layout.values_per_slot
+            lists = np.ascontiguousarray(slots[:, first : first + 8 * room]).view("<f8")
+            inside = np.arange(room) < np.clip(fields["count"], 0, room)[:, None]
+            single = lists[inside & mine[:, None]]
+            values.append(single)
+            counts.append(np.ones(len(single), np.int64))
+        return np.concatenate(values), np.concatenate(counts)
+
+    def chunks(self) -> Iterator[tuple[Slots, Layout]]:
+        """All usable slots in the order of the run, some thousands at a time, with their layout."""
+        for source in self.sources:
+            for slots in source.chunks():
+                yield slots[usable(slots)], source.layout
+
+    @property
+    def header(self) -> Header | None:
+        """The header of the first file or ring of this run: its process and its clocks."""
+        return self.sources[0].header if self.sources else None
+
+    def columns(self, kind: str) -> list[Column]:
+        """The columns of ``"step"`` or ``"request"`` records that are live in this run."""
+        layouts = [s.layout for s in self.sources] or [make_layout({})]
+        columns = {c.name: c for layout in layouts for c in layout.columns[kind]}
+        absent = self.engines.absent(kind)
+        return [c for c in columns.values() if c.name not in absent]
+
+    def table(self, slots: Slots, layout: Layout, kind: str) -> Table:
+        """Raw slots of one kind as the structured array that `steps` and `requests` give."""
+        columns = self.columns(kind)
+        types = [("engine", "<i8")] + [(c.name, "U12" if c.enum else c.type) for c in columns]
+        out = np.empty(len(slots), types)
+        out["engine"] = slot_head(slots)["engine"]
+        stored = {c.name for c in layout.columns[kind]}
+        fields = fields_of(slots, layout.columns[kind])
+        blanks = {f.name: float(blank(f)) for f in KINDS[kind][1]}
+        for c in columns:
+            if c.name not in stored:
+                out[c.name] = blanks.get(c.name, 0)
+            else:
+                out[c.name] = _text(fields[c.name]) if c.enum else fields[c.name]
+        return out
+
+    def _gather(self, kind: str, engine: int | None) -> Table:
+        parts = [self.table(slots, layout, kind) for slots, layout in self._slots(KINDS[kind][0], engine)]
+        if not parts:
+            layout = self.sources[0].layout if self.sources else make_layout({})
+            return self.table(np.empty((0, layout.slot_bytes), np.uint8), layout, kind)
+        return np.concatenate(parts)
+
+    def _slots(self, kind: int, engine: int | None) -> Iterator[tuple[Slots, Layout]]:
+        for slots, layout in self.chunks():
+            head = slot_head(slots)
+            mine = head["kind"] == kind
+            if engine is not None:
+                mine &= head["engine"] == engine
+            if mine.any():
+                yield slots[mine], layout
+
+    def _describe(self) -> dict[str, Any]:
+        engines = self.engines.facts()
+        first = engines[0] if engines else {}
+        lost, dropped = self.engines.lost_and_dropped()
+        absent = self.engines.absent("request") | self.engines.absent("step")
+        # a name of both kinds of records is absent if neither has it
+        live = {c.name for kind in ("request", "step") for c in self.columns(kind)}
+        clocks = [(s.header.monotonic_ns, s.header.realtime_ns) for s in self.sources if s.header]
+        return {
+            "name": self.name,
+            **{key: first.get(key, "") for key in ("kvhook", "vllm", "python", "adapter")},
+            "engines": engines,
+            "absent": {n: why for n, why in absent.items() if n not in live},
+            "records": self.engines.records,
+            "records_lost": lost,
+            "records_dropped": dropped,
+            "damaged": self.engines.damaged,
+            "monotonic_ns": clocks[0][0] if clocks else 0,
+            "realtime_ns": clocks[0][1] if clocks else 0,
+        }
+
+
+def _text(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
+    """Finish reasons as text; a code that is newer than this kvhook stays a number."""
+    known = np.array(FINISH_REASONS)
+    fits = (codes >= 0) & (codes < len(known))
+    return np.where(fits, known[np.where(fits, codes, 0)], codes.astype("U12"))
