@@ -158,8 +158,8 @@ def _last_sample(metrics: Any) -> dict[str, prometheus.Family]:
 
 
 def _never_stops(self: Any) -> None:
-    if self._periods:
-        self._periods[-1][1] = 0.0
+    if self._times._periods:
+        self._times._periods[-1][1] = 0.0
 
 
 def _raises(*_: object, **__: object) -> Any:

@@ -467,7 +467,7 @@ def test_the_hook_is_the_source_where_kvhook_records(recorded: tuple[Any, VLLMMe
     assert stats["collection_method"] == names.HOOK
     assert (k["gpu_prefix_cache_queries"], k["gpu_prefix_cache_hits"], k["generation_tokens_total"]) == (400, 150, 8)
     assert (k["gpu_cache_usage_percent"], k["gpu_cache_usage_peak_percent"]) == (0, 100)
-    assert collector._thread is None, "what records every step need not be polled"
+    assert collector.sampling_thread is None, "what records every step need not be polled"
 
 
 def test_an_entry_of_the_history_is_a_collection(recorded: tuple[Any, VLLMMetricsCollector]):
@@ -564,10 +564,10 @@ def test_start_stop_start_and_twice():
     collector.stop_monitoring()
     assert not is_on(collector)
     collector.start_monitoring()
-    thread = collector._thread
+    thread = collector.sampling_thread
     collector.start_monitoring()
     assert is_on(collector)
-    assert collector._thread is thread
+    assert collector.sampling_thread is thread
     collector.stop_monitoring()
     collector.stop_monitoring()
     assert not is_on(collector)
@@ -585,7 +585,7 @@ def test_start_stop_start_and_twice():
 def test_the_thread_samples_at_the_interval():
     engine, collector = polled(0.001)
     collector.start_monitoring()
-    thread = collector._thread
+    thread = collector.sampling_thread
     assert thread is not None
     assert thread.daemon
     engine.wait_until_asked(20)
@@ -602,7 +602,7 @@ def test_the_thread_samples_at_the_interval():
 def test_with_statement():
     _engine, collector = polled()
     with collector:
-        thread = collector._thread
+        thread = collector.sampling_thread
         assert is_on(collector)
     assert not is_on(collector)
     assert thread is not None
@@ -614,7 +614,7 @@ def test_disabled_monitoring_still_collects_by_hand():
     collector = VLLMMetricsCollector(engine, 0.001, False)
     collector.start_monitoring()
     assert not is_on(collector)
-    assert collector._thread is None
+    assert collector.sampling_thread is None
     assert collector.collect_current_stats()["metrics_found"]["num_running_sys"] == 3
     assert len(collector.history()) == 1
 
@@ -622,7 +622,7 @@ def test_disabled_monitoring_still_collects_by_hand():
 def test_a_collector_that_is_dropped_takes_its_thread_along():
     _engine, collector = polled(0.001)
     collector.start_monitoring()
-    thread = collector._thread
+    thread = collector.sampling_thread
     assert thread is not None
     del collector
     gc.collect()
@@ -633,7 +633,7 @@ def test_a_collector_that_is_dropped_takes_its_thread_along():
 def test_the_thread_ends_when_the_engine_goes_first():
     engine, collector = polled(0.001)
     collector.start_monitoring()
-    thread = collector._thread
+    thread = collector.sampling_thread
     assert thread is not None
     del engine
     gc.collect()

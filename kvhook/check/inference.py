@@ -250,7 +250,7 @@ class Inference:
     @property
     def _number(self) -> int:
         """The number of this engine in the session."""
-        hook = self.collector._hook
+        hook = self.collector.recording
         if hook.session is None:
             raise Failed("kvhook's recording", "this engine in it", "nothing of it", _DOCTOR)
         number = hook.number

@@ -225,10 +225,10 @@ def lifecycle() -> str:
     collector.stop_monitoring()
     for _ in range(2):
         collector.start_monitoring()
-        thread = collector._thread
+        thread = collector.sampling_thread
         collector.start_monitoring()
         expect("monitoring after the start", collector.monitoring, True)
-        if thread is None or thread is not collector._thread or not thread.daemon:
+        if thread is None or thread is not collector.sampling_thread or not thread.daemon:
             raise Failed("the sampling thread", "one daemon thread, also after a second start", repr(thread))
         collector.stop_monitoring()
         collector.stop_monitoring()

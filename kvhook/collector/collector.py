@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import importlib
-import json
 import logging
-import math
-import os
-import platform
 import threading
 import time
 import weakref
@@ -17,30 +11,26 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvhook.adapters.table import read_path, vllm_version
-from kvhook.analysis.history import COLUMNS, count_or_share, cut, even_edges, from_samples, monitored
-from kvhook.collector import answer, names
-from kvhook.collector.prometheus import plain
+from kvhook import hooks
+from kvhook.adapters.table import read_path
+from kvhook.collector import about, answer, names, saving
+from kvhook.collector.monitored import MonitoredTimes
+from kvhook.collector.optional import need
+from kvhook.collector.prometheus import as_json
 from kvhook.collector.reading import Reading, Unavailable
-from kvhook.collector.sources import EngineSource, HookSource, RegistrySource, Source
+from kvhook.collector.sampler import Sampler
+from kvhook.collector.sources import EngineSource, HookSource, MetricsSource, RegistrySource
 from kvhook.errors import KvhookError
 from kvhook.faults import Guard
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    import os
+
     import pandas
 
     from kvhook.analysis.history import History
 
 log = logging.getLogger("kvhook")
-
-#: Points of the progressions in `get_comprehensive_stats`.
-TREND_PARTS = 50
-#: Seconds that the end waits for a sample that is just being taken.
-_JOIN = 5.0
-
-_EVER, _STILL = -math.inf, math.inf
 
 
 class VLLMMetricsCollector:
@@ -80,30 +70,32 @@ class VLLMMetricsCollector:
         self._engine = _weakly(engine)
         self._given = engine is not None
         self._hook = HookSource(self._engine, self._given)
-        sources: list[Source] = [self._hook, EngineSource(self._engine), RegistrySource(self._engine, self._given)]
+        sources: list[MetricsSource] = [self._hook, EngineSource(self._engine), RegistrySource(self._engine, self._given)]
         self._sources = {s.name: s for s in sources if source in (None, s.name)}
         if not self._sources:
             raise KvhookError(f"there is no source {source!r}; there are {', '.join(s.name for s in sources)}")
-        self._offset = time.time() - time.monotonic()
         self._guard = Guard()
         self._lock = threading.RLock()
-        #: samples of polled sources, and which source they are of
-        self._samples: list[tuple[float, dict[str, float]]] = []
-        self._sampled = names.UNAVAILABLE
-        #: times at which somebody asked
-        self._asked: list[float] = []
-        #: monitored times: from, to
-        self._periods: list[list[float]] = []
+        self._times = MonitoredTimes()
         self._said: set[str] = set()
-        self._thread: threading.Thread | None = None
-        self._end: Callable[[], object] = _nothing
+        self._sampler: Sampler | None = None
 
     # ---- monitoring ------------------------------------------------------------------------------------------------
 
     @property
     def monitoring(self) -> bool:
         """Whether monitoring is on."""
-        return bool(self._periods) and self._periods[-1][1] == _STILL
+        return self._times.going_on
+
+    @property
+    def sampling_thread(self) -> threading.Thread | None:
+        """The thread that samples a source that must be polled; None if there is none."""
+        return None if self._sampler is None else self._sampler.thread
+
+    @property
+    def recording(self) -> HookSource:
+        """kvhook's own recording, as the collector sees it: its session, and the number of its engine in it."""
+        return self._hook
 
     def start_monitoring(self) -> None:
         """Begin a monitored time. Starting twice is starting once.
@@ -117,31 +109,23 @@ class VLLMMetricsCollector:
                 with self._contained("starting to record"):
                     self._hook.begin()
             reading, _ = self._read()
-            self._periods.append([time.monotonic() if reading is None else reading.t, _STILL])
+            self._times.begin(time.monotonic() if reading is None else reading.t)
             if reading is not None and not self._sources[reading.source].polled:
                 return
-            self._note(reading)
-            stop = threading.Event()
-            self._thread = threading.Thread(
-                target=_sample_until,
-                args=(weakref.ref(self), stop, self.collection_interval),
-                name="kvhook-collector",
-                daemon=True,
-            )
-            # also when nobody stops it: at the interpreter's exit, and when the collector is dropped
-            self._end = weakref.finalize(self, _end, stop, self._thread)
-            self._thread.start()
+            self._times.keep(reading)
+            self._sampler = Sampler(self._sample, self.collection_interval)
 
     def stop_monitoring(self) -> None:
         """End the monitored time. Without one, nothing happens."""
         with self._lock:
             if not self.monitoring:
                 return
-            if self._thread is not None:
-                self._note(self._read()[0])
-            self._periods[-1][1] = time.monotonic()
-            self._thread, end, self._end = None, self._end, _nothing
-        end()
+            sampler, self._sampler = self._sampler, None
+            if sampler is not None:
+                self._times.keep(self._read()[0])
+            self._times.end(time.monotonic())
+        if sampler is not None:
+            sampler.end()
 
     def close(self) -> None:
         """Stop, and uninstall kvhook if it was this collector that installed it. What was collected can be asked."""
@@ -167,8 +151,8 @@ class VLLMMetricsCollector:
         """
         with self._lock:
             collected, reading = self._collect(self._sources)
-            self._asked.append(time.monotonic())
-            self._note(reading)
+            self._times.asked(time.monotonic())
+            self._times.keep(reading)
             return collected
 
     def collect_hook_stats(self) -> dict[str, Any]:
@@ -187,7 +171,7 @@ class VLLMMetricsCollector:
         """All of vLLM's Prometheus metrics as they are: name -> number, histogram, or a list of labels and values.
         Empty if there are none; `debug_info` says why."""
         with self._contained("reading the Prometheus registry"), contextlib.suppress(Unavailable):
-            return plain(RegistrySource(self._engine, self._given).families())
+            return as_json(RegistrySource(self._engine, self._given).families())
         return {}
 
     def get_comprehensive_stats(self) -> dict[str, Any]:
@@ -202,10 +186,10 @@ class VLLMMetricsCollector:
         """
         with self._lock:
             latest, reading = self._collect(self._sources)
-            self._note(reading)
-            method, rows = self._rows(reading)
-            begin, end = self._periods[-1] if self._periods else (_EVER, _STILL)
-            summary = self._summary(method, rows, begin, end)
+            self._times.keep(reading)
+            method, rows = self._times.rows(reading)
+            how = "every engine step" if method == names.HOOK else f"samples {self.collection_interval:g} s apart"
+            summary = self._times.summary(rows, how)
             peak, absent = summary["kv_cache_usage_peak"], dict(latest["absent"])
             if peak is None:
                 why = absent.get("kv_cache_usage", "nothing has been collected in the monitored time")
@@ -213,7 +197,7 @@ class VLLMMetricsCollector:
             return {
                 "latest_stats": latest,
                 "monitoring_active": self.monitoring,
-                "total_collections": int(self._monitored(rows).sum()),
+                "total_collections": int(self._times.mask(rows).sum()),
                 "collection_interval": self.collection_interval,
                 "collection_method": latest["collection_method"],
                 "key_metrics": answer.key_metrics(reading, peak),
@@ -221,7 +205,7 @@ class VLLMMetricsCollector:
                 "histogram_analysis": answer.histogram_analysis(reading),
                 "raw_metrics": reading.raw if reading is not None else {},
                 "summary": summary,
-                "trend": self._trend(rows, begin, end),
+                "trend": self._times.trend(rows),
                 "environment": self.environment(),
                 "errors": self._errors(),
             }
@@ -257,25 +241,11 @@ class VLLMMetricsCollector:
             OSError: it cannot be written; what was there is untouched.
         """
         place = Path(path)
-        if place.suffix not in (".csv", ".json"):
-            raise KvhookError(f"{place}: metrics are saved as .csv (the history) or .json (everything)")
-        temporary = place.with_name(f".{place.name}.{os.getpid()}.part")
-        try:
-            with open(temporary, "w", encoding="utf-8", newline="") as file:
-                if place.suffix == ".json":
-                    stats = self.get_comprehensive_stats() | {"history": self.get_metrics_history()}
-                    json.dump(stats, file, indent=1, allow_nan=False)
-                else:
-                    method, rows = self._history()
-                    writer = csv.writer(file)
-                    writer.writerow(["collection_method", *COLUMNS[1:]])
-                    for row in rows.tolist():
-                        cells = zip(COLUMNS[1:], row[1:], strict=True)
-                        writer.writerow([method, *("" if v != v else count_or_share(name, v) for name, v in cells)])
-            os.replace(temporary, place)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        saving.check_suffix(place)
+        if place.suffix == ".json":
+            saving.save_json(place, self.get_comprehensive_stats() | {"history": self.get_metrics_history()})
+        else:
+            saving.save_table(place, *self._history())
         return place
 
     def plot_kv_cache_metrics(self, output_dir: str | os.PathLike[str] = ".") -> list[Path]:
@@ -288,8 +258,8 @@ class VLLMMetricsCollector:
 
         with self._lock:
             reading, _ = self._read()
-            method, rows = self._rows(reading)
-            parts = [p for p in monitored(rows, self._periods or [(_EVER, _STILL)]) if len(p.rows)]
+            method, rows = self._times.rows(reading)
+            parts = self._times.parts(rows)
         count = sum(len(part.rows) for part in parts)
         if not count:
             raise KvhookError("there is nothing to draw yet: no step and no sample has been collected")
@@ -310,28 +280,10 @@ class VLLMMetricsCollector:
 
         Of an engine that is gone, or that was not given, what kvhook has recorded of it.
         """
-        import kvhook
-        from kvhook import hooks
-
-        engine = self._engine()
-        recorded = self._hook.engines[-1] if self._hook.engines else {}
-        adapters = [e["adapter"] for e in self._hook.engines] or hooks.patched()
-        facts = {name: plain_fact(read_path(engine, path)) for name, path in names.FACTS.items()}
-        return {
-            "kvhook": kvhook.__version__,
-            "vllm": vllm_version() or recorded.get("vllm"),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "adapter": ", ".join(dict.fromkeys(adapters)) or None,
-            "engine_class": recorded.get("engine_class") if engine is None else type(engine).__qualname__,
-            "engine_core_in_this_process": None if engine is None else read_path(engine, names.SCHEDULER) is not None,
-            **{name: recorded.get(name) if fact is None else fact for name, fact in facts.items()},
-        }
+        return about.environment(self._engine(), self._hook.engines, hooks.patched())
 
     def debug_info(self) -> dict[str, Any]:
         """What a bug report should hold: environment, each source and why it cannot be read, faults, patches."""
-        from kvhook import hooks
-
         sources = {}
         for name, source in self._sources.items():
             collected, reading = self._collect({name: source})
@@ -346,8 +298,8 @@ class VLLMMetricsCollector:
             "environment": self.environment(),
             "sources": sources,
             "monitoring": self.monitoring,
-            "sampling_thread": bool(self._thread and self._thread.is_alive()),
-            "samples": len(self._samples),
+            "sampling_thread": self._sampler is not None and self._sampler.thread.is_alive(),
+            "samples": self._times.samples,
             "patched": {name: sorted(targets) for name, targets in hooks.patched().items()},
             "session": repr(session) if session is not None else None,
             "faults": dict(session.faults) if session is not None else {},
@@ -356,7 +308,7 @@ class VLLMMetricsCollector:
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _collect(self, sources: Mapping[str, Source]) -> tuple[dict[str, Any], Reading | None]:
+    def _collect(self, sources: Mapping[str, MetricsSource]) -> tuple[dict[str, Any], Reading | None]:
         with self._lock:
             began = time.perf_counter()
             reading, reasons = self._read(sources)
@@ -364,7 +316,7 @@ class VLLMMetricsCollector:
                 self._say_once(names.UNAVAILABLE, reasons)
             return answer.collection(reading, reasons, time.time(), time.perf_counter() - began), reading
 
-    def _read(self, sources: Mapping[str, Source] | None = None) -> tuple[Reading | None, dict[str, str]]:
+    def _read(self, sources: Mapping[str, MetricsSource] | None = None) -> tuple[Reading | None, dict[str, str]]:
         """The first source that can be read, and why those before it could not."""
         reading, reasons = None, {}
         for name, source in (self._sources if sources is None else sources).items():
@@ -386,63 +338,19 @@ class VLLMMetricsCollector:
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             log.warning("kvhook: the collector's source is %s. What comes before it cannot be read: %s", source, why)
 
-    def _note(self, reading: Reading | None) -> None:
-        """Keep a sample of a polled source."""
-        if reading is not None and reading.rows is None:
-            self._samples.append((reading.t, dict(reading.values)))
-            self._sampled = reading.source
-
     def _sample(self) -> bool:
         """One tick of the thread; False if no more are needed."""
         with self._lock:
-            if self._thread is not threading.current_thread() or (self._given and self._engine() is None):
+            if self._sampler is None or not self._sampler.is_this_thread or (self._given and self._engine() is None):
                 return False
             reading, _ = self._read()
-            self._note(reading)
+            self._times.keep(reading)
             return reading is None or self._sources[reading.source].polled
 
     def _history(self) -> tuple[str, History]:
         with self._lock:
-            method, rows = self._rows(self._read()[0])
-            return method, rows[self._monitored(rows)]
-
-    def _rows(self, reading: Reading | None) -> tuple[str, History]:
-        """Everything there is, also from outside the monitored times, and the source it is from."""
-        if reading is not None and reading.rows is not None:
-            rows = reading.rows
-            rows["timestamp"] = rows["t"] + self._offset
-            return reading.source, rows
-        return self._sampled, from_samples(self._samples, self._offset)
-
-    def _monitored(self, rows: History) -> npt.NDArray[np.bool_]:
-        """Which rows are of a monitored time."""
-        t = rows["t"]
-        mask: npt.NDArray[np.bool_] = t != t if self._periods else t == t
-        for begin, end in self._periods:
-            mask |= (t >= begin) & (t <= end)
-        return mask
-
-    def _summary(self, method: str, rows: History, begin: float, end: float) -> dict[str, Any]:
-        how = "every engine step" if method == names.HOOK else f"samples {self.collection_interval:g} s apart"
-        now = time.monotonic()
-        return {
-            "of": how if len(rows) else "nothing",
-            "monitored_seconds": None if begin == _EVER else min(end, now) - begin,
-            **cut(rows, (begin, end))[0],
-        }
-
-    def _trend(self, rows: History, begin: float, end: float) -> dict[str, Any]:
-        parts = cut(rows, even_edges(rows, begin, end, TREND_PARTS))
-        asked = [begin, *(t for t in self._asked if begin < t <= end)]
-        usage = ("end", "kv_cache_usage", "kv_cache_usage_peak", "num_running_reqs_peak", "num_waiting_reqs_peak")
-        rates = ("end", "prefix_cache_queries", "prefix_cache_hits", "prefix_cache_hit_rate")
-        return {
-            "usage_progression": [{name: part[name] for name in usage} for part in parts],
-            "hit_rate_progression": [
-                {name: part[name] for name in (*rates, "prefix_cache_hit_rate_so_far")} for part in parts
-            ],
-            "between_collections": cut(rows, asked),
-        }
+            method, rows = self._times.rows(self._read()[0])
+            return method, rows[self._times.mask(rows)]
 
     def _errors(self) -> list[dict[str, Any]]:
         return [
@@ -460,28 +368,6 @@ class VLLMMetricsCollector:
             self._guard.fault(what, error, "the collector goes on without it")
 
 
-def need(module: str, extra: str) -> Any:
-    """An optional package.
-
-    Raises:
-        KvhookError: it is not installed; says what to type.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise KvhookError(f"this needs {module}, which is not installed: pip install 'kvhook[{extra}]'") from error
-
-
-def plain_fact(value: Any) -> Any:
-    """A configuration value as JSON can hold it: enums, dtypes and devices differ from release to release."""
-    if value is None or type(value) in (bool, int, str):
-        return value
-    try:
-        return str(getattr(value, "value", value))
-    except Exception:
-        return None
-
-
 def _positive(interval: Any) -> float:
     if isinstance(interval, (int, float)) and 0 < interval < threading.TIMEOUT_MAX:
         return float(interval)
@@ -491,27 +377,8 @@ def _positive(interval: Any) -> float:
 def _weakly(engine: Any) -> Callable[[], Any]:
     """A function that gives the engine as long as somebody else keeps it."""
     if engine is None:
-        return _nothing
+        return lambda: None
     try:
         return weakref.ref(engine)
     except TypeError:
         return lambda: engine
-
-
-def _nothing() -> None:
-    return None
-
-
-def _sample_until(collector: weakref.ref[VLLMMetricsCollector], stop: threading.Event, interval: float) -> None:
-    """The sampling thread. Keeps no collector alive."""
-    while not stop.wait(interval):
-        one = collector()
-        if one is None or not one._sample():
-            return
-        del one
-
-
-def _end(stop: threading.Event, thread: threading.Thread) -> None:
-    stop.set()
-    if thread is not threading.current_thread():
-        thread.join(_JOIN)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvhook.collector.collector import need
 from kvhook.collector.names import V0_RATE
+from kvhook.collector.optional import need
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -107,11 +107,11 @@ def prefix_caching(families: dict[str, Family]) -> bool | None:
     return {"True": True, "False": False}.get(str(said.pop())) if len(said) == 1 else None
 
 
-def plain(families: dict[str, Family]) -> dict[str, Any]:
+def as_json(families: dict[str, Family]) -> dict[str, Any]:
     """Everything, as JSON can hold it: a number or histogram for a metric with one label set, else a list."""
     out: dict[str, Any] = {}
     for name, family in families.items():
-        samples = [(labels, _plain(value)) for labels, value in family.samples]
+        samples = [(labels, _json_sample(value)) for labels, value in family.samples]
         if len(samples) == 1 and name != CACHE_CONFIG:
             out[name] = samples[0][1]
         else:
@@ -119,7 +119,7 @@ def plain(families: dict[str, Family]) -> dict[str, Any]:
     return out
 
 
-def _plain(value: Any) -> Any:
+def _json_sample(value: Any) -> Any:
     if isinstance(value, Histogram):
         return value.as_dict()
     if isinstance(value, float) and not math.isfinite(value):

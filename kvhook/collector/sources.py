@@ -25,7 +25,7 @@ Engine = Callable[[], Any]
 NO_ENGINE = "no engine to look into: none was given (llm=...), or it has been deleted"
 
 
-class Source(Protocol):
+class MetricsSource(Protocol):
     """A place that numbers come from."""
 
     name: str
@@ -61,33 +61,28 @@ class HookSource:
 
     def begin(self) -> None:
         """Have the engine recorded, where that can still be done, or those that will be made if none was given."""
-        import kvhook
-        from kvhook.recording import session as sessions
-
-        if self._find() and self.session is sessions._current:
+        if self._find() and self.session is current_session():
             return
-        before = sessions._current
+        before = current_session()
         engine = self._engine()
         try:
             if engine is not None:
-                kvhook.attach(engine)
+                attach(engine)
             elif not self._given:
-                kvhook.install()
+                install()
         except Exception as error:  # whatever was given as llm
-            self._refused = str(error) if isinstance(error, kvhook.KvhookError) else f"{type(error).__name__}: {error}"
-        if before is None and sessions._current is not None:
+            self._refused = str(error) if isinstance(error, KvhookError) else f"{type(error).__name__}: {error}"
+        if before is None and current_session() is not None:
             if self._refused:
-                kvhook.uninstall()
+                uninstall()
             else:
                 self.installed = True
         self._find()
 
     def end(self) -> None:
         """Uninstall kvhook, if `begin` installed it."""
-        from kvhook.recording import session as sessions
-
-        if self.installed and self.session is sessions._current:
-            sessions.uninstall()
+        if self.installed and self.session is current_session():
+            uninstall()
         self.installed = False
 
     def read(self) -> Reading:
@@ -130,9 +125,7 @@ class HookSource:
 
     def _find(self) -> bool:
         """Look for the session that records our engine. What was found stays."""
-        from kvhook.recording import session as sessions
-
-        current, engine = sessions._current, self._engine()
+        current, engine = current_session(), self._engine()
         if current is not None and current is not self.session:
             if engine is not None:
                 ranks = current._ranks.get(id(engine), [])
@@ -207,7 +200,7 @@ class EngineSource:
         found = prometheus.histograms(families)
         absent = {value.name: why for value in names.VALUES if value.name not in values and value.kind == names.TOTAL}
         absent |= {times.name: why for times in names.TIMES if times.name not in found}
-        raw = prometheus.plain(families)
+        raw = prometheus.as_json(families)
         raw |= {"states": {"of": "this moment" if now else "the last step", **(now or _only_states(values))}}
         caching = read_path(engine, names.FACTS["enable_prefix_caching"])
         return Reading(
@@ -247,7 +240,7 @@ class RegistrySource:
             values,
             {},
             prometheus.histograms(families),
-            prometheus.plain(families),
+            prometheus.as_json(families),
             caching,
             "the engine was made",
         )

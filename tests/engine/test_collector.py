@@ -276,7 +276,7 @@ def test_the_collector_keeps_no_engine_alive_and_outlives_it(make_llm: MakeLLM):
     hooked = VLLMMetricsCollector(llm)
     polled.start_monitoring()
     hooked.start_monitoring()
-    thread = polled._thread
+    thread = polled.sampling_thread
     assert thread is not None
     run(llm, workload()[:2])
     gone = weakref.ref(llm.llm_engine)
