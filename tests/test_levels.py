@@ -14,9 +14,9 @@ import pytest
 
 import kvhook
 from kvhook import VLLMMetricsCollector, hooks, taps
-from kvhook.recording import budget as cost
 from kvhook.adapters import BY_LEVEL
 from kvhook.cli import main
+from kvhook.recording import budget as cost
 from kvhook.schema import COUNTED, FULL_ONLY
 from tests.contracts.behaviour import V0_ENGINE, make_engine
 from tests.contracts.core import Prompt, Said, Sent, add

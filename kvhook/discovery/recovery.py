@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvhook.discovery.rings import find_rings
 from kvhook.errors import KvhookError
-from kvhook.recording.spool import pack_meta, trace_header
 from kvhook.ring.layout import CLOSED, MAX_HEADER, Header, parse_header
 from kvhook.ring.reader import RingReader, slot_head, writer_alive
+from kvhook.ring.trace_file import pack_meta, trace_header
 from kvhook.trace import Trace, open_trace
 
 if TYPE_CHECKING:

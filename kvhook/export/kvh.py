@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from kvhook.errors import ExportError
-from kvhook.recording.spool import pack_meta, trace_header
+from kvhook.ring.trace_file import pack_meta, trace_header
 
 if TYPE_CHECKING:
     from kvhook.trace import Trace

@@ -25,9 +25,10 @@ from kvhook.faults import Guard
 from kvhook.recording.budget import Cost, probe_of
 from kvhook.recording.overhead import call_overhead_ns
 from kvhook.recording.recorder import Recorder
-from kvhook.recording.spool import TRACE_SUFFIX, Spool
+from kvhook.recording.spool import Spool
 from kvhook.ring.layout import MAX_CAPACITY
 from kvhook.ring.place import find_directory, history_root, process_start
+from kvhook.ring.trace_file import TRACE_SUFFIX
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import os
-import struct
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvhook.ring.layout import CLOSED, HEAD_WORD, STATE_WORD, Layout, pack_header
-from kvhook.ring.place import create_file, pid_namespace, process_start
+from kvhook.ring.layout import Layout
+from kvhook.ring.place import pid_namespace
 from kvhook.ring.reader import RingReader
-from kvhook.schema import META
+from kvhook.ring.trace_file import TraceWriter
 
 if TYPE_CHECKING:
     from kvhook.recording.recorder import Recorder
-    from kvhook.ring.layout import Header
-    from kvhook.ring.reader import Batch, Slots
+    from kvhook.ring.reader import Batch
 
-TRACE_SUFFIX = ".kvh"
 #: Seconds between two looks at the rings: while nothing happens, and at the least and the most while an engine works.
 #: The longer, the less it takes from the engine's thread: what a look costs is waking up with cold caches.
 INTERVAL, SHORTEST, LONGEST = 0.2, 0.005, 1.0
@@ -35,132 +29,7 @@ SEGMENTS = 8
 #: Slots that are copied at a time: some 2 MB, so that they are still in the processor's cache when they are written.
 BATCH = 4096
 
-_WORD = struct.Struct("<Q")
 _WRITING, _THEN = "writing the trace", "records are counted as lost until it can be written again"
-
-
-class TraceWriter:
-    """Appends slots to a new ``.kvh`` file: the ring's own header, then slots in order, without end.
-
-    Raises:
-        OSError: the file exists or cannot be made.
-    """
-
-    def __init__(self, path: Path, layout: Layout, meta: dict[str, Any]) -> None:
-        self.path = path
-        self.layout = layout
-        header = trace_header(layout, meta)
-        self._fd = create_file(path)
-        try:
-            _write(self._fd, memoryview(header), 0)
-        except OSError:
-            os.close(self._fd)
-            path.unlink(missing_ok=True)
-            raise
-        self.header_bytes = self.size = len(header)
-
-    @property
-    def slots(self) -> int:
-        """Slots in the file."""
-        return (self.size - self.header_bytes) // self.layout.slot_bytes
-
-    def append(self, slots: Slots) -> None:
-        """Append raw slots.
-
-        Raises:
-            OSError: not all were written; `slots` counts those that are in the file, and it ends with a whole one.
-        """
-        if not os.fstat(self._fd).st_nlink:
-            raise FileNotFoundError(errno.ENOENT, "the file or its directory has been removed", str(self.path))
-        data = slots.ravel().data  # a view where the slots are contiguous, as they come from the ring
-        before = self.size
-        try:
-            _write(self._fd, data, before)
-            self.size = before + len(data)
-        except OSError:
-            there = os.fstat(self._fd).st_size
-            self.size = max(before, there - (there - self.header_bytes) % self.layout.slot_bytes)
-            raise
-
-    def append_meta(self, engine: int, meta: dict[str, Any]) -> None:
-        """Append a piece of metadata about an engine; what comes later in the file counts."""
-        self.append(pack_meta(self.layout, engine, meta))
-
-    def descriptor(self) -> int:
-        """A descriptor of its own for somebody who wants to read the file, which may have lost its name.
-
-        Raises:
-            OSError: it is closed, and no longer there.
-        """
-        return os.dup(self._fd) if self._fd >= 0 else os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def close(self) -> None:
-        """Mark the file complete and close it. Closing twice is fine.
-
-        Raises:
-            OSError: it could not be marked; it is closed, and can be read as it is.
-        """
-        if self._fd < 0:
-            return
-        fd, self._fd = self._fd, -1
-        try:
-            os.pwrite(fd, _WORD.pack(self.slots), 8 * HEAD_WORD)
-            os.pwrite(fd, _WORD.pack(CLOSED), 8 * STATE_WORD)
-        finally:
-            os.close(fd)
-
-
-def _write(fd: int, data: memoryview, at: int) -> None:
-    """Write all of it: a full disk may take a part, and then the next call says why."""
-    done = 0
-    while done < len(data):
-        written = os.pwrite(fd, data[done:], at + done)
-        if not written:
-            raise OSError(errno.EIO, "nothing more could be written")
-        done += written
-
-
-def trace_header(layout: Layout, meta: dict[str, Any], *, like: Header | None = None, closed: bool = False) -> bytes:
-    """The header of a new trace file.
-
-    Args:
-        layout: of its slots.
-        meta: facts for the header.
-        like: the header of the run that is written again: its process and its clocks are taken over.
-        closed: the file is complete with what is written now.
-    """
-    pid = os.getpid()
-    header = bytearray(
-        pack_header(
-            layout,
-            meta,
-            capacity=0,
-            pid=like.pid if like else pid,
-            process_start=like.process_start if like else process_start(pid),
-            clocks=(like.monotonic_ns, like.realtime_ns) if like else (time.monotonic_ns(), time.time_ns()),
-            crc=False,
-        )
-    )
-    if closed:
-        _WORD.pack_into(header, 8 * STATE_WORD, CLOSED)
-    return bytes(header)
-
-
-def pack_meta(layout: Layout, engine: int, meta: dict[str, Any]) -> Slots:
-    """Facts about an engine as slots of a trace: JSON, cut into as many pieces as it takes."""
-    import numpy as np
-
-    text = json.dumps(meta, default=str).encode()
-    room = layout.meta_bytes_per_slot
-    parts = -(-len(text) // room)
-    pack = layout.struct_of("meta", tail=f"{room}s").pack
-    raw = bytearray()
-    for part in range(parts):
-        piece = text[part * room : (part + 1) * room]
-        body = pack(part, META, engine, part, parts, len(piece), piece)
-        # facts steer how all the rest is read, and there are few of them: they always carry a crc
-        raw += _WORD.pack(2 * part + 2) + _WORD.pack(zlib.crc32(body)) + body
-    return np.frombuffer(raw, np.uint8).reshape(parts, layout.slot_bytes)
 
 
 def next_pause(taken: int, seconds: float, capacity: int, last: float) -> float:

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvhook.recording.spool import TraceWriter
 from kvhook.ring.layout import STATE_WORD, make_layout, seal
 from kvhook.ring.place import pid_namespace, process_start
+from kvhook.ring.trace_file import TraceWriter
 from kvhook.ring.writer import RingWriter
 from kvhook.schema import KINDS, blank
 

@@ -23,9 +23,9 @@ from kvhook.cli import main
 from kvhook.discovery.follow import follow
 from kvhook.discovery.rings import find_rings, leftovers
 from kvhook.errors import KvhookError, TraceFormatError
-from kvhook.recording.spool import pack_meta
 from kvhook.ring.layout import SCHEMA_AT, seal
 from kvhook.ring.reader import RingReader
+from kvhook.ring.trace_file import pack_meta
 from kvhook.text.autopsy import as_text
 from kvhook.text.steps import StepLines
 from kvhook.trace import open_trace

@@ -14,8 +14,9 @@ import pytest
 
 import kvhook
 from kvhook.errors import KvhookError
-from kvhook.recording.spool import BATCH, INTERVAL, LONGEST, SHORTEST, Spool, TraceWriter, next_pause
+from kvhook.recording.spool import BATCH, INTERVAL, LONGEST, SHORTEST, Spool, next_pause
 from kvhook.ring.layout import CLOSED
+from kvhook.ring.trace_file import TraceWriter
 from kvhook.trace import open_trace
 from tests.conftest import Python
 from tests.ring.synthetic import Recording
