@@ -67,7 +67,7 @@ def _kv_blocks(adapter: Adapter, facts: dict[str, Any], engine: Any, config: Any
         client = getattr(engine, "engine_core", None)
         cores = len(getattr(client, "core_engines", None) or (client,))
         blocks = blocks // cores if client is not None and not blocks % cores else None
-    kept, left_out = (False, False) if adapter.family == "v0" else null_block()
+    kept, left_out = null_block() if adapter.may_have_null_block else (False, False)
     if not isinstance(blocks, int) or blocks <= kept:
         return {"num_kv_blocks": None}
     if kept and not left_out:

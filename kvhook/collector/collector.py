@@ -25,7 +25,7 @@ from kvhook.collector.prometheus import plain
 from kvhook.collector.reading import Reading, Unavailable
 from kvhook.collector.sources import EngineSource, HookSource, RegistrySource, Source
 from kvhook.errors import KvhookError
-from kvhook.faults import Guard
+from kvhook.faults import Faults
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,7 @@ class VLLMMetricsCollector:
         if not self._sources:
             raise KvhookError(f"there is no source {source!r}; there are {', '.join(s.name for s in sources)}")
         self._offset = time.time() - time.monotonic()
-        self._guard = Guard()
+        self._faults = Faults()
         self._lock = threading.RLock()
         #: samples of polled sources, and which source they are of
         self._samples: list[tuple[float, dict[str, float]]] = []
@@ -376,7 +376,7 @@ class VLLMMetricsCollector:
                 reasons[name] = str(error)
             except Exception as error:
                 reasons[name] = f"{type(error).__name__}: {error}"
-                self._guard.fault(f"reading {name}", error, "the collector's next source is tried")
+                self._faults.fault(f"reading {name}", error, "the collector's next source is tried")
         if reading is not None and len(reasons) and (sources is None or sources is self._sources):
             self._say_once(reading.source, reasons)
         return reading, reasons
@@ -447,8 +447,8 @@ class VLLMMetricsCollector:
 
     def _errors(self) -> list[dict[str, Any]]:
         return [
-            {"where": where, "error": self._guard.first[where], "times": times}
-            for where, times in self._guard.faults.items()
+            {"where": where, "error": self._faults.first_errors[where], "times": times}
+            for where, times in self._faults.counts.items()
         ]
 
     @contextlib.contextmanager
@@ -458,7 +458,7 @@ class VLLMMetricsCollector:
         except Unavailable:
             raise
         except Exception as error:
-            self._guard.fault(what, error, "the collector goes on without it")
+            self._faults.fault(what, error, "the collector goes on without it")
 
 
 def need(module: str, extra: str) -> Any:

@@ -60,11 +60,11 @@ class HookSource:
     def begin(self) -> None:
         """Have the engine recorded, where that can still be done, or those that will be made if none was given."""
         import kvhook
-        from kvhook.recording import session as sessions
+        from kvhook.recording.installation import current_session
 
-        if self._find() and self.session is sessions._current:
+        if self._find() and self.session is current_session():
             return
-        before = sessions._current
+        before = current_session()
         engine = self._engine()
         try:
             if engine is not None:
@@ -73,7 +73,7 @@ class HookSource:
                 kvhook.install()
         except Exception as error:  # whatever was given as llm
             self._refused = str(error) if isinstance(error, kvhook.KvhookError) else f"{type(error).__name__}: {error}"
-        if before is None and sessions._current is not None:
+        if before is None and current_session() is not None:
             if self._refused:
                 kvhook.uninstall()
             else:
@@ -82,10 +82,11 @@ class HookSource:
 
     def end(self) -> None:
         """Uninstall kvhook, if `begin` installed it."""
-        from kvhook.recording import session as sessions
+        import kvhook
+        from kvhook.recording.installation import current_session
 
-        if self.installed and self.session is sessions._current:
-            sessions.uninstall()
+        if self.installed and self.session is current_session():
+            kvhook.uninstall()
         self.installed = False
 
     def read(self) -> Reading:
@@ -128,17 +129,17 @@ class HookSource:
 
     def _find(self) -> bool:
         """Look for the session that records our engine. What was found stays."""
-        from kvhook.recording import session as sessions
+        from kvhook.recording.installation import current_session
 
-        current, engine = sessions._current, self._engine()
+        current, engine = current_session(), self._engine()
         if current is not None and current is not self.session:
             if engine is not None:
-                ranks = current._ranks.get(id(engine), [])
+                ranks = current.engine_numbers(engine)
                 if ranks:
-                    self.session, self.number = current, ranks[0].number if len(ranks) == 1 else None
+                    self.session, self.number = current, ranks[0] if len(ranks) == 1 else None
             elif not self._given:
                 self.session, self.number = current, None
-        elif current is not None and engine is not None and len(current._ranks.get(id(engine), [])) > 1:
+        elif current is not None and engine is not None and len(current.engine_numbers(engine)) > 1:
             self.number = None  # data-parallel ranks come one by one, each with its first stats
         return self.session is not None
 
