@@ -50,12 +50,15 @@ from cost_objects import (
 )
 from cost_timing import Call, Candidate
 
-from kvhook import hooks
 from kvhook.adapters.fit import adapter_for, choose
 from kvhook.adapters.table import vllm_version
+from kvhook.hooks.engines import clock
+from kvhook.hooks.quiet import do_nothing
+from kvhook.hooks.registry import RecordedEngine, registry
+from kvhook.hooks.taps import TAPS, Tap
+from kvhook.hooks.wrappers import on_finished, on_record, on_step
 from kvhook.recording.recorder import Recorder
 from kvhook.ring.place import find_directory
-from kvhook.taps import TAPS, Tap
 
 PROMETHEUS, LOGGING = "vLLM's PrometheusStatLogger.record", "vLLM's LoggingStatLogger.record"
 BUILD = "vLLM builds IterationStats"
@@ -105,7 +108,7 @@ def bare_step(self: Any) -> Any:
 def full(objects: Objects, folder: Path) -> Recording:
     """As by default: vLLM hands both stats objects to kvhook alone."""
     facts = {"num_kv_blocks": 1000, "finished_hook": True}
-    recorder = Recorder(0, adapter_for(f"{ENGINE}:LLMEngine"), facts, folder, 8192, hooks.clock)
+    recorder = Recorder(0, adapter_for(f"{ENGINE}:LLMEngine"), facts, folder, 8192, clock)
     record, publish = recorder.record, recorder.publish
     scheduler, iteration = objects.scheduler, objects.iteration
 
@@ -133,10 +136,10 @@ def beside_vllm(objects: Objects, folder: Path) -> Recording:
         def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None) -> None: ...
 
     class Hooked(Manager):
-        record = wrapt.FunctionWrapper(Manager.record, hooks.on_record)
+        record = wrapt.FunctionWrapper(Manager.record, on_record)
 
     manager = Hooked()
-    hooks._records[id(manager)] = recording.members["record"]
+    registry.records[id(manager)] = recording.members["record"]
 
     def step(self: Any) -> Any:
         self.manager.record(
@@ -151,7 +154,7 @@ def beside_vllm(objects: Objects, folder: Path) -> Recording:
         return self.outputs
 
     def close() -> None:
-        del hooks._records[id(manager)]
+        del registry.records[id(manager)]
         recording.close()
 
     members = recording.members | {"manager": manager, "bare_manager": Manager()}
@@ -162,7 +165,7 @@ def light(objects: Objects, folder: Path) -> Recording:
     """Level light: the engine core's client is tapped, outputs are counted; the front end makes no stats."""
     adapter, _, _ = choose(f"{ENGINE}:LLMEngine", "light")
     facts = {"num_kv_blocks": 1000, **{name: ask() for name, ask in adapter.asks.items()}}
-    recorder = Recorder(0, adapter, facts, folder, 8192, hooks.clock)
+    recorder = Recorder(0, adapter, facts, folder, 8192, clock)
     sent, states = objects.outputs_and_states()
     outputs = SimpleNamespace(outputs=sent, scheduler_stats=objects.scheduler)
     client, bare_client = (SimpleNamespace(get_output=lambda: outputs) for _ in range(2))
@@ -208,11 +211,11 @@ def pack_and_store(recorder: Recorder) -> dict[str, Call]:
 
 def make_engine(step: Callable[[Any], Any], members: dict[str, Any], publish: Any, *, wrapped: bool) -> Any:
     """Something with a step, hooked exactly as LLMEngine is."""
-    wrapper = wrapt.FunctionWrapper(step, hooks.on_step) if wrapped else step
+    wrapper = wrapt.FunctionWrapper(step, on_step) if wrapped else step
     engine = type("Engine", (), {"step": wrapper})()
     vars(engine).update(members | {"outputs": []})
     if wrapped:
-        hooks._steps[id(engine)] = publish
+        registry.steps[id(engine)] = publish
     return engine
 
 
@@ -250,12 +253,13 @@ def recorded(objects: Objects) -> Iterator[dict[str, tuple[Recording, Any]]]:
                 recording = open_recording(objects, Path(folder))
                 engine = make_engine(recording.step, recording.members, recording.publish, wrapped=True)
                 made[name] = recording, engine
-            hooks._engines[0] = lambda: None  # the hook on finished requests asks whether any engine is recorded
+            # the hook on finished requests asks whether any engine is recorded
+            registry.engines[0] = RecordedEngine(do_nothing)
             yield made
         finally:
-            hooks._engines.clear()
+            registry.engines.clear()
             for recording, engine in made.values():
-                del hooks._steps[id(engine)]
+                del registry.steps[id(engine)]
                 recording.close()
 
 
@@ -290,7 +294,7 @@ def part_candidates(objects: Objects, made: dict[str, tuple[Recording, Any]]) ->
     if objects.kind.finished:
         plain = objects.iteration_stats_class
         original = plain.update_from_finished_request
-        hooked = type("Hooked", (plain,), {original.__name__: wrapt.FunctionWrapper(original, hooks.on_finished)})
+        hooked = type("Hooked", (plain,), {original.__name__: wrapt.FunctionWrapper(original, on_finished)})
         for name, into in (("bare", plain()), ("hooked", hooked())):
             calls[f"finished requests, {name}"] = functools.partial(objects.finish_into, into)
     return {name: Candidate(call) for name, call in calls.items()}

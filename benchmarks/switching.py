@@ -10,8 +10,10 @@ from typing import Any
 
 import kvhook
 from kvhook import hooks
-from kvhook.recording import session as session_module
-from kvhook.taps import quiet_manager
+from kvhook.hooks.patching import restore
+from kvhook.hooks.quiet import quiet_manager
+from kvhook.hooks.registry import registry
+from kvhook.recording.installation import set_current_session
 
 #: Arm -> whether vLLM's stats are on in the engine, the level at which kvhook records, whether get_metrics() is polled.
 ARMS = {
@@ -26,7 +28,7 @@ ARMS = {
     "poll": ("on", None, True),
 }
 #: What kvhook's hooks know, all of it for one engine and one session.
-TABLES: tuple[dict[Any, Any], ...] = (hooks._steps, hooks._records, hooks._engines, hooks._patched)
+TABLES: tuple[dict[Any, Any], ...] = (registry.steps, registry.records, registry.engines, registry.patched)
 
 
 def set_stats(engine: Any, stats: str, manager: Any) -> None:
@@ -90,8 +92,8 @@ class Plug:
         if self.level:
             self.session = kvhook.install(level=self.level)
             hooks.watch(self.engine, stats_were_on=self.stats == "on")
-            self.owner = hooks._owner
-            self.patches = list(hooks._patches)
+            self.owner = registry.owner
+            self.patches = list(registry.patches)
             self.tables = [dict(table) for table in TABLES]
             of_engine = ((self.client, "get_output"), (self.processor, "process_outputs"))
             self.replaced = [(o, n, vars(o)[n]) for o, n in of_engine if n in vars(o)]
@@ -107,7 +109,7 @@ class Plug:
         for owner, name, function in self.replaced:
             setattr(owner, name, function)
         if self.level:
-            hooks._owner = self.owner
+            registry.owner = self.owner
         if self.poller:
             self.poller.begin()
 
@@ -116,16 +118,16 @@ class Plug:
         if self.poller:
             self.poller.end()
         for patch in reversed(self.patches):
-            hooks._restore(patch)
+            restore(patch)
         for table, content in zip(TABLES, self.tables, strict=False):
             for key in content:
                 content[key] = table.pop(key)
         for owner in (self.client, self.processor):
             for name in ("get_output", "process_outputs"):
                 vars(owner).pop(name, None)
-        hooks._patches.clear()
-        hooks._owner = None
-        session_module._current = None
+        registry.patches.clear()
+        registry.owner = None
+        set_current_session(None)
 
     def close(self) -> None:
         """The session is closed; its data can still be read."""

@@ -16,7 +16,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from kvhook.collector import VLLMMetricsCollector
     from kvhook.errors import KvhookError
-    from kvhook.recording.session import Session, attach, install, uninstall
+    from kvhook.recording.installation import attach, install, uninstall
+    from kvhook.recording.session import Session
     from kvhook.stat_logger import StatLogger as StatLogger
     from kvhook.trace import Trace
     from kvhook.trace import open_trace as open
@@ -41,10 +42,10 @@ _WHERE = {
     "StatLogger": ("kvhook.stat_logger", "StatLogger"),
     "Trace": ("kvhook.trace", "Trace"),
     "VLLMMetricsCollector": ("kvhook.collector", "VLLMMetricsCollector"),
-    "attach": ("kvhook.recording.session", "attach"),
-    "install": ("kvhook.recording.session", "install"),
+    "attach": ("kvhook.recording.installation", "attach"),
+    "install": ("kvhook.recording.installation", "install"),
     "open": ("kvhook.trace", "open_trace"),
-    "uninstall": ("kvhook.recording.session", "uninstall"),
+    "uninstall": ("kvhook.recording.installation", "uninstall"),
 }
 
 

@@ -13,9 +13,10 @@ import types
 from typing import Any
 
 from kvhook.adapters import ADAPTERS, NEWEST
-from kvhook.adapters.compiler import FINISHED_HOOK, Compiled, compile_publisher
+from kvhook.adapters.columns import FINISHED_HOOK
 from kvhook.adapters.config import engine_facts
 from kvhook.adapters.fit import check, choose, is_there
+from kvhook.adapters.publisher import Compiled, compile_publisher
 from kvhook.adapters.table import Adapter, release, vllm_version
 from kvhook.errors import RingDirectoryError
 from kvhook.recording.recorder import process_facts

@@ -86,3 +86,13 @@ def _absent(value: Any) -> dict[str, dict[str, str]]:
         for kind, reasons in kinds
         if isinstance(reasons, dict)
     }
+
+
+def plain_fact(value: Any) -> Any:
+    """A configuration value as JSON can hold it: enums, dtypes and devices differ from release to release."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    try:
+        return str(getattr(value, "value", value))
+    except Exception:
+        return None

@@ -20,11 +20,13 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from kvhook import hooks
-from kvhook.adapters.compiler import FINISHED_HOOK, PublishStep, Record
+from kvhook.adapters.columns import FINISHED_HOOK
 from kvhook.adapters.fit import adapter_for
+from kvhook.adapters.publisher import PublishStep, Record
 from kvhook.adapters.v1 import ASYNC_LLM, LOGGERS
 from kvhook.errors import KvhookError
-from kvhook.recording.session import for_logger
+from kvhook.hooks.quiet import do_nothing
+from kvhook.recording.installation import for_logger
 
 if TYPE_CHECKING:
     from kvhook.recording.session import Session
@@ -77,15 +79,11 @@ def _make() -> type:
     except (ImportError, AttributeError) as error:
         raise KvhookError(f"kvhook.StatLogger needs vLLM 0.8.5 or newer with its V1 engine: {error}") from None
     # vLLM asks its loggers for more and more; what is not `record` is not for us
-    names: dict[str, Any] = {n: _nothing for n in getattr(base, "__abstractmethods__", ()) if not hasattr(_Logger, n)}
+    names: dict[str, Any] = {n: do_nothing for n in getattr(base, "__abstractmethods__", ()) if not hasattr(_Logger, n)}
     names |= {"__doc__": _Logger.__doc__, "__module__": __name__, "__qualname__": "StatLogger"}
     names["order"] = tuple(inspect.signature(base.record).parameters)[1:]
     made: type = type(base)("StatLogger", (_Logger, base), names)
     return made
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
 
 
 def __getattr__(name: str) -> Any:

@@ -110,9 +110,9 @@ def test_what_an_engine_left_in_this_process_does_not_matter(
         session = kvhook.install()
         engine = vllm.engine()
         assert cli.main(["check"]) == 0
-        assert kvhook.recording.session._current is session
+        assert kvhook.recording.installation.current_session() is session
         del engine
-    assert kvhook.recording.session._current is session
+    assert kvhook.recording.installation.current_session() is session
 
 
 HIDDEN = """
@@ -176,7 +176,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "methods": (VLLMMetricsCollector, "save_metrics", None),
     "unavailable": (sources.EngineSource, "read", _zeros),
     "strange_objects": (collector, "plain_fact", _raises),
-    "errors": (guard.Guard, "fault", lambda *_: None),
+    "errors": (guard.Faults, "fault", lambda *_: None),
     "fallback": (VLLMMetricsCollector, "_say_once", lambda *_: None),
     "key_metrics": (answer, "KEYS", tuple(k._replace(factor=1) for k in names.KEYS)),
     "no_false_hit_rate": (prometheus, "from_collectors", _last_sample),
@@ -435,7 +435,7 @@ def test_a_model_that_does_not_load_is_a_failed_check_and_vllms_messages_are_kep
     (log,) = Path(tempfile.gettempdir()).glob("kvhook-check-*/vllm.log")
     assert last == f"vLLM's messages are in {log}"
     assert log.read_text() == "vLLM's own words\nand its log's\n"
-    assert kvhook.recording.session._current is None, "nothing is left installed"
+    assert kvhook.recording.installation.current_session() is None, "nothing is left installed"
     assert "VLLM_LOGGING_LEVEL" not in os.environ
 
 

@@ -534,7 +534,7 @@ def test_an_engine_with_its_stats_off_is_not_attached_and_nothing_is_left_instal
         found = collector.collect_current_stats()
         collector.stop_monitoring()
         assert "before LLM(...)" in found["debug_info"]["not_available"][names.HOOK]
-        assert kvhook.recording.session._current is None
+        assert kvhook.recording.installation.current_session() is None
 
 
 def test_a_session_of_somebody_else_is_not_uninstalled():
@@ -543,7 +543,7 @@ def test_a_session_of_somebody_else_is_not_uninstalled():
         engine = vllm.engine(log_stats=False)
         with VLLMMetricsCollector(engine):
             pass
-        assert kvhook.recording.session._current is session
+        assert kvhook.recording.installation.current_session() is session
 
 
 # Monitoring
@@ -792,7 +792,7 @@ def test_vectors_and_unknown_metrics_are_kept_as_they_are():
         name, labels, values = "vllm:accepted_per_pos", {"engine": "0"}, (3, 2, 1)
 
     families = prometheus.from_snapshot([Vector()])
-    assert prometheus.plain(families) == {"vllm:accepted_per_pos": [3, 2, 1]}
+    assert prometheus.as_json(families) == {"vllm:accepted_per_pos": [3, 2, 1]}
     assert prometheus.numbers(families) == {}
 
 

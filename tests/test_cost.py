@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from kvhook.adapters.compiler import Counters
+from kvhook.adapters.publisher import Counters
 from kvhook.recording import budget as cost
-from kvhook.recording.budget import LADDER, PROBE_EVERY, WINDOW, WINDOWS, Cost, Level, StatsProbe
+from kvhook.recording.budget import LADDER, PROBE_EVERY, WINDOW, WINDOWS, Level, OverheadMonitor, StatsProbe
 
 #: Nanoseconds of a step in these tests.
 STEP_NS = 1_000_000
@@ -34,7 +34,7 @@ class Down:
         return self.answers(level)
 
 
-def sample(one: Cost, share: float, count: int = WINDOW, step: int = 0) -> None:
+def sample(one: OverheadMonitor, share: float, count: int = WINDOW, step: int = 0) -> None:
     """Tell of steps in which kvhook took this share."""
     for _ in range(count):
         one.sample(7, step, 3, 5 * STEP_NS, 6 * STEP_NS, int(share * STEP_NS))
@@ -49,7 +49,7 @@ BUDGET = 0.01
 
 def test_far_over_the_budget_it_goes_down_rung_by_rung_until_nothing_is_left():
     down = Down()
-    one = Cost(0, max_overhead=BUDGET, step_down=down)
+    one = OverheadMonitor(0, max_overhead=BUDGET, step_down=down)
     sample(one, OVER, 20 * WINDOW * WINDOWS)
     assert down.asked == [Level("light"), Level("sparse", 4), Level("sparse", 16), Level("sparse", 64)]
     assert [level.name for level in LADDER] == ["full", "light", "sparse", "sparse", "sparse"]
@@ -58,13 +58,13 @@ def test_far_over_the_budget_it_goes_down_rung_by_rung_until_nothing_is_left():
 @pytest.mark.parametrize(("start", "rest"), [("full", 4), ("light", 3)])
 def test_it_begins_below_the_level_it_starts_at(start: str, rest: int):
     down = Down()
-    sample(Cost(0, level=start, max_overhead=BUDGET, step_down=down), OVER, 20 * WINDOW * WINDOWS)
+    sample(OverheadMonitor(0, level=start, max_overhead=BUDGET, step_down=down), OVER, 20 * WINDOW * WINDOWS)
     assert down.asked == list(LADDER[-rest:])
 
 
 def test_it_steps_down_at_the_end_of_the_last_of_so_many_windows_and_not_before():
     down = Down()
-    one = Cost(0, max_overhead=BUDGET, step_down=down)
+    one = OverheadMonitor(0, max_overhead=BUDGET, step_down=down)
     sample(one, OVER, WINDOW * WINDOWS - 1)
     assert down.asked == []
     sample(one, OVER, 1)
@@ -78,7 +78,7 @@ def test_it_steps_down_at_the_end_of_the_last_of_so_many_windows_and_not_before(
 
 def test_windows_over_the_budget_must_be_in_a_row():
     down = Down()
-    one = Cost(0, max_overhead=BUDGET, step_down=down)
+    one = OverheadMonitor(0, max_overhead=BUDGET, step_down=down)
     for _ in range(10):
         sample(one, OVER, WINDOW * (WINDOWS - 1))
         sample(one, UNDER)
@@ -87,7 +87,7 @@ def test_windows_over_the_budget_must_be_in_a_row():
 
 def test_a_slow_start_does_not_step_down():
     down = Down()
-    one = Cost(0, max_overhead=BUDGET, step_down=down)
+    one = OverheadMonitor(0, max_overhead=BUDGET, step_down=down)
     sample(one, 0.9, WINDOW * (WINDOWS - 1))
     sample(one, UNDER, 50 * WINDOW)
     assert down.asked == []
@@ -95,7 +95,7 @@ def test_a_slow_start_does_not_step_down():
 
 def test_one_very_dear_step_is_weighed_against_the_time_of_all_in_its_window():
     down = Down()
-    one = Cost(0, max_overhead=BUDGET, step_down=down)
+    one = OverheadMonitor(0, max_overhead=BUDGET, step_down=down)
     for _ in range(10):
         sample(one, 0.25, 1)
         sample(one, 0.0, WINDOW - 1)
@@ -104,7 +104,7 @@ def test_one_very_dear_step_is_weighed_against_the_time_of_all_in_its_window():
 
 def test_exactly_the_budget_is_within_it():
     down = Down()
-    one = Cost(0, max_overhead=BUDGET, step_down=down)
+    one = OverheadMonitor(0, max_overhead=BUDGET, step_down=down)
     sample(one, BUDGET, 10 * WINDOW)
     assert down.asked == []
     sample(one, BUDGET + 1e-6, WINDOWS * WINDOW)
@@ -113,20 +113,20 @@ def test_exactly_the_budget_is_within_it():
 
 def test_without_a_budget_it_never_steps_down():
     down = Down()
-    sample(Cost(0, step_down=down), 100.0, 20 * WINDOW * WINDOWS)
+    sample(OverheadMonitor(0, step_down=down), 100.0, 20 * WINDOW * WINDOWS)
     assert down.asked == []
 
 
 def test_what_the_publisher_cannot_measure_counts_as_well():
     down = Down()
-    sample(Cost(int(OVER * STEP_NS), max_overhead=BUDGET, step_down=down), 0.0, WINDOW * WINDOWS)
+    sample(OverheadMonitor(int(OVER * STEP_NS), max_overhead=BUDGET, step_down=down), 0.0, WINDOW * WINDOWS)
     assert down.asked == [Level("light")]
     assert down.shares == [pytest.approx(OVER)]
 
 
 def test_it_says_where_the_publisher_was_and_the_share_of_the_last_window():
     down = Down()
-    one = Cost(0, max_overhead=BUDGET, step_down=down)
+    one = OverheadMonitor(0, max_overhead=BUDGET, step_down=down)
     sample(one, 0.5, WINDOW * (WINDOWS - 1), step=100)
     sample(one, 0.04, WINDOW, step=200)
     assert down.counters == [Counters(7, 200, 3)]
@@ -135,14 +135,14 @@ def test_it_says_where_the_publisher_was_and_the_share_of_the_last_window():
 
 def test_where_it_cannot_step_down_it_is_not_asked_again():
     down = Down(lambda level: level.name == "light")
-    one = Cost(0, max_overhead=BUDGET, step_down=down)
+    one = OverheadMonitor(0, max_overhead=BUDGET, step_down=down)
     sample(one, OVER, 20 * WINDOW * WINDOWS)
     assert down.asked == [Level("light"), Level("sparse", 4)]
 
 
 def test_steps_that_take_no_time_divide_by_nothing():
     down = Down()
-    one = Cost(0, max_overhead=BUDGET, step_down=down)
+    one = OverheadMonitor(0, max_overhead=BUDGET, step_down=down)
     for _ in range(WINDOW * WINDOWS):
         one.sample(0, 0, 0, 5, 5, 1)
     assert down.asked == [Level("light")]
@@ -387,7 +387,7 @@ def test_a_processor_without_these_methods_is_refused(clock: Clock):
 
 def test_one_sample_in_so_many_is_measured_and_handed_on_once(clock: Clock):
     processor = Processor(clock)
-    one = Cost(0)
+    one = OverheadMonitor(0)
     one.probe = probe_of(processor)
     got = []
     for _ in range(3 * PROBE_EVERY):
@@ -402,7 +402,7 @@ def test_what_vllm_takes_counts_against_the_budget_until_it_makes_no_stats_any_m
     processor, down = Processor(clock), Down()
     stats_ns = MAKING + 10 + 300
     # kvhook's own part alone is within the budget, both together are not
-    one = Cost(0, max_overhead=1.5 * stats_ns / STEP_NS, step_down=down)
+    one = OverheadMonitor(0, max_overhead=1.5 * stats_ns / STEP_NS, step_down=down)
     one.probe = probe_of(processor)
 
     def go(samples: int) -> None:
@@ -420,7 +420,7 @@ def test_what_vllm_takes_counts_against_the_budget_until_it_makes_no_stats_any_m
 
 def test_where_it_cannot_step_down_it_goes_on_measuring(clock: Clock):
     processor = Processor(clock)
-    one = Cost(0, max_overhead=1e-9, step_down=Down(lambda _: False))
+    one = OverheadMonitor(0, max_overhead=1e-9, step_down=Down(lambda _: False))
     one.probe = probe_of(processor)
     for _ in range(WINDOW * WINDOWS + PROBE_EVERY):
         last = one.sample(0, 0, 0, 0, STEP_NS, 1)
@@ -433,7 +433,7 @@ def test_where_it_cannot_step_down_it_goes_on_measuring(clock: Clock):
 
 def test_stopped_it_leaves_nothing_in_the_processor(clock: Clock):
     processor = Processor(clock)
-    one = Cost(0)
+    one = OverheadMonitor(0)
     one.stop()
     one.probe = probe_of(processor)
     one.sample(0, 0, 0, 0, STEP_NS, 1)

@@ -13,6 +13,7 @@ import wrapt
 
 import kvhook
 from kvhook import hooks
+from kvhook.hooks.registry import registry
 from tests.conftest import Python
 from tests.standin import ENGINE, LOGGERS, NO_STATS, STATS, VllmLogger, fake_vllm, step_stats
 
@@ -362,8 +363,8 @@ def test_a_failure_while_vllms_loggers_are_on_never_reaches_the_engine(monkeypat
         def fail(*_: Any, **__: Any) -> None:
             raise ValueError("x")
 
-        (manager_id,) = hooks._records
-        monkeypatch.setitem(hooks._records, manager_id, fail)
+        (manager_id,) = registry.records
+        monkeypatch.setitem(registry.records, manager_id, fail)
         play(engine, step_stats(), step_stats())
         assert session.faults == {"taking over the stats of a step": 1}
         assert len(engine.get_metrics()) == 2
@@ -445,10 +446,10 @@ def test_an_engine_freed_by_the_garbage_collector_in_the_middle_of_the_spools_wo
         # the finalizer runs in whichever thread collects, also in one that holds the spool's lock
         with session._spool._lock:
             engines.pop()
-            assert session._spool._leaving
+            assert session._spool._retiring
         engines.pop()
         assert session.steps()["num_generation_tokens"].tolist() == [3, 3]
-        assert not session._spool._leaving
+        assert not session._spool._retiring
         assert [ring.read_bytes()[96] for ring in session.rings] == [2, 2], "both are closed"
 
 

@@ -14,16 +14,16 @@ PACKAGE = Path(kvhook.__file__).parent
 
 #: From bottom to top. A name stands for a module or for a package with everything in it. This is the one list.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "schema", "files", "faults"),
+    ("errors", "schema", "files", "faults", "forks"),
     ("facts",),
     ("ring",),
-    ("records",),
+    ("records", "options"),
     ("analysis",),
     ("text", "export"),
     ("trace", "window"),
     ("discovery",),
     ("adapters",),
-    ("hooks", "taps"),
+    ("hooks",),
     ("recording",),
     ("stat_logger", "collector", "doctor"),
     ("kvhook",),  # the public face: kvhook/__init__.py

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import kvhook
-from kvhook import VLLMMetricsCollector, hooks, taps
+from kvhook import VLLMMetricsCollector, hooks
 from kvhook.adapters import BY_LEVEL
 from kvhook.cli import main
+from kvhook.hooks import taps, wrappers
 from kvhook.recording import budget as cost
 from kvhook.schema import COUNTED, FULL_ONLY
 from tests.contracts.behaviour import V0_ENGINE, make_engine
@@ -121,6 +122,7 @@ def test_a_run_within_its_budget_stays_at_level_full(said: Any, monkeypatch: pyt
         return now
 
     monkeypatch.setattr(hooks, "clock", lambda: passes(100))
+    monkeypatch.setattr(wrappers, "clock", lambda: passes(100))
     with kvhook.install(max_overhead=1.0) as session:
         engine = begin(SYNC, script=script(2000))
         get_output = engine.engine_core.get_output
@@ -292,7 +294,7 @@ def test_a_tap_that_cannot_be_put_in_leaves_the_engine_recorded_as_it_was(monkey
     def fail() -> None:
         raise LookupError("no such event")
 
-    monkeypatch.setattr("kvhook.taps.make_counter", fail)
+    monkeypatch.setattr("kvhook.hooks.taps.make_counter", fail)
     session, engine = over_budget()
     assert session.faults == {"stepping down to a level that costs less": 1}
     steps = session.steps()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import kvhook
-import kvhook.recording.session  # pytester takes out of this process what is first loaded in its tests
+import kvhook.recording.installation  # pytester takes out of this process what is first loaded in its tests
 from kvhook.window import Window, position
 from tests.conftest import ROOT
 from tests.standin import fake_vllm, step_stats
@@ -187,8 +187,8 @@ def test_kvhook_is_installed_before_any_fixture_makes_an_engine(run: Run):
 
         @pytest.fixture(scope="session", autouse=True)
         def early():
-            import kvhook.recording.session
-            return kvhook.recording.session._current
+            import kvhook.recording.installation
+            return kvhook.recording.installation.current_session()
 
         def test_it(early, kvhook):
             assert early is kvhook.session

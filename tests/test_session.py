@@ -10,7 +10,7 @@ import pytest
 
 import kvhook
 from kvhook.errors import StatsOffError
-from kvhook.recording.session import parse_size
+from kvhook.options import parse_size
 from tests.conftest import Python
 from tests.standin import fake_vllm, step_stats
 

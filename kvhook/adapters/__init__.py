@@ -1,7 +1,8 @@
-"""The only place, with `kvhook.hooks`, that knows vLLM's names: one module per era of its stats, each a table.
+"""Where vLLM keeps each number: one table per era of its stats and kind of engine.
 
-`table` says what a table is, `compiler` turns it into the code that runs in every step, `config` reads what vLLM's
-configuration tells of an engine.
+`v0`, `v1` and `light` hold the tables, and `table` says what a table is. `fit` finds the one that fits the loaded vLLM.
+`config` reads facts about an engine from vLLM's configuration. `columns` plans which columns this vLLM and this engine
+can fill, and `publisher` turns that plan into the code that runs in every step.
 """
 
 from __future__ import annotations

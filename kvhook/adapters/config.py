@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvhook.adapters.table import Adapter, read_path, release, vllm_version
+from kvhook.facts import plain_fact
 
 #: Fact about an engine -> path below vLLM's VllmConfig, the same in every release.
 FACTS: Mapping[str, str] = {
@@ -46,7 +47,7 @@ def engine_facts(adapter: Adapter, engine: Any) -> dict[str, Any]:
         LookupError: what the adapter asks (`Adapter.asks`) is not where it says.
     """
     config = getattr(engine, "vllm_config", None) or engine
-    facts = {name: _plain(read_path(config, path)) for name, path in adapter.facts.items()}
+    facts = {name: plain_fact(read_path(config, path)) for name, path in adapter.facts.items()}
     facts["on_gpu"] = facts.get("device") != "cpu"
     facts["timed_steps"] = adapter.timed
     facts["notes"] = dict(adapter.notes)
@@ -67,7 +68,7 @@ def _kv_blocks(adapter: Adapter, facts: dict[str, Any], engine: Any, config: Any
         client = getattr(engine, "engine_core", None)
         cores = len(getattr(client, "core_engines", None) or (client,))
         blocks = blocks // cores if client is not None and not blocks % cores else None
-    kept, left_out = (False, False) if adapter.family == "v0" else null_block()
+    kept, left_out = null_block() if adapter.may_have_null_block else (False, False)
     if not isinstance(blocks, int) or blocks <= kept:
         return {"num_kv_blocks": None}
     if kept and not left_out:
@@ -93,13 +94,3 @@ def null_block() -> tuple[bool, bool]:
     except Exception:
         version = release(vllm_version()) or (1,)
         return version >= (0, 8, 3), version >= (0, 10, 2)
-
-
-def _plain(value: Any) -> Any:
-    """A configuration value as JSON can hold it: enums, dtypes and devices differ from release to release."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    try:
-        return str(getattr(value, "value", value))
-    except Exception:
-        return None

@@ -71,4 +71,4 @@ def is_there(adapter: Adapter) -> bool:
     try:
         return bool(lookup(adapter.engine).__module__ == adapter.trigger)
     except (LookupError, AttributeError):
-        return adapter.family != "v0"
+        return not adapter.shares_engine_name

@@ -1,6 +1,6 @@
 """What an adapter is made of: tables that say where vLLM keeps each number, and the look-up that checks them.
 
-An adapter describes one era of vLLM's stats. It holds no code that runs per step: `kvhook.adapters.compiler` turns
+An adapter describes one era of vLLM's stats. It holds no code that runs per step: `kvhook.adapters.publisher` turns
 its tables into a publisher, with only those columns that this very vLLM can fill.
 """
 
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 
 class Target(NamedTuple):
-    """A place in vLLM that is patched. ``role`` is what `kvhook.hooks` does there; ``path`` is ``module:name``.
+    """A place in vLLM that is patched. ``role`` is what `kvhook.hooks.wrappers` does there, ``path`` is
+    ``module:name``.
 
     A target without a role is only looked at: the adapter relies on it. Without a required target nothing is patched
     at all; without one that is not required, ``loss`` says what is missing then. ``field`` names a class and an
@@ -71,7 +72,7 @@ class Adapter(NamedTuple):
     #: the engine's class, ``module:Class``; it is patched once that module has been imported
     engine: str
     targets: tuple[Target, ...]
-    #: how `kvhook.hooks` gets at the stats, and the attribute of the engine that it does it with
+    #: how kvhook gets at the stats: a key of `kvhook.hooks.taps.TAPS`, and the attribute of the engine that it uses
     tap: str
     holder: str
     #: a method whose signature says in which order vLLM hands the sources over; or that order
@@ -106,6 +107,12 @@ class Adapter(NamedTuple):
     asks: Mapping[str, Callable[[], Any]] = {}
     #: methods of the engine's output processor in which vLLM fills its iteration stats in
     makes_stats_in: tuple[str, ...] = ()
+    #: whether it can be recorded at a level below full
+    has_levels: bool = True
+    #: whether its block pool may keep a KV block for itself
+    may_have_null_block: bool = True
+    #: whether its module may hold another family's engine under the same name
+    shares_engine_name: bool = False
 
     @property
     def trigger(self) -> str:

@@ -62,6 +62,9 @@ def plus(left: Sequence[float], right: Sequence[float]) -> list[float]:
 V0 = Adapter(
     name="v0",
     family="v0",
+    has_levels=False,  # all its stats are made in one piece
+    may_have_null_block=False,
+    shares_engine_name=True,
     engine=f"{ENGINE}:LLMEngine",
     targets=(
         Target("engine_init", f"{ENGINE}:LLMEngine.__init__", takes=("log_stats", "stat_loggers")),

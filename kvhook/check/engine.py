@@ -45,11 +45,11 @@ def recorded_engine(model: str | None) -> Iterator[tuple[Any, Session]]:
         Exception: whatever vLLM raises if it cannot load the model.
     """
     import kvhook
-    from kvhook.recording import session as sessions
+    from kvhook.recording.installation import current_session
 
     demo.require_vllm()
     with _environment(model):
-        before = sessions._current
+        before = current_session()
         session = kvhook.install()
         rings = len(session.rings)
         llm = None

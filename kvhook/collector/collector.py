@@ -21,7 +21,7 @@ from kvhook.collector.reading import Reading, Unavailable
 from kvhook.collector.sampler import Sampler
 from kvhook.collector.sources import EngineSource, HookSource, MetricsSource, RegistrySource
 from kvhook.errors import KvhookError
-from kvhook.faults import Guard
+from kvhook.faults import Faults
 
 if TYPE_CHECKING:
     import os
@@ -70,11 +70,15 @@ class VLLMMetricsCollector:
         self._engine = _weakly(engine)
         self._given = engine is not None
         self._hook = HookSource(self._engine, self._given)
-        sources: list[MetricsSource] = [self._hook, EngineSource(self._engine), RegistrySource(self._engine, self._given)]
+        sources: list[MetricsSource] = [
+            self._hook,
+            EngineSource(self._engine),
+            RegistrySource(self._engine, self._given),
+        ]
         self._sources = {s.name: s for s in sources if source in (None, s.name)}
         if not self._sources:
             raise KvhookError(f"there is no source {source!r}; there are {', '.join(s.name for s in sources)}")
-        self._guard = Guard()
+        self._faults = Faults()
         self._lock = threading.RLock()
         self._times = MonitoredTimes()
         self._said: set[str] = set()
@@ -327,7 +331,7 @@ class VLLMMetricsCollector:
                 reasons[name] = str(error)
             except Exception as error:
                 reasons[name] = f"{type(error).__name__}: {error}"
-                self._guard.fault(f"reading {name}", error, "the collector's next source is tried")
+                self._faults.fault(f"reading {name}", error, "the collector's next source is tried")
         if reading is not None and len(reasons) and (sources is None or sources is self._sources):
             self._say_once(reading.source, reasons)
         return reading, reasons
@@ -354,8 +358,8 @@ class VLLMMetricsCollector:
 
     def _errors(self) -> list[dict[str, Any]]:
         return [
-            {"where": where, "error": self._guard.first[where], "times": times}
-            for where, times in self._guard.faults.items()
+            {"where": where, "error": self._faults.first_errors[where], "times": times}
+            for where, times in self._faults.counts.items()
         ]
 
     @contextlib.contextmanager
@@ -365,7 +369,7 @@ class VLLMMetricsCollector:
         except Unavailable:
             raise
         except Exception as error:
-            self._guard.fault(what, error, "the collector goes on without it")
+            self._faults.fault(what, error, "the collector goes on without it")
 
 
 def _positive(interval: Any) -> float:

@@ -11,6 +11,8 @@ from kvhook.adapters.table import read_path
 from kvhook.analysis import history
 from kvhook.collector import names, prometheus
 from kvhook.collector.reading import Histogram, Reading, Unavailable, histogram
+from kvhook.errors import KvhookError
+from kvhook.recording.installation import attach, current_session, install, uninstall
 from kvhook.records.columns import has
 from kvhook.records.levels import NOT_COUNTED
 from kvhook.records.rows import as_rows
@@ -128,12 +130,12 @@ class HookSource:
         current, engine = current_session(), self._engine()
         if current is not None and current is not self.session:
             if engine is not None:
-                ranks = current._ranks.get(id(engine), [])
+                ranks = current.engine_numbers(engine)
                 if ranks:
-                    self.session, self.number = current, ranks[0].number if len(ranks) == 1 else None
+                    self.session, self.number = current, ranks[0] if len(ranks) == 1 else None
             elif not self._given:
                 self.session, self.number = current, None
-        elif current is not None and engine is not None and len(current._ranks.get(id(engine), [])) > 1:
+        elif current is not None and engine is not None and len(current.engine_numbers(engine)) > 1:
             self.number = None  # data-parallel ranks come one by one, each with its first stats
         return self.session is not None
 

@@ -1,6 +1,6 @@
 """What recording costs, measured in the run itself, and kept within a budget.
 
-Every eighth step the publisher hands over what kvhook took in it (`kvhook.adapters.compiler.MEASURE_EVERY`), and of
+Every eighth step the publisher hands over what kvhook took in it (`kvhook.adapters.publisher.MEASURE_EVERY`), and of
 every 32nd step it is measured what vLLM took to make the iteration stats that nobody but kvhook had asked for. Between
 these nothing is measured, so that measuring costs nothing.
 """
@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kvhook.adapters.compiler import Counters
+from kvhook.adapters.publisher import Counters
 from kvhook.adapters.table import Adapter, lookup
 
 clock = time.monotonic_ns
@@ -35,8 +35,8 @@ class Level(NamedTuple):
 LADDER = (Level("full"), Level("light"), Level("sparse", 4), Level("sparse", 16), Level("sparse", 64))
 
 
-class Cost:
-    """Takes the samples of one engine, and steps down when they are over the budget for long.
+class OverheadMonitor:
+    """Adds up what recording one engine costs, and steps down when that is over the budget for long.
 
     Args:
         call_ns: what every step costs that the publisher cannot measure from inside: the wrapped call, the hand-over.
@@ -55,7 +55,7 @@ class Cost:
         self.probe: StatsProbe | None = None
         self._call_ns = call_ns
         self._rest = LADDER[[rung.name for rung in LADDER].index(level) + 1 :]
-        self._max = max_overhead
+        self._max_overhead = max_overhead
         self._step_down = step_down
         self._samples = self._cost = self._time = self._stats_ns = self._over = 0
 
@@ -69,11 +69,11 @@ class Cost:
                 self._stats_ns = stats_ns
             if self._samples % PROBE_EVERY == 1:
                 self.probe.arm()
-        if self._max is not None:
+        if self._max_overhead is not None:
             self._cost += kvhook_ns + self._call_ns + self._stats_ns
             self._time += t_end_ns - t_start_ns
             if not self._samples % WINDOW:
-                self._look(Counters(n, step, request_number))
+                self._end_window(Counters(n, step, request_number))
         return stats_ns
 
     def stop(self) -> None:
@@ -81,11 +81,11 @@ class Cost:
         if self.probe is not None:
             self.probe.disarm()
 
-    def _look(self, counters: Counters) -> None:
-        """At the end of a window: is it over the budget, and has that been so for long?"""
+    def _end_window(self, counters: Counters) -> None:
+        """Step down if this window was over the budget, and those before it too."""
         share = self._cost / max(self._time, 1)
         self._cost = self._time = 0
-        self._over = self._over + 1 if self._max is not None and share > self._max else 0
+        self._over = self._over + 1 if self._max_overhead is not None and share > self._max_overhead else 0
         if self._over < WINDOWS or not self._rest:
             return
         self._over, level, self._rest = 0, self._rest[0], self._rest[1:]
@@ -129,9 +129,9 @@ class StatsProbe:
         self._armed = self._broken = False
         self._spent = self._calls = 0
         self._measured = -1
-        nothing = self._timed(lambda *_: None)
+        empty = self._timed(lambda *_: None)
         for _ in range(64):
-            nothing(None, None, None, None)
+            empty(None, None, None, None)
         self._call, self._spent, self._calls = self._spent // 64, 0, 0
 
     def arm(self) -> None:

@@ -1,4 +1,4 @@
-"""What a hooked step costs where the publisher cannot see it: around itself."""
+"""What a hooked step costs outside the publisher, which cannot measure that part itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 import wrapt
 
-from kvhook import hooks
+from kvhook.hooks.engines import clock
+from kvhook.hooks.registry import registry
+from kvhook.hooks.wrappers import on_step
 
 
 @functools.cache
@@ -17,8 +19,8 @@ def call_overhead_ns() -> int:
     """What a step costs on this machine beyond what the publisher can measure from inside, in nanoseconds: the wrapped
     call, and the hand-over of the stats.
 
-    It is measured with the processor's own caches cold, as they are after a forward pass: 0.5 us when warm, 5 to 10 so.
-    Takes some 10 ms, once in a process.
+    It is measured with cold caches, as they are after a forward pass: 5 to 10 us, against 0.5 us with warm ones. Takes
+    some 10 ms, once in a process.
     """
     given: Any = None
 
@@ -34,29 +36,29 @@ def call_overhead_ns() -> int:
         def _step(self) -> None:
             record(scheduler_stats=None, iteration_stats=None, mm_cache_stats=None)
 
-        step = wrapt.FunctionWrapper(_step, hooks.on_step)
+        step = wrapt.FunctionWrapper(_step, on_step)
 
     bare, hooked = Bare(), Wrapped()
-    hooks._steps[id(hooked)] = lambda start, end: None
+    registry.steps[id(hooked)] = lambda start, end: None
     try:
-        # a map of its own: giving 8 MB back to malloc would let it keep large blocks from then on
-        with mmap.mmap(-1, _MORE_THAN_CACHES) as much:
-            for page in range(0, len(much), mmap.PAGESIZE):
-                much[page] = 0  # until it is written to, every page is one and the same of the system's
-            return max(0, _time_cold(hooked.step, much) - _time_cold(bare.step, much))
+        # a separate map, because giving 8 MB back to malloc would make it keep large blocks from then on
+        with mmap.mmap(-1, _MORE_THAN_CACHES) as buffer:
+            for page in range(0, len(buffer), mmap.PAGESIZE):
+                buffer[page] = 0  # a page that was never written to is shared by all, and would stay cached
+            return max(0, _time_cold(hooked.step, buffer) - _time_cold(bare.step, buffer))
     finally:
-        del hooks._steps[id(hooked)]
+        del registry.steps[id(hooked)]
 
 
-#: Bytes that are walked over to make caches cold: a core's own hold 2 MB at most, and the last one is not aimed at.
+#: Bytes that are read to make caches cold. A core's own caches hold 2 MB at most; the shared last level is not meant.
 _MORE_THAN_CACHES = 8 << 20
 
 
-def _time_cold(call: Callable[[], Any], much: mmap.mmap) -> int:
+def _time_cold(call: Callable[[], Any], buffer: mmap.mmap) -> int:
     times = []
     for _ in range(15):
-        much.find(b"\1", 0)  # from the beginning to the end
-        start = hooks.clock()
+        buffer.find(b"\1", 0)  # from the beginning to the end
+        start = clock()
         call()
-        times.append(hooks.clock() - start)
+        times.append(clock() - start)
     return sorted(times)[len(times) // 2]

@@ -12,17 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvhook.adapters.compiler import (
-    Compiled,
-    Counters,
-    OnSample,
-    PublishStep,
-    Record,
-    compile_publisher,
-    no_sample,
-)
+from kvhook import __version__
+from kvhook.adapters.publisher import Compiled, Counters, OnSample, PublishStep, Record, compile_publisher, no_sample
 from kvhook.adapters.table import Adapter, vllm_version
 from kvhook.discovery.rings import prune
+from kvhook.hooks.quiet import do_nothing
 from kvhook.ring.place import RING_SUFFIX, pid_namespace, process_start
 from kvhook.ring.writer import RingWriter
 
@@ -43,7 +37,7 @@ class Recorder:
         directory: where the ring goes.
         slots: its capacity, a power of two.
         clock: monotonic nanoseconds.
-        on_sample: is told what kvhook took in a step, see `kvhook.adapters.compiler.OnSample`.
+        on_sample: is told what kvhook took in a step, see `kvhook.adapters.publisher.OnSample`.
 
     Raises:
         OSError: the ring cannot be made.
@@ -99,19 +93,13 @@ class Recorder:
         with self._closing:
             self.ring.close()
             # the session keeps its recorders: with these two the ring would stay mapped for as long
-            self.record = self.publish = _nothing
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
+            self.record = self.publish = do_nothing
 
 
 def process_facts() -> dict[str, Any]:
     """What there is to know about the process that records."""
-    import kvhook
-
     return {
-        "kvhook": kvhook.__version__,
+        "kvhook": __version__,
         "vllm": vllm_version(),
         "python": platform.python_version(),
         "pid": os.getpid(),

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvhook.ring.layout import Layout
 from kvhook.ring.place import pid_namespace
@@ -17,8 +17,8 @@ from kvhook.ring.reader import RingReader
 from kvhook.ring.trace_file import TraceWriter
 
 if TYPE_CHECKING:
-    from kvhook.recording.recorder import Recorder
     from kvhook.ring.reader import Batch
+    from kvhook.ring.writer import RingWriter
 
 #: Seconds between two looks at the rings: while nothing happens, and at the least and the most while an engine works.
 #: The longer, the less it takes from the engine's thread: what a look costs is waking up with cold caches.
@@ -46,10 +46,21 @@ def next_pause(taken: int, seconds: float, capacity: int, last: float) -> float:
     return max(SHORTEST, min(capacity / 8 * seconds / taken, 2 * last, LONGEST))
 
 
+class Recorded(Protocol):
+    """What the spool needs of a recorder: the number of its engine, facts about it, and its ring."""
+
+    number: int
+    meta: dict[str, Any]
+    ring: RingWriter
+
+    def close(self) -> None:
+        """Mark the ring closed."""
+
+
 class _Engine(NamedTuple):
     """An engine that is being drained."""
 
-    recorder: Recorder
+    recorder: Recorded
     reader: RingReader
 
 
@@ -82,14 +93,12 @@ class Spool:
         self.unwritten: dict[int, int] = {}
         #: Records that the spool has come to, per engine.
         self.published: dict[int, int] = {}
-        #: Engines that are gone, of which the last records are still to be drained.
-        self._leaving: deque[int] = deque()
+        #: Engines that are gone and whose last records are still to be drained.
+        self._retiring: deque[int] = deque()
         #: Engines whose facts are still to be written to the file that is in use.
-        self._owed: set[int] = set()
-        #: Records that fell out of a bounded history.
-        self.dropped = 0
+        self._meta_due: set[int] = set()
 
-    def add(self, recorder: Recorder) -> None:
+    def add(self, recorder: Recorded) -> None:
         """Begin to drain an engine's ring. The thread is started with the first one.
 
         Raises:
@@ -100,47 +109,44 @@ class Spool:
             self._engines[number] = _Engine(recorder, RingReader(recorder.ring.path, 0))
             self._metas[number] = recorder.meta
             self.overrun[number] = self.unwritten[number] = self.published[number] = 0
-            self._owed.add(number)
+            self._meta_due.add(number)
             try:
-                self._settle(number, self._file_for(recorder.ring.layout))
+                self._write_due_meta(number, self._file_for(recorder.ring.layout))
             except OSError as error:
                 self._fault(_WRITING, error, _THEN)
             if self._thread is None and not self._stopped:
                 self._thread = threading.Thread(target=self._run, name="kvhook-spool", daemon=True)
                 self._thread.start()
 
-    def remove(self, number: int) -> None:
-        """Drain an engine for the last time, and put its count of records into the file."""
-        with self._lock:
-            self._remove(number)
+    def retire(self, number: int) -> None:
+        """Drain an engine for the last time and close its ring: at once if the lock is free, else whoever holds it does
+        so later.
 
-    def leave(self, number: int) -> None:
-        """The same, and its ring is closed; at once if nobody else is at work here, else when they have done.
-
-        It waits for nothing, since it is called from finalizers: the garbage collector runs them in any thread at any
-        moment, also in one that holds the lock.
+        It waits for nothing, since finalizers call it: the garbage collector runs them in any thread at any moment,
+        also in a thread that holds the lock.
         """
-        self._leaving.append(number)
+        self._retiring.append(number)
         if self._lock.acquire(blocking=False):
             try:
-                self._let_go()
+                self._close_retired()
             finally:
                 self._lock.release()
 
-    def _let_go(self) -> None:
-        while self._leaving:
-            engine = self._remove(self._leaving.popleft())
+    def _close_retired(self) -> None:
+        while self._retiring:
+            engine = self._drain_finally(self._retiring.popleft())
             if engine is not None:
                 engine.recorder.close()
 
-    def _remove(self, number: int) -> _Engine | None:
+    def _drain_finally(self, number: int) -> _Engine | None:
+        """Drain an engine for the last time, and put its count of records into the file."""
         engine = self._engines.get(number)
         if engine is None:
             return None
         try:
             self._drain(engine)
             file = self._file_for(engine.recorder.ring.layout)
-            self._settle(number, file)
+            self._write_due_meta(number, file)
             file.append_meta(number, self._counts(number))
         except OSError as error:
             self._fault(_WRITING, error, _THEN)
@@ -150,29 +156,26 @@ class Spool:
         engine.reader.close()
         return engine
 
-    def tell_again(self, number: int) -> None:
-        """Write the facts about an engine once more, at the next look at its ring: they have changed. Takes no lock,
-        so that the engine's own thread may call it."""
-        self._owed.add(number)
+    def write_meta_again(self, number: int) -> None:
+        """Write the facts about an engine once more when its ring is drained next, because they have changed.
+
+        Takes no lock, so that the engine's own thread may call it.
+        """
+        self._meta_due.add(number)
 
     def drain(self) -> int:
         """Bring the files up to now; gives the number of records that were taken over."""
         with self._lock:
-            self._let_go()
+            self._close_retired()
             taken = 0
             for number, engine in self._engines.items():
                 taken += self._drain(engine)
-                if number in self._owed:  # told again, and no record has come since
+                if number in self._meta_due:  # its facts have changed, and no record has come since
                     try:
-                        self._settle(number, self._file_for(engine.recorder.ring.layout))
+                        self._write_due_meta(number, self._file_for(engine.recorder.ring.layout))
                     except OSError as error:
                         self._fault(_WRITING, error, _THEN)
             return taken
-
-    def paths(self) -> list[Path]:
-        """The files, oldest first."""
-        with self._lock:
-            return [f.path for f in self._files]
 
     def open(self) -> tuple[list[Path], list[int], dict[int, dict[str, int]]]:
         """The files, oldest first, a descriptor of each, and how many records of each engine came and were lost.
@@ -198,9 +201,9 @@ class Spool:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
             self._thread = None
-        for number in list(self._engines):
-            self.remove(number)
         with self._lock:
+            for number in list(self._engines):
+                self._drain_finally(number)
             for file in self._files:
                 try:
                     file.close()
@@ -237,7 +240,7 @@ class Spool:
         file, before = None, -1
         try:
             file = self._file_for(engine.recorder.ring.layout)
-            self._settle(number, file)
+            self._write_due_meta(number, file)
             before = file.slots
             file.append(batch.slots)
         except OSError as error:
@@ -245,14 +248,14 @@ class Spool:
             self.unwritten[number] += len(batch.slots) - there
             self._fault(_WRITING, error, _THEN)
 
-    def _settle(self, number: int, file: TraceWriter) -> None:
+    def _write_due_meta(self, number: int, file: TraceWriter) -> None:
         """Write the facts about an engine that could not be written so far."""
-        if number in self._owed:
-            self._owed.discard(number)
+        if number in self._meta_due:
+            self._meta_due.discard(number)
             try:
                 file.append_meta(number, self._metas[number])
             except OSError:
-                self._owed.add(number)
+                self._meta_due.add(number)
                 raise
 
     def _counts(self, number: int) -> dict[str, int]:
@@ -271,7 +274,6 @@ class Spool:
             return current
         while sum(f.size for f in self._files) > self._limit - self._limit // SEGMENTS:
             oldest = self._files.pop(0)
-            self.dropped += oldest.slots
             with contextlib.suppress(OSError):
                 oldest.close()
             oldest.path.unlink(missing_ok=True)
@@ -282,8 +284,8 @@ class Spool:
         file = TraceWriter(self._new_path(self._made), layout, meta | {"pid_namespace": pid_namespace()})
         self._made += 1
         self._files.append(file)
-        self._owed |= {number for number, e in self._engines.items() if e.recorder.ring.layout == layout}
-        for number in sorted(self._owed):
+        self._meta_due |= {number for number, e in self._engines.items() if e.recorder.ring.layout == layout}
+        for number in sorted(self._meta_due):
             if number in self._engines and self._engines[number].recorder.ring.layout == layout:
-                self._settle(number, file)
+                self._write_due_meta(number, file)
         return file

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvhook import forks
 from kvhook.ring.layout import (
     BODY_AT,
     CLOSED,
@@ -25,9 +26,9 @@ from kvhook.ring.place import create_file, process_start
 Publish = Callable[[int, bytes], int]
 
 
-#: How many forks lie between this process and the one that imported this module first. A ring is written by the
-#: process that made it: in a forked child, to whom the map is shared, its writer does nothing.
-_generation = 0
+#: `kvhook.forks.generation`, copied here because a global of this module is read faster in every step. A ring is
+#: written by the process that made it: in a forked child, which shares the map, its writer does nothing.
+_generation = forks.generation
 
 
 class RingWriter:
@@ -124,8 +125,7 @@ class RingWriter:
 
 def _in_child() -> None:
     global _generation
-    _generation += 1
+    _generation = forks.generation
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+forks.call_in_child(_in_child)

@@ -42,7 +42,7 @@ def checked(folder: Path) -> dict[str, Any]:
     rings = Path(os.environ["KVHOOK_DIR"])
     return {
         "checks": results,
-        "installed": kvhook.recording.session._current is not None,
+        "installed": kvhook.recording.installation.current_session() is not None,
         "patched": sorted(kvhook.hooks.patched()),
         "engines": engines(),
         "metrics": in_registry(),
@@ -62,7 +62,7 @@ def main(model: str, folder: Path) -> None:
     llm = LLM(model=model, **SMALL, disable_log_stats=False)
     run(llm, workload()[:2])
     beside = checked(folder)
-    beside["session_is_the_same"] = kvhook.recording.session._current is session
+    beside["session_is_the_same"] = kvhook.recording.installation.current_session() is session
     steps = len(session.steps(0))
     del llm
     gc.collect()

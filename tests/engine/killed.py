@@ -25,7 +25,7 @@ def main(model: str, trace: str, witness: str) -> None:
     kvhook.install(trace=trace)
     from vllm import LLM, SamplingParams
 
-    from kvhook import hooks
+    from kvhook.hooks.registry import registry
     from tests.workloads import SMALL, tokens
 
     llm = LLM(model=model, **SMALL)
@@ -35,7 +35,7 @@ def main(model: str, trace: str, witness: str) -> None:
         memory = mmap.mmap(file.fileno(), 8 + ROW.size * MOST)
     words = memoryview(memory)[:8].cast("Q")
     given: dict[str, Any] = {"tokens": 0, "usage": float("nan")}
-    record, publish = engine.logger_manager.record, hooks._steps[id(engine)]
+    record, publish = engine.logger_manager.record, registry.steps[id(engine)]
 
     def see(*args: Any, **kwargs: Any) -> Any:
         scheduler, iteration = kwargs["scheduler_stats"], kwargs["iteration_stats"]
@@ -52,7 +52,7 @@ def main(model: str, trace: str, witness: str) -> None:
         given.update(tokens=0, usage=float("nan"))
 
     engine.logger_manager.record = see
-    hooks._steps[id(engine)] = publish_and_tell
+    registry.steps[id(engine)] = publish_and_tell
     rng = random.Random(1)
     for _ in range(1000):
         prompts: list[Any] = [{"prompt_token_ids": tokens(rng, rng.randrange(20, 120))} for _ in range(12)]

@@ -251,7 +251,7 @@ def test_stats_off_and_not_recorded_leaves_the_states_of_the_scheduler(make_llm:
     assert stats["key_metrics"]["prompt_tokens_total"] is None
     assert "disable_log_stats=False" in stats["absent"]["prompt_tokens_total"]
     assert "kvhook.install() before LLM" in stats["latest_stats"]["debug_info"]["not_available"][names.HOOK]
-    assert not kvhook.recording.session._current, "nothing was installed in vain"
+    assert not kvhook.recording.installation.current_session(), "nothing was installed in vain"
 
 
 def test_an_engine_with_stats_on_is_attached_by_start_monitoring(make_llm: MakeLLM):
@@ -262,7 +262,7 @@ def test_an_engine_with_stats_on_is_attached_by_start_monitoring(make_llm: MakeL
         stats = collector.get_comprehensive_stats()
     assert stats["collection_method"] == names.HOOK
     assert stats["key_metrics"]["prompt_tokens_total"] == sum(len(p) for c in workload()[:2] for p in c.prompts)
-    assert not kvhook.recording.session._current, "what the collector installed is gone with it"
+    assert not kvhook.recording.installation.current_session(), "what the collector installed is gone with it"
     assert collector.get_comprehensive_stats()["key_metrics"] == stats["key_metrics"], "and can still be asked"
 
 

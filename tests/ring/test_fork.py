@@ -138,10 +138,10 @@ for name in ("parent", "child"):
 
 def test_a_spawned_child_knows_nothing_of_its_parents_session(tmp_path: Path, python: Python):
     (tmp_path / "child.py").write_text(
-        "import os, kvhook.recording.session, kvhook.hooks\n"
+        "import os, kvhook.recording.installation, kvhook.hooks\n"
         "def look(queue):\n"
         "    rings = os.listdir(os.environ['KVHOOK_DIR'])\n"
-        "    queue.put([kvhook.recording.session._current is None, kvhook.hooks._owner is None, rings])\n"
+        "    queue.put([kvhook.recording.installation.current_session() is None, not kvhook.hooks.armed(), rings])\n"
     )
     code = (
         COMMON

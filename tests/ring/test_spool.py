@@ -36,11 +36,14 @@ class Recorder:
     def __init__(self, recording: Recording) -> None:
         self.number, self.ring, self.meta = recording.engine, recording.ring, recording.meta
 
+    def close(self) -> None:
+        self.ring.close()
+
 
 def spool_of(recording: Recording, path: Path, limit: int | None = None) -> tuple[Spool, Faults]:
     faults = Faults()
     spool = Spool(lambda n: path if not n else path.with_name(f"{path.stem}-{n + 1}.kvh"), limit, faults)
-    spool.add(Recorder(recording))  # type: ignore[arg-type]
+    spool.add(Recorder(recording))
     return spool, faults
 
 

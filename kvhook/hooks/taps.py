@@ -1,7 +1,7 @@
-"""How the stats of an engine are got at, once it has been built: `Adapter.tap` names one of `TAPS`.
+"""How kvhook gets at the stats of one engine that has been built. `Adapter.tap` names one of `TAPS`.
 
-A tap puts ``record`` where the stats of this one engine pass, and gives what takes it out again. Classes are patched in
-`kvhook.hooks`; in here only objects of the engine are touched.
+A tap puts ``record`` where the stats of this engine pass, and returns a function that takes it out again. It changes
+objects of that engine only; classes are patched in `kvhook.hooks.patching`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kvhook.adapters.compiler import MEASURE_EVERY, Record
 from kvhook.adapters.light import Counter, Counts, make_counter
+from kvhook.adapters.publisher import MEASURE_EVERY, Record
 from kvhook.adapters.table import Adapter, lookup
+from kvhook.hooks.quiet import OnlyLogger, QuietManager, do_nothing
 
 Undo = Callable[[], None]
 
@@ -43,7 +44,7 @@ def tap_manager(tap: Tap) -> Undo:
         raise LookupError(f"it has no {tap.adapter.holder}")
     if isinstance(manager, QuietManager):
         manager.hand_over_to(tap.record)
-        return lambda: manager.hand_over_to(nothing)
+        return lambda: manager.hand_over_to(do_nothing)
     return _listed(tap, id(manager))
 
 
@@ -66,7 +67,7 @@ def tap_lists(tap: Tap) -> Undo:
     """AsyncLLM up to 0.9: a list of loggers for each rank, up to 0.8.2 one list. One more logger goes into each."""
     loggers = getattr(tap.engine, tap.adapter.holder)
     lists = loggers if loggers and isinstance(loggers[0], list) else [loggers]
-    ours = [(each, _OnlyLogger(functools.partial(tap.record, engine_idx=rank))) for rank, each in enumerate(lists)]
+    ours = [(each, OnlyLogger(functools.partial(tap.record, engine_idx=rank))) for rank, each in enumerate(lists)]
     for each, logger in ours:
         each.append(logger)
 
@@ -240,51 +241,3 @@ def _replace(*replaced: tuple[Any, str, Callable[..., Any]]) -> Undo:
                 delattr(owner, name)
 
     return undo
-
-
-class QuietManager:
-    """Marks the loggers and managers that `quiet_manager` makes."""
-
-    stat_loggers: list[Any]
-
-    def hand_over_to(self, record: Record) -> None:
-        """From now on the engine's stats go straight to `record`, without a frame in between."""
-        self.stat_loggers = [_OnlyLogger(record)]
-        self.record = record
-
-
-class _OnlyLogger:
-    """kvhook alone in vLLM's list of loggers: records, and does nothing at everything else a manager may ask."""
-
-    def __init__(self, record: Record) -> None:
-        self.record = record
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return nothing
-
-
-def nothing(*_: Any, **__: Any) -> None:
-    """Does nothing, whatever it is given."""
-    return None
-
-
-def quiet_manager(logger_class: Any) -> Any:
-    """A logger (manager) of vLLM's own type that does nothing: what asks for its type still gets it."""
-    silent = {name: nothing for name in dir(logger_class) if not name.startswith("_")}
-    made: Any = object.__new__(type("KvhookStatLoggerManager", (QuietManager, logger_class), silent))
-    made.engine_indexes = [0]
-    made.hand_over_to(nothing)
-    return made
-
-
-def make_no_stats(engine: Any, holder: str) -> None:
-    """Let an engine whose stats kvhook had turned on make none in its front end any more, as its user wanted it."""
-    processor = getattr(engine, "output_processor", None)
-    owners: tuple[Any, ...] = (engine, processor, getattr(processor, "lora_states", None))
-    for owner in owners:
-        if hasattr(owner, "log_stats"):
-            owner.log_stats = False
-    if holder:
-        setattr(engine, holder, None)

@@ -1,0 +1,50 @@
+"""Where kvhook meets vLLM: patches, what happens at each patched call, and which engines are recorded.
+
+- `registry`: the state of the hooks, in one object
+- `taps`: how the stats of one engine are got at; `quiet`: engines whose user left vLLM's stats off
+- `engines`: how an engine begins and ends to be recorded
+- `wrappers`: what happens at each patched call, the step among them
+- `patching`: which names are replaced, all or none, and how they are put back
+
+The functions below are what the rest of kvhook uses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvhook.hooks.engines import clock, publish_on_record, step_down, watch
+from kvhook.hooks.patching import arm, disarm, patched
+from kvhook.hooks.registry import Owner, building, registry
+
+__all__ = [
+    "Owner",
+    "adapter_of",
+    "arm",
+    "armed",
+    "being_built",
+    "clock",
+    "disarm",
+    "is_recorded",
+    "patched",
+    "publish_on_record",
+    "step_down",
+    "watch",
+]
+
+adapter_of = registry.adapter_of
+
+
+def armed() -> bool:
+    """Whether a session is told of new engines."""
+    return registry.owner is not None
+
+
+def is_recorded(engine: Any) -> bool:
+    """Whether an engine is being recorded."""
+    return id(engine) in registry.engines
+
+
+def being_built() -> bool:
+    """Whether an engine that will be recorded is being built at this moment."""
+    return building.get() is not None

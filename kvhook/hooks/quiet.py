@@ -1,0 +1,56 @@
+"""Engines whose user left vLLM's stats off: kvhook gets its numbers there, and vLLM's own loggers stay away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvhook.adapters.publisher import Record
+
+
+def do_nothing(*_: Any, **__: Any) -> None:
+    """Does nothing, whatever it is given."""
+    return None
+
+
+class QuietManager:
+    """Marks the loggers and managers that `quiet_manager` makes."""
+
+    stat_loggers: list[Any]
+
+    def hand_over_to(self, record: Record) -> None:
+        """From now on the engine's stats go straight to `record`, without a frame in between."""
+        self.stat_loggers = [OnlyLogger(record)]
+        self.record = record
+
+
+class OnlyLogger:
+    """kvhook alone in vLLM's list of loggers: records, and does nothing at everything else a manager may ask."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return do_nothing
+
+
+def quiet_manager(logger_class: Any) -> Any:
+    """A logger (manager) of vLLM's own type that does nothing: what asks for its type still gets it."""
+    silent = {name: do_nothing for name in dir(logger_class) if not name.startswith("_")}
+    made: Any = object.__new__(type("KvhookStatLoggerManager", (QuietManager, logger_class), silent))
+    made.engine_indexes = [0]
+    made.hand_over_to(do_nothing)
+    return made
+
+
+def make_no_stats(engine: Any, holder: str) -> None:
+    """Let an engine whose stats kvhook had turned on make none in its front end any more, as its user wanted it."""
+    processor = getattr(engine, "output_processor", None)
+    owners: tuple[Any, ...] = (engine, processor, getattr(processor, "lora_states", None))
+    for owner in owners:
+        if hasattr(owner, "log_stats"):
+            owner.log_stats = False
+    if holder:
+        setattr(engine, holder, None)

@@ -1,0 +1,158 @@
+"""What the hooks know: who is told about engines, which engines are recorded, and what is patched.
+
+All state of `kvhook.hooks` is in one object, `registry`. The other modules of this package hold functions only.
+
+Two of its dictionaries are read while an engine works, and stay plain dictionaries for that reason: `Registry.steps`
+in every step, and `Registry.records` each time stats pass. They are never replaced by new ones, only changed, so that
+other modules may keep a reference to them.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from kvhook import forks
+from kvhook.adapters.publisher import PublishStep, Record
+from kvhook.adapters.table import Adapter, Target
+
+log = logging.getLogger("kvhook")
+
+#: What happens when recording an engine has failed.
+NOT_RECORDED_FURTHER = "this engine is not recorded any further"
+
+
+class Owner(Protocol):
+    """Who is told about engines: the session."""
+
+    def open_engine(self, engine: Any, adapter: Adapter, facts: dict[str, Any]) -> tuple[Record, PublishStep] | None:
+        """A new engine was built. Returns the functions that record it, or None if it is not to be recorded."""
+
+    def close_engine(self, engine_id: int) -> None:
+        """The engine is gone. Called from finalizers, so it must not wait for a lock."""
+
+    def fault(self, where: str, error: BaseException, then: str) -> None:
+        """Something in kvhook failed."""
+
+
+class Patch(NamedTuple):
+    """A name that was replaced: ``vars(parent)[attribute]`` was `original`, or it was inherited."""
+
+    parent: Any
+    attribute: str
+    original: Any
+    wrapper: Any
+    inherited: bool
+
+
+class PatchedAdapter(NamedTuple):
+    """An adapter whose targets are patched: the class of its engines, and the targets that were found."""
+
+    adapter: Adapter
+    engine: type
+    targets: tuple[Target, ...]
+
+
+class Building(NamedTuple):
+    """An engine whose ``__init__`` is running.
+
+    ``stats_off``: its user left vLLM's stats off. ``on_event_loop``: it is an AsyncLLM, which turns stats on by itself
+    if it finds stat loggers.
+    """
+
+    stats_off: bool
+    on_event_loop: bool
+
+
+@dataclass(slots=True)
+class RecordedEngine:
+    """One engine that is being recorded.
+
+    Attributes:
+        remove_tap: takes out what was put into the engine.
+        stats_off: its user left vLLM's stats off, so its ``get_metrics()`` goes on refusing.
+    """
+
+    remove_tap: Callable[[], None]
+    stats_off: bool = False
+
+
+@dataclass(slots=True)
+class Registry:
+    """The state of the hooks in this process.
+
+    Attributes:
+        steps: id(engine) -> publish, read in every step. An engine that is not in it is not recorded.
+        records: id of the object that the stats pass (a stat logger manager, a logger, V0's engine) -> record.
+        engines: id(engine) -> what is known of it, for every engine that is recorded.
+        owner: the session; None while kvhook is not installed.
+        level: how much the owner wants to be recorded, a key of `kvhook.adapters.BY_LEVEL`.
+        patches: the names that were replaced, in the order in which that was done.
+        patched: name of an adapter -> the adapter and its targets.
+        imports_awaited: modules for which an import hook is registered.
+        imported: modules of adapters whose import has ended.
+        warned: the warnings that were given in this session.
+    """
+
+    steps: dict[int, PublishStep] = field(default_factory=dict)
+    records: dict[int, Record] = field(default_factory=dict)
+    engines: dict[int, RecordedEngine] = field(default_factory=dict)
+    owner: Owner | None = None
+    level: str = "full"
+    patches: list[Patch] = field(default_factory=list)
+    patched: dict[str, PatchedAdapter] = field(default_factory=dict)
+    imports_awaited: set[str] = field(default_factory=set)
+    imported: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
+
+    def adapter_of(self, engine: Any) -> Adapter | None:
+        """The adapter whose targets are patched for an engine's class; None if there is none."""
+        return next((p.adapter for p in self.patched.values() if isinstance(engine, p.engine)), None)
+
+    def stats_off(self, engine: Any) -> bool:
+        """Whether a recorded engine's user left vLLM's stats off."""
+        known = self.engines.get(id(engine))
+        return known is not None and known.stats_off
+
+    def remove(self, engine_id: int) -> None:
+        """Stop recording an engine, and take out of it what was put into it."""
+        self.steps.pop(engine_id, None)
+        known = self.engines.pop(engine_id, None)
+        if known is not None:
+            known.remove_tap()
+
+    def clear(self) -> None:
+        """Forget all engines, without touching them."""
+        self.steps.clear()
+        self.records.clear()
+        self.engines.clear()
+
+    def fault(self, where: str, error: BaseException, then: str) -> None:
+        """Report an error of kvhook's to the owner, if there is one."""
+        if self.owner is not None:
+            self.owner.fault(where, error, then)
+
+    def warn_once(self, text: str, *values: str) -> None:
+        """Log a warning, once in a session."""
+        if text % values not in self.warned:
+            self.warned.add(text % values)
+            log.warning(text, *values)
+
+
+#: The one registry of this process.
+registry = Registry()
+
+#: The engine that is being built in this thread or task; None if there is none.
+building: contextvars.ContextVar[Building | None] = contextvars.ContextVar("kvhook_building", default=None)
+
+
+def _in_child() -> None:
+    """After a fork the child records nothing: its engines are copies of the parent's, and a ring has one writer."""
+    registry.owner = None
+    registry.clear()
+
+
+forks.call_in_child(_in_child)

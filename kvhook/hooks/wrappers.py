@@ -1,0 +1,181 @@
+"""What happens at each patched call of vLLM. `ROLES` at the end says which function is put at which target.
+
+Each function has wrapt's signature: the wrapped function, the object it is called on, and the arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvhook.hooks.engines import watch
+from kvhook.hooks.quiet import make_no_stats, quiet_manager
+from kvhook.hooks.registry import NOT_RECORDED_FURTHER, Building, building, registry
+
+clock = time.monotonic_ns
+
+# The registry's own dictionaries, under names that are found without a look into the registry.
+_steps, _records, _engines = registry.steps, registry.records, registry.engines
+
+
+# ---- in every step -------------------------------------------------------------------------------------------------
+
+
+def on_step(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Around ``LLMEngine.step``: take the two clocks, and publish what came in between."""
+    publish = _steps.get(id(instance))
+    if publish is None:
+        return wrapped(*args, **kwargs)
+    start = clock()
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        try:
+            publish(start, clock())
+        except BaseException as error:
+            _failed("recording a step", error, _steps, id(instance))
+            if not isinstance(error, Exception):
+                raise  # Ctrl-C belongs to the user
+
+
+def on_record(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Around vLLM's ``record``, where its own loggers are on: look at the stats as they pass."""
+    record = _records.get(id(instance))
+    if record is not None:
+        try:
+            record(*args, **kwargs)
+        except Exception as error:
+            _failed("taking over the stats of a step", error, _records, id(instance))
+    return wrapped(*args, **kwargs)
+
+
+def on_stats(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Around V0's ``LLMEngine._get_stats``: take what it made. Without a schedule it was not made for a step."""
+    stats = wrapped(*args, **kwargs)
+    record = _records.get(id(instance))
+    if record is not None and (args[0] if args else kwargs.get("scheduler_outputs")) is not None:
+        try:
+            record(stats)
+        except Exception as error:
+            _failed("taking over the stats of a step", error, _records, id(instance))
+    return stats
+
+
+def on_finished(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Around ``IterationStats.update_from_finished_request``: leave the request's TTFT on the finished request.
+
+    vLLM knows it (RequestStateStats.first_token_latency) and does not pass it on.
+    """
+    result = wrapped(*args, **kwargs)
+    if _engines:
+        try:
+            state = kwargs.get("req_stats")
+            if state is None:
+                state = next(a for a in args if hasattr(a, "first_token_latency"))
+            instance.finished_requests[-1].kvhook_ttft = state.first_token_latency
+        except Exception as error:
+            registry.fault("reading a request's time to first token", error, "it is NaN for this request")
+    return result
+
+
+def _failed(what: str, error: BaseException, table: dict[int, Any], key: int) -> None:
+    """A hook failed: report it, and if the fault is kvhook's, never call it again for this engine."""
+    if isinstance(error, Exception):
+        table.pop(key, None)
+    registry.fault(what, error, NOT_RECORDED_FURTHER)
+
+
+# ---- while an engine is built --------------------------------------------------------------------------------------
+
+
+def on_engine_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Around an engine's ``__init__``: turn the stats on if the user left them off, and then record the engine."""
+    owner, adapter = registry.owner, registry.adapter_of(instance)
+    if owner is None or adapter is None:
+        return wrapped(*args, **kwargs)
+    stats_were_on = True
+    try:
+        signature = inspect.signature(wrapped)
+        arguments = signature.bind(*args, **kwargs)
+        stats_were_on = bool(arguments.arguments["log_stats"])
+        if adapter.level == "full":
+            arguments.arguments["log_stats"] = True
+        if not stats_were_on:
+            arguments.arguments |= {n: make() for n, make in adapter.quiet.items() if n in signature.parameters}
+        args, kwargs = arguments.args, arguments.kwargs
+    except Exception as error:
+        owner.fault("turning vLLM's stats on", error, "this engine is recorded only if its stats are on anyway")
+    token = building.set(Building(not stats_were_on, on_event_loop=not adapter.timed))
+    try:
+        result = wrapped(*args, **kwargs)
+    finally:
+        building.reset(token)
+    try:
+        watch(instance, stats_were_on=stats_were_on, built_by_us=True)
+    except Exception as error:
+        owner.fault("starting to record an engine", error, "this engine is not recorded")
+        if not stats_were_on and adapter.timed and adapter.tap == "manager":
+            make_no_stats(instance, "")
+    return result
+
+
+def on_manager(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """In place of vLLM's stat logger (manager) in the engine's module: none but kvhook's where stats were off.
+
+    vLLM's own always makes a Prometheus logger (38-490 us a step), whose making also wipes the numbers of every
+    engine before; and the logging one. Nobody asked for them here.
+    """
+    being_built = building.get()
+    if being_built is None or not being_built.stats_off:
+        return wrapped(*args, **kwargs)
+    if being_built.on_event_loop and kwargs.get("custom_stat_loggers") and "enable_default_loggers" in kwargs:
+        # with loggers of the user's own, vLLM would have turned stats on by itself, for them alone
+        return wrapped(*args, **{**kwargs, "enable_default_loggers": False})
+    try:
+        return quiet_manager(wrapped)
+    except Exception as error:  # somebody has put something else in the place of vLLM's class
+        registry.fault("keeping vLLM's own loggers away", error, "they are made, although stats were left off")
+    return wrapped(*args, **kwargs)
+
+
+def on_core(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Around ``EngineCoreClient.make_client``, where the core alone is to make stats: at level light, and in vLLM 0.8,
+    whose LLMEngine turns its core's stats off whatever the user says."""
+    owner = registry.owner
+    if owner is not None and building.get() is not None:
+        try:
+            arguments = inspect.signature(wrapped).bind(*args, **kwargs)
+            arguments.arguments["log_stats"] = True
+            args, kwargs = arguments.args, arguments.kwargs
+        except Exception as error:
+            owner.fault(
+                "turning the engine core's stats on", error, "this engine is recorded only if they are on anyway"
+            )
+    return wrapped(*args, **kwargs)
+
+
+def on_get_metrics(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Around ``LLMEngine.get_metrics``: with the user's stats off it fails as it does without kvhook."""
+    if registry.stats_off(instance):
+        raise AssertionError(
+            "Stat logging disabled: vLLM's metrics are off in this engine, as they are by default. kvhook has this "
+            "run's numbers (session.summary()); for vLLM's own as well, pass disable_log_stats=False to LLM(...)"
+        )
+    return wrapped(*args, **kwargs)
+
+
+# ---- which function goes where -------------------------------------------------------------------------------------
+
+#: Role of a target -> what is put there.
+ROLES: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
+    "engine_init": on_engine_init,
+    "engine_step": on_step,
+    "manager": on_manager,
+    "core": on_core,
+    "record": on_record,
+    "stats": on_stats,
+    "finished": on_finished,
+    "get_metrics": on_get_metrics,
+}

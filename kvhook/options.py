@@ -1,0 +1,104 @@
+"""What a user may choose: the arguments of `kvhook.install`."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvhook.errors import KvhookError
+from kvhook.ring.layout import MAX_CAPACITY
+from kvhook.ring.trace_file import TRACE_SUFFIX
+
+#: Slots of a ring: some 3.7 MB. In containers /dev/shm is often 64 MiB in all.
+RING_SLOTS = 8192
+#: Bytes of history on disk: 2.4 million steps.
+HISTORY = "1GiB"
+#: The levels that can be asked for.
+LEVELS = ("full", "light")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `kvhook.install`, as they were given. `check` says what is wrong with them.
+
+    Attributes:
+        trace: stream the run to this ``.kvh`` file.
+        history: how much of the run is kept on disk without `trace`, in bytes or as text such as ``"500MB"``.
+        ring_dir: directory of the rings, instead of shared memory.
+        ring_slots: records a ring holds, before rounding up.
+        level: ``"full"`` or ``"light"``.
+        max_overhead: the most that kvhook may take, as a share of the time inside steps.
+    """
+
+    trace: str | os.PathLike[str] | None = None
+    history: int | str = HISTORY
+    ring_dir: str | os.PathLike[str] | None = None
+    ring_slots: int = RING_SLOTS
+    level: str = "full"
+    max_overhead: float | None = None
+
+    def check(self) -> None:
+        """Look at every option before anything is made.
+
+        Raises:
+            KvhookError: one is not usable; the message says which and why.
+        """
+        if self.level not in LEVELS:
+            raise KvhookError(f"level={self.level!r}: there are {', '.join(map(repr, LEVELS))}")
+        _check_share(self.max_overhead)
+        _check_slots(self.ring_slots)
+        if self.trace_path is not None:
+            _check_trace_path(self.trace_path)
+        _ = self.history_bytes
+
+    @property
+    def trace_path(self) -> Path | None:
+        """The file that the run is streamed to, if there is to be one."""
+        return Path(self.trace) if self.trace is not None else None
+
+    @property
+    def history_bytes(self) -> int | None:
+        """The most bytes of history on disk; None with a trace file, which is not limited."""
+        return parse_size(self.history) if self.trace is None else None
+
+    @property
+    def ring_capacity(self) -> int:
+        """Slots of a ring: `ring_slots` rounded up to a power of two."""
+        return max(64, 1 << (self.ring_slots - 1).bit_length())
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from a number or from text like ``"500MB"``, ``"1GiB"`` or ``"2g"``.
+
+    Raises:
+        KvhookError: it is neither.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b|)\s*", str(size), re.IGNORECASE)
+    if not match or isinstance(size, (float, bool)):
+        raise KvhookError(f"{size!r} is not a size; say bytes, or text like '500MB' or '1GiB'")
+    number, unit, rest = match.groups()
+    factor = 1000 if rest.lower() == "b" else 1024
+    return int(float(number) * factor ** " kmgt".index(unit.lower() or " "))
+
+
+def _check_share(share: object) -> None:
+    if share is None:
+        return
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise KvhookError(f"max_overhead is a share of the step time, above 0 and up to 1 (0.01), not {share!r}")
+
+
+def _check_slots(slots: object) -> None:
+    if not isinstance(slots, int) or isinstance(slots, bool) or not 1 <= slots <= MAX_CAPACITY:
+        raise KvhookError(f"ring_slots is a number from 1 to {MAX_CAPACITY}, not {slots!r}")
+
+
+def _check_trace_path(path: Path) -> None:
+    if path.suffix != TRACE_SUFFIX:
+        raise KvhookError(f"trace={str(path)!r}: a trace ends in {TRACE_SUFFIX}; other formats: session.dump()")
+    if path.exists():
+        raise KvhookError(f"trace={str(path)!r} exists, and kvhook does not overwrite: take another name or remove it")
+    if not path.parent.is_dir():
+        raise KvhookError(f"trace={str(path)!r}: there is no directory {path.parent}; make it first")

@@ -1,0 +1,181 @@
+"""Which session is installed in this process: `install`, `uninstall`, `attach`."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from typing import Any
+
+from kvhook import hooks
+from kvhook.errors import KvhookError, StatsOffError
+from kvhook.options import HISTORY, RING_SLOTS, Options
+from kvhook.recording.session import Session, lock
+
+log = logging.getLogger("kvhook")
+
+_current: Session | None = None
+
+
+def current_session() -> Session | None:
+    """The session that is installed; None if there is none. It may be closed, or a parent process's."""
+    return _current
+
+
+def set_current_session(session: Session | None) -> None:
+    """Take a session for the installed one, without patching anything. For benchmarks that switch between sessions."""
+    global _current
+    _current = session
+
+
+def install(
+    *,
+    trace: str | os.PathLike[str] | None = None,
+    history: int | str = HISTORY,
+    ring_dir: str | os.PathLike[str] | None = None,
+    ring_slots: int = RING_SLOTS,
+    level: str = "full",
+    max_overhead: float | None = None,
+) -> Session:
+    """Record every vLLM engine that is made from now on.
+
+    Call it before ``LLM(...)``; before or after ``import vllm`` does not matter, and vLLM need not even be
+    installed. Installing twice is installing once: the second call gives the session that is there.
+
+    Args:
+        trace: stream the run to this ``.kvh`` file. Without it, the run is kept in a temporary file until the
+            process ends.
+        history: how much of the run is kept on disk without `trace`: bytes, or text such as ``"500MB"``. Beyond it
+            the oldest part is dropped, and counted.
+        ring_dir: directory of the ring, instead of shared memory; also ``KVHOOK_DIR``.
+        ring_slots: records the ring holds, rounded up to a power of two. It is what other processes see live, and
+            what is left after a crash.
+        level: ``"full"``, or ``"light"``: the scheduler's stats and exact token counts of every step, without latencies
+            and single requests (`Summary.not_recorded`). vLLM's front end then works as it does without kvhook.
+        max_overhead: the most that kvhook may take, as a share of the time inside steps, 0.01 say, what vLLM takes to
+            make stats for it included. When that is exceeded for long (three times 256 steps), kvhook steps down to
+            level light, and then counts the outputs of every 4th, 16th, 64th step only; the trace says when and why.
+
+    Raises:
+        RingDirectoryError: there is no place for the ring; the message gives each place that was tried.
+        KvhookError: an argument is not usable; the message says which and why.
+    """
+    global _current
+    options = Options(
+        trace=trace,
+        history=history,
+        ring_dir=ring_dir,
+        ring_slots=ring_slots,
+        level=level,
+        max_overhead=max_overhead,
+    )
+    with lock:
+        if _current is not None and _current.is_closed:
+            hooks.disarm()  # closed by hand: it records nothing any more
+            _current = None
+        session = _reusable_session()
+        if session is None:
+            session = _new_session(options)
+        else:
+            _warn_of_ignored(options, session)
+        if not hooks.armed():
+            _warn_if_slow()
+            hooks.arm(session, session.level)
+        return session
+
+
+def for_logger() -> Session:
+    """The session that a `kvhook.StatLogger` records into: the one that is there, or a new one that patches nothing."""
+    with lock:
+        return _reusable_session() or _new_session(Options())
+
+
+def uninstall() -> None:
+    """Take kvhook out of vLLM: the patched names are the very objects they were, the session is closed.
+
+    Its data can still be read. Without a session, nothing happens.
+    """
+    global _current
+    with lock:
+        session, _current = _current, None
+        if session is not None:
+            session.stop_measuring()
+        hooks.disarm()
+        if session is not None:
+            session.close()
+
+
+def attach(llm: Any) -> Session:
+    """Record an engine that exists already; installs kvhook if that has not happened.
+
+    Args:
+        llm: a ``vllm.LLM``, its ``llm_engine``, or an ``AsyncLLM``.
+
+    Raises:
+        StatsOffError: the engine was built with its stats off (``LLM``'s default).
+        KvhookError: it is not a vLLM engine that this kvhook knows.
+    """
+    # LLM has its engine in `llm_engine`, V0's AsyncLLMEngine in `engine`; V1's AsyncLLM is one
+    engine = getattr(llm, "llm_engine", getattr(llm, "engine", llm))
+    if not hasattr(engine, "step") and not hasattr(engine, "add_request"):
+        raise KvhookError(f"attach() takes a vllm.LLM or its llm_engine, not {type(llm).__name__}")
+    if _current is not None and not _current.belongs_to_parent and hooks.is_recorded(engine):
+        return _current
+    if getattr(engine, "log_stats", None) is False:
+        raise StatsOffError(
+            "this engine makes no stats, and that cannot be changed any more: it was built with them off (the default "
+            "of vllm.LLM), or kvhook turned them off again when it was uninstalled. Call kvhook.install() before "
+            "LLM(...), or build the engine with LLM(..., disable_log_stats=False)"
+        )
+    session = install()
+    if hooks.adapter_of(engine) is None:
+        raise KvhookError("the engine's class is not from a vLLM that this kvhook knows, so it cannot be recorded")
+    hooks.watch(engine, stats_were_on=True)
+    return session
+
+
+def _reusable_session() -> Session | None:
+    """The installed session, if engines can still be recorded into it."""
+    session = _current
+    return session if session is not None and not session.is_closed and not session.belongs_to_parent else None
+
+
+def _new_session(options: Options) -> Session:
+    global _current
+    _current = Session(options, on_exit=_uninstall_if_current)
+    atexit.register(_at_exit, _current)
+    return _current
+
+
+def _uninstall_if_current(session: Session) -> None:
+    if _current is session:
+        uninstall()
+
+
+def _warn_of_ignored(options: Options, session: Session) -> None:
+    """Say which arguments of a second `install` have no effect."""
+    ignored: dict[str, Any] = {}
+    if options.trace is not None and options.trace_path != session.options.trace_path:
+        ignored["trace"] = str(options.trace)
+    if options.level not in ("full", session.level):
+        ignored["level"] = options.level
+    if options.max_overhead not in (None, session.options.max_overhead):
+        ignored["max_overhead"] = options.max_overhead
+    for name, value in ignored.items():
+        log.warning("kvhook is installed already; %s=%r has no effect. kvhook.uninstall() first.", name, value)
+
+
+def _warn_if_slow() -> None:
+    import wrapt
+
+    if wrapt.FunctionWrapper.__module__ == "wrapt.wrappers":
+        log.warning(
+            "kvhook: wrapt runs without its C extension here, which makes each step some 2 us dearer. "
+            "pip install --force-reinstall wrapt brings it back"
+        )
+
+
+def _at_exit(session: Session) -> None:
+    """The interpreter ends: complete what was recorded, remove what was temporary."""
+    session.close()
+    session.remove_history()

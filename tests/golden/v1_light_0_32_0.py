@@ -1,0 +1,78 @@
+# What kvhook runs in every step of V1's LLMEngine at level light, vLLM 0.32.0. Generated: python -m tests.golden --write
+
+def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample, n, step, request_number):
+    engine_index = spent_ns = 0
+    kvhook_ns = vllm_stats_ns = -1
+    sched = counts = None
+
+    def record(scheduler_stats=None, iteration_stats=None, engine_idx=None, spent=0, **_):
+        nonlocal sched, counts, engine_index, spent_ns
+        sched = scheduler_stats
+        counts = iteration_stats
+        spent_ns = spent
+        engine_index = engine_idx or 0
+
+    def publish_values(series, values):
+        nonlocal n
+        for i in range(0, len(values), 33):
+            chunk = values[i : i + 33]
+            count = len(chunk)
+            chunk += [0.0] * (33 - count)
+            n = publish_record(n, pack_values(n, 3, ENGINE, step, series, count, *chunk))
+
+    def publish(t_start_ns, t_end_ns):
+        nonlocal n, step, request_number, kvhook_ns, vllm_stats_ns, sched, counts
+        if sched is None:
+            num_running_reqs = num_waiting_reqs = num_skipped_waiting_reqs = -1
+            kv_cache_usage = nan
+            prefix_cache_requests = prefix_cache_queries = prefix_cache_hits = prefix_cache_preempted_requests = prefix_cache_preempted_queries = prefix_cache_preempted_hits = prefix_cache_reset = connector_prefix_cache_queries = connector_prefix_cache_hits = num_drafts = num_draft_tokens = num_accepted_tokens = num_evicted_blocks_sampled = 0
+            has_scheduler_stats = 0
+        else:
+            has_scheduler_stats = 1
+            num_running_reqs = sched.num_running_reqs
+            num_waiting_reqs = sched.num_waiting_reqs + sched.num_skipped_waiting_reqs
+            num_skipped_waiting_reqs = sched.num_skipped_waiting_reqs
+            kv_cache_usage = sched.kv_cache_usage
+            num_evicted_blocks_sampled = len(sched.kv_cache_eviction_events)
+            prefix = sched.prefix_cache_stats
+            prefix_cache_requests = prefix.requests
+            prefix_cache_queries = prefix.queries
+            prefix_cache_hits = prefix.hits
+            prefix_cache_preempted_requests = prefix.preempted_requests
+            prefix_cache_preempted_queries = prefix.preempted_queries
+            prefix_cache_preempted_hits = prefix.preempted_hits
+            prefix_cache_reset = prefix.reset
+            connector = sched.connector_prefix_cache_stats
+            if connector is None:
+                connector_prefix_cache_queries = connector_prefix_cache_hits = 0
+            else:
+                connector_prefix_cache_queries = connector.queries
+                connector_prefix_cache_hits = connector.hits
+            spec = sched.spec_decoding_stats
+            if spec is None:
+                num_drafts = num_draft_tokens = num_accepted_tokens = 0
+            else:
+                num_drafts = spec.num_drafts
+                num_draft_tokens = spec.num_draft_tokens
+                num_accepted_tokens = spec.num_accepted_tokens
+        if counts is None:
+            num_prompt_tokens = num_prompt_tokens_computed = num_prompt_tokens_cached = num_prompt_tokens_external = num_generation_tokens = num_preempted_reqs = num_finished_reqs = 0
+            has_iteration_stats = 0
+        else:
+            has_iteration_stats = 1
+            num_prompt_tokens = counts.num_prompt_tokens
+            num_prompt_tokens_computed = counts.num_prompt_tokens_computed
+            num_prompt_tokens_cached = counts.num_prompt_tokens_cached
+            num_prompt_tokens_external = counts.num_prompt_tokens_external
+            num_generation_tokens = counts.num_generation_tokens
+            num_preempted_reqs = counts.num_preempted_reqs
+            num_finished_reqs = counts.num_finished_reqs + counts.before - len(counts.states)
+        n = publish_record(n, pack_step(n, 1, ENGINE, step, engine_index, t_start_ns, t_end_ns, has_scheduler_stats, has_iteration_stats, LEVEL, num_running_reqs, num_waiting_reqs, num_skipped_waiting_reqs, 999, int(kv_cache_usage * 999 + 0.5) if sched is not None else -1, prefix_cache_requests, prefix_cache_queries, prefix_cache_hits, prefix_cache_preempted_requests, prefix_cache_preempted_queries, prefix_cache_preempted_hits, prefix_cache_reset, connector_prefix_cache_queries, connector_prefix_cache_hits, num_prompt_tokens, num_prompt_tokens_computed, num_prompt_tokens_cached, num_prompt_tokens_external, num_generation_tokens, num_preempted_reqs, num_finished_reqs, num_drafts, num_draft_tokens, num_accepted_tokens, num_evicted_blocks_sampled, kvhook_ns, vllm_stats_ns, kv_cache_usage))
+        kvhook_ns = vllm_stats_ns = -1
+        sched = counts = None
+        step += 1
+        if step % 8 == 1:
+            kvhook_ns = clock() - t_end_ns + spent_ns
+            vllm_stats_ns = on_sample(n, step, request_number, t_start_ns, t_end_ns, kvhook_ns)
+
+    return record, publish
