@@ -20,7 +20,7 @@ from kvhook import check, cli
 from kvhook import faults as guard
 from kvhook.check import FAILED, OK, SKIPPED, Failed, Skipped, expect, inference, run, structure
 from kvhook.check.inference import Inference
-from kvhook.collector import VLLMMetricsCollector, answer, collector, names, prometheus, reading, sources
+from kvhook.collector import VLLMMetricsCollector, about, answer, names, prometheus, reading, sources
 from kvhook.collector.reading import Histogram, Reading, Unavailable
 from kvhook.errors import KvhookError
 from tests.conftest import Python
@@ -175,7 +175,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "imports": (kvhook, "__all__", [*kvhook.__all__, "no_such_name"]),
     "methods": (VLLMMetricsCollector, "save_metrics", None),
     "unavailable": (sources.EngineSource, "read", _zeros),
-    "strange_objects": (collector, "plain_fact", _raises),
+    "strange_objects": (about, "plain_fact", _raises),
     "errors": (guard.Faults, "fault", lambda *_: None),
     "fallback": (VLLMMetricsCollector, "_say_once", lambda *_: None),
     "key_metrics": (answer, "KEYS", tuple(k._replace(factor=1) for k in names.KEYS)),
