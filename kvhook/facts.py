@@ -1,12 +1,15 @@
 """What a file says about an engine, in types that can be relied on: files are damaged, edited and forged.
 
-A fact of the wrong type is left out, as if it were not known; nothing in here raises.
+`kvhook.schema.FACT_FIELDS` says of which type each fact is. One of another type is left out, as if it were not known;
+nothing in here raises.
 """
 
 from __future__ import annotations
 
 import math
 from typing import Any
+
+from kvhook.schema import FACT_FIELDS
 
 #: Columns that readers count on in each kind of record: no file is read without them, none can call them absent.
 NEEDED_COLUMNS: dict[str, frozenset[str]] = {
@@ -15,25 +18,11 @@ NEEDED_COLUMNS: dict[str, frozenset[str]] = {
     "meta": frozenset({"part", "parts", "nbytes"}),
 }
 
-_TEXT = frozenset({"kvhook", "vllm", "python", "adapter", "program", "model", "engine_class", "dtype", "device"})
-_NUMBER = frozenset(
-    {
-        "engine",
-        "pid",
-        "pid_namespace",
-        "num_kv_blocks",
-        "num_gpu_blocks",
-        "block_size",
-        "hook_call_ns",
-        "records_published",
-        "records_overrun",
-        "records_unwritten",
-    }
-)
-_COUNTS = frozenset({"engine", "records_published", "records_overrun", "records_unwritten"})
-_YES_NO = frozenset({"enable_prefix_caching", "stats_on", "finished_hook"})
 _MOST_TEXT = 4096
 _MOST_DEPTH = 6
+_MOST_NUMBER = 1 << 62
+
+_TYPES = {field.name: field.type for field in FACT_FIELDS}
 
 
 def clean_facts(raw: Any) -> dict[str, Any]:
@@ -42,10 +31,11 @@ def clean_facts(raw: Any) -> dict[str, Any]:
         return {}
     facts: dict[str, Any] = {}
     for name, value in raw.items():
-        if name == "absent":
-            facts[name] = _absent(value)
-        elif _fits(name, value) or (value is None and name not in _COUNTS):
-            facts[name] = printable(value) if isinstance(value, str) and name in _TEXT else value
+        kind = _TYPES.get(name, "")
+        if kind == "reasons":
+            facts[name] = _reasons(value)
+        elif (value is None and kind != "count") or _fits(kind, value):
+            facts[name] = printable(value) if kind == "text" and value is not None else value
     return facts
 
 
@@ -54,28 +44,33 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:_MOST_TEXT])
 
 
-def _fits(name: str, value: Any) -> bool:
-    if name in _TEXT:
+def _fits(kind: str, value: Any) -> bool:
+    """Whether a value is of a type of `FactField`; a fact that is not in the table may be anything that JSON holds."""
+    if kind == "text":
         return isinstance(value, str)
-    if name in _NUMBER:
-        return type(value) is int and 0 <= value < 1 << 62
-    if name in _YES_NO:
+    if kind in ("i8", "count"):
+        return type(value) is int and 0 <= value < _MOST_NUMBER
+    if kind == "f8":
+        return isinstance(value, (int, float)) and type(value) is not bool and abs(value) < _MOST_NUMBER
+    if kind == "flag":
         return type(value) is bool
-    return _plain(value, _MOST_DEPTH)
+    if kind == "texts":
+        return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+    return (kind != "list" or isinstance(value, list)) and _is_moderate_json(value, _MOST_DEPTH)
 
 
-def _plain(value: Any, depth: int) -> bool:
+def _is_moderate_json(value: Any, depth: int) -> bool:
     """Whether a value is JSON of moderate depth with numbers of moderate size."""
     if isinstance(value, dict):
-        return depth > 0 and all(_plain(v, depth - 1) for v in value.values())
+        return depth > 0 and all(_is_moderate_json(v, depth - 1) for v in value.values())
     if isinstance(value, list):
-        return depth > 0 and all(_plain(v, depth - 1) for v in value)
+        return depth > 0 and all(_is_moderate_json(v, depth - 1) for v in value)
     if isinstance(value, float):
         return math.isfinite(value)
-    return not isinstance(value, int) or abs(value) < 1 << 62
+    return not isinstance(value, int) or abs(value) < _MOST_NUMBER
 
 
-def _absent(value: Any) -> dict[str, dict[str, str]]:
+def _reasons(value: Any) -> dict[str, dict[str, str]]:
     kinds = value.items() if isinstance(value, dict) else ()
     return {
         kind: {

@@ -1,4 +1,4 @@
-"""The one table of what kvhook records: every field's name, type, unit and meaning.
+"""The tables of what kvhook records: every column's and every fact's name, type, unit and meaning.
 
 Ring layout, trace columns, exports, help texts and documentation are derived from here; a field that is not in
 this table does not exist. Names are vLLM's current ones.
@@ -128,6 +128,100 @@ META_FIELDS: tuple[Field, ...] = (
     Field("part", "i8", ID, "", "number of this piece, from 0"),
     Field("parts", "i8", ID, "", "number of pieces"),
     Field("nbytes", "i8", ID, "bytes", "bytes of JSON in this piece"),
+)
+
+
+class FactField(NamedTuple):
+    """One fact about an engine, or about a run.
+
+    ``type`` is ``"text"``, ``"i8"`` (an integer from 0), ``"f8"``, ``"flag"`` (true or false), ``"texts"`` (name ->
+    text), ``"reasons"`` (kind of record -> column -> text) or ``"list"``. Where vLLM does not tell it, its value is
+    None; but a ``"count"``, an integer from 0 as well, is never None.
+    """
+
+    name: str
+    type: str
+    unit: str
+    meaning: str
+
+
+#: What a ring or trace tells about each engine: an entry of ``session.meta["engines"]``. Files of a newer kvhook may
+#: have more. A fact of another type than this is not believed, see `kvhook.facts.clean_facts`.
+FACT_FIELDS: tuple[FactField, ...] = (
+    # the process
+    FactField("kvhook", "text", "", "version of kvhook that recorded"),
+    FactField("vllm", "text", "", "vLLM's version"),
+    FactField("python", "text", "", "Python's version"),
+    FactField("pid", "i8", "", "process id"),
+    FactField(
+        "pid_namespace", "i8", "", "the namespace in which that id counts (each container has its own), 0 if unknown"
+    ),
+    FactField("program", "text", "", "file name of the program that ran"),
+    # the recording
+    FactField("engine", "count", "", "number of the engine in its process, from 0"),
+    FactField("adapter", "text", "", "kvhook's adapter that read this vLLM"),
+    FactField("engine_class", "text", "", "name of the engine's class"),
+    FactField("engine_index", "i8", "", "vLLM's index of the engine core (data-parallel rank); of AsyncLLM alone"),
+    FactField("absent", "reasons", "", "columns that are not recorded, and why"),
+    FactField("notes", "texts", "", "column -> what to know about its numbers from this vLLM"),
+    FactField("levels", "list", "", "from which step on which level was recorded, and why it changed"),
+    FactField(
+        "max_overhead", "f8", "share", "the budget that kvhook.install(max_overhead=...) set; only if there was one"
+    ),
+    FactField("hook_call_ns", "i8", "ns", "what kvhook costs in each step outside of what kvhook_ns measures"),
+    FactField("stats_on", "flag", "", "whether the user had vLLM's stats on"),
+    FactField("stats_for_kvhook", "flag", "", "whether vLLM makes iteration stats only because kvhook records"),
+    FactField("finished_hook", "flag", "", "whether the first token's time of single requests could be hooked"),
+    FactField("timed_steps", "flag", "", "whether steps have a start and an end; false for AsyncLLM"),
+    FactField("splits_prompt_tokens", "flag", "", "level light: whether this vLLM tells cached prompt tokens apart"),
+    # the engine's configuration
+    FactField("model", "text", "", "model's name or path, as it was given to vLLM"),
+    FactField("dtype", "text", "", "type of the weights"),
+    FactField("device", "text", "", "vLLM's device type"),
+    FactField("on_gpu", "flag", "", "whether that is not a CPU"),
+    FactField("max_model_len", "i8", "tokens", "longest request"),
+    FactField("block_size", "i8", "tokens", "tokens in a KV block"),
+    FactField("num_gpu_blocks", "i8", "blocks", "KV blocks of vLLM's cache, of all its engine cores"),
+    FactField("num_kv_blocks", "i8", "blocks", "KV blocks that requests can use, of one engine core"),
+    FactField("kv_usage_of", "i8", "blocks", "num_kv_blocks_used = kv_cache_usage x kv_usage_of - kv_usage_reserved"),
+    FactField("kv_usage_reserved", "i8", "blocks", "see kv_usage_of: 1 where vLLM counts its null block as used"),
+    FactField("kv_cache_dtype", "text", "", "type of the KV cache's entries"),
+    FactField("enable_prefix_caching", "flag", "", "whether prefix caching is on"),
+    FactField("kv_cache_metrics", "flag", "", "whether vLLM samples evictions"),
+    FactField("max_num_seqs", "i8", "requests", "most requests in a batch"),
+    FactField("max_num_batched_tokens", "i8", "tokens", "most tokens in a step"),
+    FactField("enable_chunked_prefill", "flag", "", "whether a prompt may take several steps"),
+    FactField("tensor_parallel_size", "i8", "", "tensor-parallel ranks"),
+    FactField("pipeline_parallel_size", "i8", "", "pipeline-parallel ranks"),
+    FactField("data_parallel_size", "i8", "", "data-parallel ranks"),
+    FactField("data_parallel_rank", "i8", "", "number of this rank"),
+    # the account of the records
+    FactField("records_published", "count", "records", "records that were made"),
+    FactField(
+        "records_overrun", "count", "records", "those overwritten in the ring before they were copied to the file"
+    ),
+    FactField("records_unwritten", "count", "records", "those that could not be written to the file"),
+    FactField("recovered", "i8", "records", "records that `kvhook recover` added from the ring"),
+    FactField("trace", "text", "", "kvhook.open with several files: the file this engine is from"),
+)
+
+#: What a trace tells about the whole run: ``session.meta`` beside ``engines``, the list of `FACT_FIELDS`.
+RUN_FIELDS: tuple[FactField, ...] = (
+    FactField("name", "text", "", 'the file, or "this session"'),
+    FactField("kvhook", "text", "", "version of kvhook that recorded the first engine"),
+    FactField("vllm", "text", "", "vLLM's version, of the first engine"),
+    FactField("python", "text", "", "Python's version, of the first engine"),
+    FactField("adapter", "text", "", "kvhook's adapter, of the first engine"),
+    FactField("engines", "list", "", "the facts about each engine"),
+    FactField("absent", "texts", "", "columns that no engine fills, and why"),
+    FactField("records", "count", "records", "records that are there"),
+    FactField("records_lost", "count", "records", "records overwritten or not written before they could be kept"),
+    FactField("records_dropped", "count", "records", "records that fell out of a bounded history"),
+    FactField("damaged", "count", "records", "records that are not whole and are left out"),
+    FactField("monotonic_ns", "count", "ns", "the recording machine's monotonic clock at one moment"),
+    FactField("realtime_ns", "count", "ns", "the same moment since 1970"),
+    FactField("faults", "texts", "", "a session's: what failed inside kvhook"),
+    FactField("hook_call_ns", "i8", "ns", "a session's: see the fact of that name about engines"),
 )
 
 #: Lists of single values kept beside the steps. A list takes slots of its own only when the step record does not

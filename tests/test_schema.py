@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import kvhook
 from kvhook import schema
-from kvhook.schema import KINDS, REQUEST_FIELDS, STEP_FIELDS, Field, blank, stored
+from kvhook.adapters import ADAPTERS
+from kvhook.facts import clean_facts
+from kvhook.schema import FACT_FIELDS, KINDS, REQUEST_FIELDS, RUN_FIELDS, STEP_FIELDS, FactField, Field, blank, stored
+from tests.standin import fake_vllm, step_stats
+
+DATA = Path(__file__).parent / "data"
 
 # As promised to programs; only ever added to.
 PROMISED_STEPS = (
@@ -106,3 +114,48 @@ def test_a_state_that_is_not_known_is_never_a_number_that_looks_like_one():
             assert value != value or value == -1, field.name
         else:
             assert value == 0, field.name
+
+
+# Facts
+
+
+@pytest.mark.parametrize("fields", [FACT_FIELDS, RUN_FIELDS], ids=["engine", "run"])
+def test_every_fact_has_one_name_a_type_and_a_meaning(fields: tuple[FactField, ...]):
+    names = [f.name for f in fields]
+    assert len(names) == len(set(names))
+    for field in fields:
+        assert field.type in ("text", "i8", "f8", "count", "flag", "texts", "reasons", "list"), field.name
+        assert field.meaning, field.name
+
+
+def test_every_fact_of_a_session_is_in_the_table(fresh: Path):
+    with fake_vllm() as vllm:
+        session = kvhook.install(max_overhead=0.5)
+        engine = vllm.engine()
+        engine.plan.append(step_stats(generated=1))
+        engine.step()
+        meta = session.meta
+    (facts,) = meta["engines"]
+    assert set(facts) <= {f.name for f in FACT_FIELDS}
+    assert set(meta) == {f.name for f in RUN_FIELDS}
+    assert clean_facts(facts) == facts
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("*.kvh")), ids=lambda path: path.stem)
+def test_every_fact_of_a_recorded_run_is_in_the_table(path: Path):
+    for facts in kvhook.open(path).meta["engines"]:
+        assert set(facts) <= {f.name for f in FACT_FIELDS}
+
+
+def test_every_fact_that_an_adapter_asks_for_is_in_the_table():
+    asked = {name for adapter in ADAPTERS for name in (*adapter.facts, *adapter.asks)}
+    assert asked <= {f.name for f in FACT_FIELDS}
+
+
+@pytest.mark.parametrize("field", FACT_FIELDS, ids=lambda field: field.name)
+def test_a_fact_of_another_type_is_not_believed(field: FactField):
+    right = {"text": "x", "i8": 3, "f8": 0.5, "count": 3, "flag": True, "texts": {"a": "b"}, "reasons": {}, "list": []}
+    assert clean_facts({field.name: right[field.type]}) == {field.name: right[field.type]}
+    wrong = {"text": 1, "i8": "3", "f8": "0.5", "count": None, "flag": 1, "texts": {"a": 1}, "list": 1}
+    refused: dict[str, object] = {"absent": {}} if field.type == "reasons" else {}
+    assert clean_facts({field.name: wrong.get(field.type, 7)}) == refused
