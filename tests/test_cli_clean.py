@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvhook.cli import main
-from kvhook.discovery.rings import find_rings, leftovers, prune_histories
+from kvhook.discovery.cleaning import leftovers, prune_histories
+from kvhook.discovery.rings import find_rings
 from kvhook.ring.place import process_start
 from tests.ring.synthetic import Recording
 

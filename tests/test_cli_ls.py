@@ -12,7 +12,8 @@ import pytest
 from kvhook.cli import main
 from kvhook.cli.ls import as_text
 from kvhook.discovery import rings
-from kvhook.discovery.rings import ALIVE, CLOSED_RING, DAMAGED, DEAD, choose, directories, find_rings, prune
+from kvhook.discovery.cleaning import prune
+from kvhook.discovery.rings import ALIVE, CLOSED_RING, DAMAGED, DEAD, choose, directories, find_rings
 from kvhook.errors import KvhookError
 from kvhook.ring import place
 from tests.ring.synthetic import Recording

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import kvhook
-from kvhook.cli import main
+from kvhook.cli import VERBS, main
 from tests.conftest import Python
 from tests.standin import fake_vllm, step_stats
 
@@ -94,3 +94,24 @@ print("exit code", code)
     assert "pip install vllm" in done.stderr
     assert "make demo" in done.stderr
     assert not list(tmp_path.glob("*.kvh"))
+
+
+def test_the_help_has_an_example_and_every_verb_by_its_purpose(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert "$ kvhook summary run.kvh" in shown
+    for purpose, verbs in VERBS.items():
+        lines = shown[shown.index(f"to {purpose}:") :].splitlines()[1 : len(verbs) + 1]
+        assert [line.split()[0] for line in lines] == list(verbs)
+
+
+@pytest.mark.parametrize("verb", [verb for verbs in VERBS.values() for verb in verbs])
+def test_the_help_of_a_verb_has_an_example_and_what_it_prints(verb: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    example = capsys.readouterr().out.partition("Example:")[2].partition("\n\npositional")[0].splitlines()
+    assert example[1].startswith(f"  $ kvhook {verb}")
+    assert example[2].strip()

@@ -1,7 +1,7 @@
 """The command line: one module per verb, one list of verbs.
 
-A verb is a small class: its docstring is its help, `prepare_parser` declares its arguments, `run` does the work and
-gives the exit code. A user's mistake is a `KvhookError`: one line on stderr, exit code 1.
+A verb is served by a small class: its docstring is its help, `prepare_parser` declares its arguments, `run` does the
+work and gives the exit code. A user's mistake is a `KvhookError`: one line on stderr, exit code 1.
 """
 
 from __future__ import annotations
@@ -14,25 +14,47 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
 
+from kvhook import __version__
 from kvhook.errors import KvhookError
 
-#: Verb -> module with a class `Verb`, loaded only when the verb is used. In the order of the help.
-VERBS: dict[str, str] = {
-    "demo": "kvhook.cli.demo",
-    "doctor": "kvhook.cli.doctor",
-    "check": "kvhook.cli.check",
-    "summary": "kvhook.cli.summary",
-    "export": "kvhook.cli.export",
-    "ls": "kvhook.cli.ls",
-    "tail": "kvhook.cli.tail",
-    "autopsy": "kvhook.cli.autopsy",
-    "recover": "kvhook.cli.recover",
-    "clean": "kvhook.cli.clean",
+#: Purpose -> verbs that serve it -> where their class is. The one list of verbs, in the order of the help.
+VERBS: dict[str, dict[str, str]] = {
+    "try it": {
+        "demo": "kvhook.cli.demo:DemoCommand",
+        "doctor": "kvhook.cli.doctor:DoctorCommand",
+        "check": "kvhook.cli.check:CheckCommand",
+    },
+    "read a recorded run": {
+        "summary": "kvhook.cli.summary:SummaryCommand",
+        "export": "kvhook.cli.export:ExportCommand",
+    },
+    "look at the processes of this machine, running or ended": {
+        "ls": "kvhook.cli.ls:LsCommand",
+        "tail": "kvhook.cli.tail:TailCommand",
+        "autopsy": "kvhook.cli.autopsy:AutopsyCommand",
+        "recover": "kvhook.cli.recover:RecoverCommand",
+        "clean": "kvhook.cli.clean:CleanCommand",
+    },
 }
+
+_DESCRIPTION = """\
+kvhook records what vLLM's KV cache does in every engine step: how full it is, how many prompt tokens the prefix cache
+gives, what waits and what is preempted, and how long it all takes. A program is recorded with one line before it
+makes its engine; the commands below read what was recorded.
+
+  import kvhook
+  session = kvhook.install(trace="run.kvh")
+  llm = LLM(...)
+
+  $ kvhook summary run.kvh
+  vLLM 0.32.0, tiny-llama: 56 steps in 1.53 s
+    KV cache        peak 90.9 %, p95 90.9 %, mean 62.0 % of 11 blocks of 32 tokens
+    prefix cache    hit rate 39.8 % of this run: 320 of 804 tokens
+    ..."""
 
 
 class Command(Protocol):
-    """What a verb's module offers as `Verb`."""
+    """What serves a verb: its docstring is the verb's help."""
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
@@ -42,32 +64,35 @@ class Command(Protocol):
 
 
 def load(verb: str) -> Command:
-    """The command behind a verb of `VERBS`."""
-    return cast(Command, importlib.import_module(VERBS[verb]).Verb())
+    """The command of a verb."""
+    module, _, name = next(verbs[verb] for verbs in VERBS.values() if verb in verbs).partition(":")
+    return cast(Command, getattr(importlib.import_module(module), name)())
 
 
-def make_parser(only: str | None = None) -> argparse.ArgumentParser:
-    """The parser of the whole command line.
-
-    Args:
-        only: prepare the arguments of this verb alone; the others then know just their help line.
-    """
-    import kvhook
-
-    parser = argparse.ArgumentParser(prog="kvhook", description="See, step by step, what vLLM's KV cache does.")
-    parser.add_argument("--version", action="version", version=f"kvhook {kvhook.__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
-    for verb in VERBS:
-        command = load(verb)
-        text = inspect.cleandoc(command.__doc__ or "")
-        one = verbs.add_parser(
-            verb,
-            help=text.split("\n", 1)[0],
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if only in (None, verb):
-            command.prepare_parser(one)
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line. Every verb's module is imported for its help; none imports vLLM, and
+    numpy is imported by those that run."""
+    parser = argparse.ArgumentParser(
+        prog="kvhook",
+        usage="%(prog)s [-h] [--version] COMMAND ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"kvhook {__version__}")
+    commands = parser.add_subparsers(
+        dest="verb", metavar="COMMAND", required=True, prog="kvhook", help=argparse.SUPPRESS
+    )
+    lines = []
+    for purpose, verbs in VERBS.items():
+        lines += ["", f"to {purpose}:"]
+        for verb in verbs:
+            command = load(verb)
+            text = inspect.cleandoc(command.__doc__ or "")
+            lines.append(f"  {verb:10}{text.splitlines()[0]}")
+            command.prepare_parser(
+                commands.add_parser(verb, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+            )
+    parser.description = "\n".join([_DESCRIPTION, *lines])
+    parser.epilog = "kvhook COMMAND --help tells more about a command, with an example."
     return parser
 
 
@@ -85,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # the reader (head, less) went away: that is its right. Keep Python from complaining at exit.
+        # the program that reads our output (head, less) has ended. Keep Python from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvhook.cli.common import add_dir, positive
-from kvhook.discovery.rings import ALIVE, CLOSED_RING, DEAD, choose, directories, find_rings, history_of, parse_pid
+from kvhook.discovery.cleaning import history_of
+from kvhook.discovery.rings import ALIVE, CLOSED_RING, DEAD, choose, directories, find_rings, parse_pid
 from kvhook.errors import KvhookError
 from kvhook.text.bar import shows_blocks
 from kvhook.text.steps import StepLines
@@ -17,11 +18,20 @@ if TYPE_CHECKING:
     from kvhook.ring.layout import Header
 
 
-class Verb:
+class AutopsyCommand:
     """Show the last steps of a run that ended, and what changed before the end.
 
     Reads the ring that the process left behind: by default the newest of a process that was killed. Rings are kept
     until kvhook clean, or until there are too many.
+
+    Example:
+      $ kvhook autopsy
+      The process ended without closing its ring: it was killed (kill -9, out of memory), crashed, or left by os._exit.
+
+      What changed before the end
+        KV cache usage rose from a median of 40.0 % to 99.4 % in the last step
+        the queue grew: 15 requests waited in the last step, a median of 0 before
+      ...
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

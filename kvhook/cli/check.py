@@ -13,13 +13,19 @@ if TYPE_CHECKING:
     from kvhook.check import Result
 
 
-class Verb:
+class CheckCommand:
     """Check the collector on this machine: one line per check, and a verdict.
 
     Without --engine no vLLM is needed: import, methods, error handling, fallback, key metrics, monitoring. With it a
     vLLM engine is started, and what the collector says is compared with what came back, with block arithmetic, and
     between its sources. The exit code is 0 if nothing failed, else 1. (kvhook doctor tells what would be recorded
     here, and why not the rest.)
+
+    Example:
+      $ kvhook check
+      ok      History and saving                          three collections, as a list and as a file
+      ...
+      passed: 10 of 10 checks
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

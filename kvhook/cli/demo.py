@@ -24,11 +24,19 @@ if TYPE_CHECKING:
 PARTS = 20
 
 
-class Verb:
+class DemoCommand:
     """Run a real vLLM on a tiny model and show what its KV cache does.
 
-    Three rounds of requests: system prompts the cache has not seen, the same ones again, and more long answers than
-    the cache can hold. The whole run is recorded in a trace.
+    Three rounds of requests: system prompts that the cache has not seen, the same ones again, and more long answers
+    than the cache can hold. While they run, a line is printed for every 25 steps; then the summary, and how the hit
+    rate went. The whole run is recorded in a trace. It takes about a minute on a CPU.
+
+    Example:
+      $ kvhook demo
+      round 1: system prompts the cache has not seen, 16 requests
+        step    24  KV #####...............  24 %  running  8  waiting  8  hit rate   0 %   192 tokens
+      ...
+      The trace is in kvhook-demo.kvh (0.3 MB), vLLM's own messages in kvhook-demo.log.
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

@@ -12,11 +12,18 @@ if TYPE_CHECKING:
     from kvhook.doctor import Diagnosis, EngineFound
 
 
-class Verb:
+class DoctorCommand:
     """Tell whether kvhook would record here, and which columns it would fill.
 
-    Looks at the vLLM of this Python, every place that kvhook patches in it, every column, wrapt, the ring's directory
-    and the environment. No engine is started. The exit code is 0 if a run would be recorded, 1 if not.
+    Looks at the vLLM of this Python, every place that kvhook patches in it, every column, wrapt, the directory of the
+    rings and the environment. No engine is started. The exit code is 0 if a run would be recorded, 1 if not.
+
+    Example:
+      $ kvhook doctor
+      kvhook 0.1.0, Python 3.11.7, Linux x86_64
+      vLLM 0.32.0 (this kvhook knows releases up to 0.33.0)
+      ...
+      A run here is recorded.
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

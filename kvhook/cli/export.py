@@ -8,11 +8,16 @@ from pathlib import Path
 from kvhook.errors import KvhookError
 
 
-class Verb:
+class ExportCommand:
     """Write a recorded run in another format.
 
     The suffix of OUT says which: .jsonl (metadata, requests and steps, a line each), .csv (steps; finished requests
     go to OUT.requests.csv beside it), .kvh.
+
+    Example:
+      $ kvhook export run.kvh run.csv
+      run.csv  0.1 MB
+      run.requests.csv  0.0 MB
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

@@ -15,10 +15,18 @@ _RIGHT = frozenset({"PID", "ENGINE", "STEPS", "AGE", "SIZE"})
 _WIDEST = 32
 
 
-class Verb:
+class LsCommand:
     """List the rings of this user: what records, or has recorded, on this machine.
 
-    alive: its process runs; dead: its process ended without closing it (kvhook autopsy); closed: cleanly ended.
+    A ring is the file in which a process keeps the last steps of an engine. Its state is alive (the process runs), dead
+    (the process ended without closing it: see kvhook autopsy) or closed (it ended cleanly).
+
+    Example:
+      $ kvhook ls
+       PID  ENGINE  STATE   MODEL       PROGRAM   STEPS    AGE    SIZE
+      4736       0  alive   tiny-llama  serve.py     56  3 min  3.7 MB
+
+      in /dev/shm/kvhook-1000
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

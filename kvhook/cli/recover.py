@@ -9,11 +9,15 @@ from kvhook.cli.common import add_dir
 from kvhook.discovery.rings import directories
 
 
-class Verb:
+class RecoverCommand:
     """Complete the trace of a process that was killed with what only its ring still holds.
 
-    The spool writes a trace once a second or more often; what came after its last time is in the ring. The file is
-    replaced when the new one is whole, or left alone with --out.
+    A trace is written once a second or more often. What was recorded after the last time is in the ring alone. The
+    file is replaced when the new one is whole, or left alone with --out.
+
+    Example:
+      $ kvhook recover run.kvh
+      run.kvh: engine 0: 37 records added
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

@@ -6,11 +6,21 @@ import argparse
 import json
 
 
-class Verb:
+class SummaryCommand:
     """Print the summary of a recorded run, or of several side by side.
 
-    FILE is a .kvh trace, or the ring of a process (kvhook ls names them). With more than one FILE a column each, also
-    of different vLLM versions.
+    FILE is a .kvh trace, or the ring of a process (kvhook ls names them). With more than one FILE there is a column
+    for each; they may be of different vLLM versions.
+
+    Example:
+      $ kvhook summary run.kvh
+      vLLM 0.32.0, tiny-llama: 56 steps in 1.53 s
+        step time       p50 9.18 ms, p99 155 ms (99% of it inside steps)
+
+        KV cache        peak 90.9 %, p95 90.9 %, mean 62.0 % of 11 blocks of 32 tokens
+        prefix cache    hit rate 39.8 % of this run: 320 of 804 tokens
+        prompt tokens   804: 484 computed, 320 cached; 529 per second in steps
+        ...
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

@@ -22,11 +22,17 @@ if TYPE_CHECKING:
 _MOST_SECONDS = 10.0
 
 
-class Verb:
+class TailCommand:
     """Print one line per engine step, as it happens.
 
-    Follows the newest ring of a running process, or that of PID; only reads, and costs the engine nothing. The hit
-    rate counts from the oldest step that the ring still holds. Ends when the engine is deleted or its process ends.
+    Follows the newest ring of a running process, or that of PID. It only reads, and costs the engine nothing. The hit
+    rate counts from the oldest step that the ring still holds. It ends when the engine is deleted or its process ends.
+
+    Example:
+      $ kvhook tail
+         step          time      took  running  waiting             KV usage  hit rate   prompt  gener.  preempt.
+           53  07:40:05.812   67.7 ms        1        0  ###.......   27.3 %    39.8 %        0       1
+           54  07:40:05.888   76.6 ms        1        0  ###.......   27.3 %    39.8 %        0       1
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
-"""The rings of this user on this machine: find them, choose one, keep their number within bounds, clean up.
+"""The rings of this user on this machine: find them, and choose one.
 
 Rings of processes that have ended stay, so that `kvhook autopsy` can read them: until `kvhook clean`, or until there
-are too many. What belongs to a process that still runs is never touched.
+are too many: see `kvhook.discovery.cleaning`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvhook.discovery.directory import entries, info_of, is_ours
 from kvhook.errors import KvhookError
 from kvhook.ring.layout import CLOSED, Header
 from kvhook.ring.place import ENV_DIR, RING_SUFFIX, default_directories, is_alive
@@ -27,17 +27,10 @@ from kvhook.schema import STEP
 #: What becomes of a ring: its process runs, has ended without closing it, has closed it, or its header is damaged.
 ALIVE, DEAD, CLOSED_RING, DAMAGED = "alive", "dead", "closed", "damaged"
 
-#: Rings of ended processes and closed rings that are kept, and their bytes together; also no more than this share of
-#: the file system: in containers /dev/shm is often 64 MiB in all.
-MOST_RINGS = 16
-MOST_BYTES = 64 << 20
-MOST_SHARE = 1 / 8
 #: `clean` takes what is older than this, in seconds.
 OLD = 24 * 3600.0
 
-HISTORY_PREFIX = "kvhook-history-"
 _RING_NAME = re.compile(r"(\d{1,10})-(\d{1,19})-(\d{1,9})(?:-\d{1,3})?" + re.escape(RING_SUFFIX))
-_HISTORY_NAME = re.compile(HISTORY_PREFIX + r"(\d{1,10})-(\d{1,19})-\w+")
 #: Slots at the end of a ring that are looked at for its last step.
 _TAIL = 64
 
@@ -89,12 +82,12 @@ def directories(wanted: str | os.PathLike[str] | None = None) -> list[Path]:
 
 def find_rings(places: Iterable[Path]) -> list[Ring]:
     """Every ring in these directories, the newest first. Nothing raises: what cannot be read is `DAMAGED`."""
-    return sorted(map(look_at, _files(places)), key=lambda r: (r.started, r.pid, r.engine), reverse=True)
+    return sorted(map(look_at, ring_files(places)), key=lambda r: (r.started, r.pid, r.engine), reverse=True)
 
 
 def look_at(path: Path) -> Ring:
     """A ring file: whose it is, how it is, and how far it has come."""
-    ring, header = _glance(path)
+    ring, header = glance(path)
     if header is None:
         return ring
     try:
@@ -151,93 +144,6 @@ def wait_for(
         sleep(interval)
 
 
-# ---- bounds and cleaning -------------------------------------------------------------------------------------------
-
-
-def prune(place: Path, most_rings: int = MOST_RINGS, most_bytes: int = MOST_BYTES) -> list[Path]:
-    """Remove the oldest rings that nobody writes any more, until the others are few and small enough. The newest of
-    them stays in any case: somebody may want to know what happened.
-
-    Returns:
-        What was removed. What cannot be removed stays, without a word.
-    """
-    with contextlib.suppress(OSError):
-        disk = os.statvfs(place)
-        most_bytes = min(most_bytes, int(disk.f_frsize * disk.f_blocks * MOST_SHARE))
-    ended = [ring for ring, _ in map(_glance, _files([place])) if ring.state != ALIVE]
-    ended.sort(key=lambda r: (r.started, r.path.name), reverse=True)
-    removed, total = [], 0
-    for i, ring in enumerate(ended):
-        total += ring.bytes
-        if i and (i >= most_rings or total > most_bytes) and _remove(ring.path):
-            removed.append(ring.path)
-            total -= ring.bytes
-    return removed
-
-
-def prune_histories(history: Path) -> None:
-    """Remove the old histories of processes that were killed. What cannot be removed stays, without a word."""
-    with contextlib.suppress(Exception):
-        for leftover in left_histories(history):
-            if leftover.age > OLD:
-                remove(leftover)
-
-
-class Leftover(NamedTuple):
-    """Something that an ended process has left behind."""
-
-    path: Path
-    bytes: int
-    #: seconds since it was last used
-    age: float
-
-
-def leftovers(places: Iterable[Path], history: Path, now: float | None = None) -> list[Leftover]:
-    """What ended processes have left behind: rings, and temporary histories. Never what is in use.
-
-    Args:
-        places: directories of rings.
-        history: the directory of histories.
-        now: the time, in seconds since 1970.
-    """
-    now = time.time() if now is None else now
-    rings = [
-        Leftover(r.path, r.bytes, max(0.0, now - (r.last or r.started)))
-        for r in find_rings(places)
-        if r.state != ALIVE or (r.elsewhere and now - (r.last or r.started) > OLD)
-    ]
-    return rings + left_histories(history, now)
-
-
-def left_histories(history: Path, now: float | None = None) -> list[Leftover]:
-    """The temporary histories of processes that were killed; others remove theirs themselves."""
-    now = time.time() if now is None else now
-    found = []
-    for folder in _listing(history):
-        match = _HISTORY_NAME.fullmatch(folder.name)
-        info = _lstat(folder)
-        if match and info and _is_ours(folder, stat.S_ISDIR) and not is_alive(int(match[1]), int(match[2])):
-            files = [f for path in _listing(folder) if (f := _lstat(path))]
-            age = max(0.0, now - max((f.st_mtime for f in files), default=info.st_mtime))
-            if age > OLD or not any(map(_from_elsewhere, _listing(folder)[:1])):
-                found.append(Leftover(folder, sum(f.st_size for f in files), age))
-    return found
-
-
-def remove(leftover: Leftover) -> bool:
-    """Remove it; False if that is not possible."""
-    return _remove(leftover.path)
-
-
-def history_of(pid: int, start: int, history: Path) -> Path | None:
-    """The directory with the temporary history of a process, if it is still there."""
-    for folder in _listing(history):
-        match = _HISTORY_NAME.fullmatch(folder.name)
-        if match and (int(match[1]), int(match[2])) == (pid, start) and _is_ours(folder, stat.S_ISDIR):
-            return folder
-    return None
-
-
 def parse_pid(text: str) -> int | Path:
     """The number of a process, or the path of a file.
 
@@ -254,35 +160,17 @@ def parse_pid(text: str) -> int | Path:
 # ---- looking at files ----------------------------------------------------------------------------------------------
 
 
-def _files(places: Iterable[Path]) -> Iterator[Path]:
+def ring_files(places: Iterable[Path]) -> Iterator[Path]:
+    """The ring files of this user in these directories."""
     for place in places:
-        for path in _listing(place):
-            if _RING_NAME.fullmatch(path.name) and _is_ours(path, stat.S_ISREG):
+        for path in entries(place):
+            if _RING_NAME.fullmatch(path.name) and is_ours(path, stat.S_ISREG):
                 yield path
 
 
-def _listing(place: Path) -> list[Path]:
-    try:
-        return sorted(place / name for name in os.listdir(place))
-    except OSError:
-        return []
-
-
-def _lstat(path: Path) -> os.stat_result | None:
-    try:
-        return os.lstat(path)
-    except OSError:
-        return None
-
-
-def _is_ours(path: Path, kind: Callable[[int], bool]) -> bool:
-    info = _lstat(path)
-    return info is not None and kind(info.st_mode) and info.st_uid == os.geteuid()
-
-
-def _glance(path: Path) -> tuple[Ring, Header | None]:
+def glance(path: Path) -> tuple[Ring, Header | None]:
     """What a ring's header tells, without looking at its records; the header is None if it is damaged."""
-    info = _lstat(path)
+    info = info_of(path)
     size, changed = (info.st_size, info.st_mtime) if info else (0, 0.0)
     try:
         header = header_of(path, follow_links=False)
@@ -302,7 +190,7 @@ def _glance(path: Path) -> tuple[Ring, Header | None]:
             size,
             _made(header) or changed,
             0.0,
-            elsewhere=_elsewhere(header),
+            elsewhere=is_elsewhere(header),
             **texts,
         ),
         header,
@@ -317,16 +205,9 @@ def _unreadable(path: Path, size: int, changed: float, problem: str) -> Ring:
     return Ring(path, state, pid, engine, size, changed, changed, problem=problem)
 
 
-def _elsewhere(header: Header) -> bool:
+def is_elsewhere(header: Header) -> bool:
     """Whether a file counts as alive only because its process, in another container, cannot be seen."""
     return writer_alive(header) and not is_alive(header.pid, header.process_start)
-
-
-def _from_elsewhere(path: Path) -> bool:
-    try:
-        return _elsewhere(header_of(path))
-    except (KvhookError, OSError):
-        return False
 
 
 def _made(header: Header) -> float:
@@ -363,14 +244,3 @@ def _progress(reader: RingReader) -> dict[str, Any]:
         if dead:
             break
     return found | ({"steps": 0} if not found["records"] else {})
-
-
-def _remove(path: Path) -> bool:
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    except OSError:
-        return False
-    return True

@@ -15,7 +15,7 @@ from typing import Any
 from kvhook import __version__
 from kvhook.adapters.publisher import Compiled, Counters, OnSample, PublishStep, Record, compile_publisher, no_sample
 from kvhook.adapters.table import Adapter, vllm_version
-from kvhook.discovery.rings import prune
+from kvhook.discovery.cleaning import prune
 from kvhook.hooks.quiet import do_nothing
 from kvhook.ring.place import RING_SUFFIX, pid_namespace, process_start
 from kvhook.ring.writer import RingWriter

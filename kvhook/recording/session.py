@@ -17,7 +17,7 @@ from kvhook import forks, hooks
 from kvhook.adapters.columns import STATS_FOR_KVHOOK
 from kvhook.adapters.config import engine_facts
 from kvhook.adapters.publisher import no_sample
-from kvhook.discovery.rings import HISTORY_PREFIX, prune_histories
+from kvhook.discovery.cleaning import HISTORY_PREFIX, prune_histories
 from kvhook.errors import KvhookError
 from kvhook.faults import Faults
 from kvhook.recording.budget import OverheadMonitor, probe_of

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from kvhook.analysis.autopsy import examine
 from kvhook.cli import main
+from kvhook.discovery.cleaning import leftovers
 from kvhook.discovery.follow import follow
-from kvhook.discovery.rings import find_rings, leftovers
+from kvhook.discovery.rings import find_rings
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.ring.layout import SCHEMA_AT, seal
 from kvhook.ring.reader import RingReader

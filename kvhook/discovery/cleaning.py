@@ -1,0 +1,121 @@
+"""Keeping what ended processes leave behind within bounds, and removing it: rings, and temporary histories.
+
+What belongs to a process that still runs is never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from kvhook.discovery.directory import entries, info_of, is_ours, remove_path
+from kvhook.discovery.rings import ALIVE, OLD, find_rings, glance, is_elsewhere, ring_files
+from kvhook.errors import KvhookError
+from kvhook.ring.place import is_alive
+from kvhook.ring.trace_file import header_of
+
+#: Rings of ended processes and closed rings that are kept, and their bytes together; also no more than this share of
+#: the file system: in containers /dev/shm is often 64 MiB in all.
+MOST_RINGS = 16
+MOST_BYTES = 64 << 20
+MOST_SHARE = 1 / 8
+
+HISTORY_PREFIX = "kvhook-history-"
+_HISTORY_NAME = re.compile(HISTORY_PREFIX + r"(\d{1,10})-(\d{1,19})-\w+")
+
+
+def prune(place: Path, most_rings: int = MOST_RINGS, most_bytes: int = MOST_BYTES) -> list[Path]:
+    """Remove the oldest rings that nobody writes any more, until the others are few and small enough. The newest of
+    them stays in any case: somebody may want to know what happened.
+
+    Returns:
+        What was removed. What cannot be removed stays, without a word.
+    """
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(place)
+        most_bytes = min(most_bytes, int(disk.f_frsize * disk.f_blocks * MOST_SHARE))
+    ended = [ring for ring, _ in map(glance, ring_files([place])) if ring.state != ALIVE]
+    ended.sort(key=lambda r: (r.started, r.path.name), reverse=True)
+    removed, total = [], 0
+    for i, ring in enumerate(ended):
+        total += ring.bytes
+        if i and (i >= most_rings or total > most_bytes) and remove_path(ring.path):
+            removed.append(ring.path)
+            total -= ring.bytes
+    return removed
+
+
+def prune_histories(history: Path) -> None:
+    """Remove the old histories of processes that were killed. What cannot be removed stays, without a word."""
+    with contextlib.suppress(Exception):
+        for leftover in left_histories(history):
+            if leftover.age > OLD:
+                remove(leftover)
+
+
+class Leftover(NamedTuple):
+    """Something that an ended process has left behind."""
+
+    path: Path
+    bytes: int
+    #: seconds since it was last used
+    age: float
+
+
+def leftovers(places: Iterable[Path], history: Path, now: float | None = None) -> list[Leftover]:
+    """What ended processes have left behind: rings, and temporary histories. Never what is in use.
+
+    Args:
+        places: directories of rings.
+        history: the directory of histories.
+        now: the time, in seconds since 1970.
+    """
+    now = time.time() if now is None else now
+    rings = [
+        Leftover(r.path, r.bytes, max(0.0, now - (r.last or r.started)))
+        for r in find_rings(places)
+        if r.state != ALIVE or (r.elsewhere and now - (r.last or r.started) > OLD)
+    ]
+    return rings + left_histories(history, now)
+
+
+def left_histories(history: Path, now: float | None = None) -> list[Leftover]:
+    """The temporary histories of processes that were killed; others remove theirs themselves."""
+    now = time.time() if now is None else now
+    found = []
+    for folder in entries(history):
+        match = _HISTORY_NAME.fullmatch(folder.name)
+        info = info_of(folder)
+        if match and info and is_ours(folder, stat.S_ISDIR) and not is_alive(int(match[1]), int(match[2])):
+            files = [f for path in entries(folder) if (f := info_of(path))]
+            age = max(0.0, now - max((f.st_mtime for f in files), default=info.st_mtime))
+            if age > OLD or not any(map(_from_elsewhere, entries(folder)[:1])):
+                found.append(Leftover(folder, sum(f.st_size for f in files), age))
+    return found
+
+
+def remove(leftover: Leftover) -> bool:
+    """Remove it; False if that is not possible."""
+    return remove_path(leftover.path)
+
+
+def history_of(pid: int, start: int, history: Path) -> Path | None:
+    """The directory with the temporary history of a process, if it is still there."""
+    for folder in entries(history):
+        match = _HISTORY_NAME.fullmatch(folder.name)
+        if match and (int(match[1]), int(match[2])) == (pid, start) and is_ours(folder, stat.S_ISDIR):
+            return folder
+    return None
+
+
+def _from_elsewhere(path: Path) -> bool:
+    try:
+        return is_elsewhere(header_of(path))
+    except (KvhookError, OSError):
+        return False
