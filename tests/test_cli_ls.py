@@ -11,7 +11,7 @@ import pytest
 
 from kvhook.cli import main
 from kvhook.cli.ls import as_text
-from kvhook.discovery import rings
+from kvhook.discovery import cleaning
 from kvhook.discovery.cleaning import prune
 from kvhook.discovery.rings import ALIVE, CLOSED_RING, DAMAGED, DEAD, choose, directories, find_rings
 from kvhook.errors import KvhookError
@@ -173,7 +173,7 @@ def test_making_a_ring_prunes_and_failing_to_do_so_harms_nothing(fresh: Path, mo
         Recording(fresh / "rings", engine=engine, slots=64).run(1).die()
     with fake_vllm() as vllm, kvhook.install():
         vllm.engine()
-        assert len(find_rings([fresh / "rings"])) == rings.MOST_RINGS + 1
+        assert len(find_rings([fresh / "rings"])) == cleaning.MOST_RINGS + 1
         monkeypatch.setattr("kvhook.recording.recorder.prune", lambda place: 1 / 0)
         engine = vllm.engine()
         engine.plan.append(step_stats(generated=5))
