@@ -46,7 +46,8 @@ def number(value: Any) -> int:
 
 
 def fit(values: Any, size: int, missing: float) -> Any:
-    """A list that runs beside another, or blanks: where vLLM left some out it is not known whose they are."""
+    """A list that belongs to another of this size; blanks if its own size differs, since vLLM then left some out and it is
+    not known whose the others are."""
     return values if len(values) == size else [missing] * size
 
 
