@@ -46,8 +46,7 @@ def number(value: Any) -> int:
 
 
 def fit(values: Any, size: int, missing: float) -> Any:
-    """A list that belongs to another of this size; blanks if its own size differs, since vLLM then left some out and it is
-    not known whose the others are."""
+    """The values, if there are as many as there should be; else blanks, because it is not known whose each one is."""
     return values if len(values) == size else [missing] * size
 
 

@@ -29,12 +29,12 @@ Record = Callable[..., None]
 #: ``publish(t_start_ns, t_end_ns)`` writes the step, and what belongs to it, into the ring.
 PublishStep = Callable[[int, int], None]
 
-#: Every so many steps the publisher times itself; the next record carries the result.
+#: The publisher times itself in one of so many steps; the next record carries the result.
 MEASURE_EVERY = 8
 
 
 class Counters(NamedTuple):
-    """Where a publisher goes on: the number of its next record, step, and finished request."""
+    """Where a publisher continues: the numbers of its next record, step, and finished request."""
 
     n: int = 0
     step: int = 0

@@ -10,47 +10,44 @@
 Threads
 -------
 
-No lock is taken in a step. What is written there has one writer each: the thread that steps the engine. vLLM's engines
-are stepped by one thread at a time, and kvhook relies on that as vLLM itself does.
+No lock is taken in a step. vLLM lets one thread at a time step an engine, and kvhook relies on that as vLLM does.
 
-=====================================  =============================  ================================================
-What runs                              In which thread                What keeps it safe
-=====================================  =============================  ================================================
-`on_step`, ``record``, ``publish``,    the one that steps the         no lock; the ring and the publisher's variables
-taps, `OverheadMonitor.sample`,        engine (AsyncLLM: the event    have this thread as their only writer. It looks
-`StatsProbe`                           loop's)                        into ``registry.steps``, and never changes it
-                                                                      while all goes well
-`Session` step-down,                   the same, between two steps    no lock; only this engine's entry is changed.
-`hooks.step_down`,                                                    `write_meta_again` adds to a set that the spool
-`Spool.write_meta_again`                                              empties: both are single operations
-a failure in a hook                    the same                       no lock; it removes its own key from a dictionary,
-                                                                      which harms no other key
-`Session.open_engine`, building        any thread that builds an      ``session.lock``; ``Spool._lock`` inside it. What is
-an engine                              engine                         being built is in a context variable, so that two
-                                                                      threads that build engines do not meet
-`install`, `uninstall`, `attach`,      any                            ``session.lock``
+================================ ========================== ========================================================
+What runs                        In which thread            What keeps it safe
+================================ ========================== ========================================================
+`on_step`, ``record``,           the one that steps the     No lock: this thread is the only writer of the ring and
+``publish``, taps,               engine (AsyncLLM: that of  of the publisher's variables. It looks into
+`OverheadMonitor.sample`,        the event loop)            ``registry.steps``, and does not change it.
+`StatsProbe`
+a hook that fails                the same                   No lock: it removes its own key from a dictionary, which
+                                                            does not touch other keys.
+`hooks.step_down`,               the same, between two      No lock: only this engine's entries are changed. The
+`Spool.write_meta_again`         steps                      number is added to a set that the spool's thread
+                                                            empties; both are single operations.
+building an engine,              any that builds an engine  ``session.lock``, and in it ``Spool._lock``. The engine
+`Session.open_engine`                                       that is being built is in a context variable: two
+                                                            threads that build engines do not see each other's.
+`install`, `uninstall`,          any                        ``session.lock``.
 `Session.close`
-`forget`, `Session.close_engine`,      any: finalizers run where      takes no lock that it would have to wait for:
-`Spool.retire`                         the garbage collector runs     `retire` appends to a deque, and drains at once only
-                                                                      if ``Spool._lock`` is free
-`Spool.drain` and all that writes      the thread "kvhook-spool",     ``Spool._lock``. It reads the rings as any other
-trace files                            and any thread that reads      process would: without a lock, and stamps tell it
-                                       (`Session.trace`, `close`)     what was overwritten meanwhile
-`Session.trace` and what reads with    any                            ``Spool._lock`` while the files are listed; then
-it                                                                    descriptors of their own
-patching on import                     any thread that imports vLLM   the import lock of that module
-`Faults.fault`                         any                            no lock: two faults at the same moment may be
-                                                                      counted once
-after a fork                           the child's only thread        `kvhook.forks`: the child clears the registry, and
-                                                                      the parent's session and rings refuse to be written
-=====================================  =============================  ================================================
+`forget`,                        any: finalizers run where  Waits for no lock: `retire` appends to a deque, and
+`Session.close_engine`,          the garbage collector runs drains at once only if ``Spool._lock`` is free.
+`Spool.retire`
+`Spool.drain`, and all else that "kvhook-spool", and any    ``Spool._lock``. It reads the rings as another process
+writes trace files               that reads or closes       does: without a lock; the stamps say what was
+                                                            overwritten meanwhile.
+`Session.trace`, and what reads  any                        ``Spool._lock`` while the files are listed. Then it
+with it                                                     reads them through descriptors of its own.
+patching on import               any that imports vLLM      The lock that Python holds while it imports a module.
+`Faults.fault`                   any                        No lock: of two faults at the same moment one may not be
+                                                            counted.
+after a fork                     the child's only one       `kvhook.forks`: the child clears the registry, and the
+                                                            parent's session and rings do nothing there.
+================================ ========================== ========================================================
 
 Locks are taken in this order: ``session.lock``, then ``Spool._lock``, then ``Recorder._closing``.
 
-A free-threaded Python changes three things. The ring's protocol rests on the order of stores, which such a build does
-not give to a reader in another thread of the same process, so that records would have to carry a crc everywhere (as
-they do on ARM64 now, see `kvhook.recording.recorder.NEEDS_CRC`). Counting faults and emptying ``Spool._meta_due`` rest
-on single operations being indivisible: the first needs a lock, the second is safe, because sets lock themselves there.
-And ``registry.steps`` may be changed by one thread while another looks up a key of its own, which dictionaries of such
-a build allow.
+In a free-threaded Python, little of this changes. The ring's protocol does not rest on the interpreter's lock: its
+readers may be other processes. Dictionaries, sets and deques lock themselves there, so that the single operations above
+stay single. What would need a lock of its own is counting in `Faults.fault`, which can lose a count now and would lose
+more. No such build has been tested.
 """
