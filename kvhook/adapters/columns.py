@@ -46,7 +46,7 @@ def number(value: Any) -> int:
 
 
 def fit(values: Any, size: int, missing: float) -> Any:
-    """A list that runs beside another, or blanks: where vLLM left some out it is not known whose they are."""
+    """The values, if there are as many as there should be; else blanks, because it is not known whose each one is."""
     return values if len(values) == size else [missing] * size
 
 

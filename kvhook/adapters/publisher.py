@@ -29,25 +29,25 @@ Record = Callable[..., None]
 #: ``publish(t_start_ns, t_end_ns)`` writes the step, and what belongs to it, into the ring.
 PublishStep = Callable[[int, int], None]
 
-#: Every so many steps the publisher times itself; the next record carries the result.
+#: The publisher times itself in one of so many steps; the next record carries the result.
 MEASURE_EVERY = 8
 
 
 class Counters(NamedTuple):
-    """Where a publisher goes on: the number of its next record, step, and finished request."""
+    """Where a publisher continues: the numbers of its next record, step, and finished request."""
 
     n: int = 0
     step: int = 0
     request_number: int = 0
 
 
-#: ``on_sample(*counters, t_start_ns, t_end_ns, kvhook_ns)`` is told after each step that was timed; it gives the
-#: ``vllm_stats_ns`` of the next record.
+#: ``on_sample(*counters, t_start_ns, t_end_ns, kvhook_ns)`` is called after each step that was measured; it returns
+#: the ``vllm_stats_ns`` of the next record.
 OnSample = Callable[[int, int, int, int, int, int], int]
 
 
 def no_sample(*_: int) -> int:
-    """For engines without steps, whose cost has nothing to be a share of."""
+    """For engines without steps: there is no step time that the cost could be a share of."""
     return -1
 
 
@@ -74,7 +74,7 @@ class Compiled(NamedTuple):
             publish_record: stores a packed record (`RingWriter.publish`).
             engine: number of the engine in this process, stored in each slot.
             clock: monotonic nanoseconds.
-            on_sample: is told what kvhook took, in each step in which that was measured.
+            on_sample: is called with what kvhook took, after each step in which that was measured.
             start: where to go on, if another publisher has written into the ring before.
         """
         name = f"<kvhook publisher of engine {engine}>"
@@ -225,11 +225,11 @@ class _SourceWriter:
             self.add(depth, f"{' = '.join(alike)} = {value}")
 
     def list(self, series: str, expression: str) -> None:
-        """Count, sum, smallest and largest of a list; and the values themselves where those do not tell them.
+        """Count, sum, smallest and largest of a list; and the single values, where they do not follow from these.
 
         A batch moves together, so most lists of inter-token latencies hold one value again and again. ``sorted``
         finds that out in 1.3 us at 256 values (equal floats are one pass), where ``sum`` takes 1.1 and ``max`` 4.2;
-        it replaces both, and the distribution is exact for nothing.
+        it replaces both, and the exact distribution costs nothing more.
         """
         prefix = PREFIXES[series]
         low, high, count, total = (f"{prefix}_{what}" for what in ("min", "max", "count", "sum"))

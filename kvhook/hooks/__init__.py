@@ -1,7 +1,7 @@
 """Where kvhook meets vLLM: patches, what happens at each patched call, and which engines are recorded.
 
 - `registry`: the state of the hooks, in one object
-- `taps`: how the stats of one engine are got at; `quiet`: engines whose user left vLLM's stats off
+- `taps`: how kvhook gets at the stats of one engine; `quiet`: engines whose user left vLLM's stats off
 - `engines`: how an engine begins and ends to be recorded
 - `wrappers`: what happens at each patched call, the step among them
 - `patching`: which names are replaced, all or none, and how they are put back
@@ -36,7 +36,7 @@ adapter_of = registry.adapter_of
 
 
 def armed() -> bool:
-    """Whether a session is told of new engines."""
+    """Whether there is a session that new engines are recorded into."""
     return registry.owner is not None
 
 

@@ -164,7 +164,7 @@ def publish_on_record(
 
     Args:
         open_rank: returns the functions of an engine core; called when its first stats come.
-        fault: is told of errors. None is raised.
+        fault: is called with errors; none is raised.
     """
     ranks: dict[int, tuple[Record, PublishStep] | None] = {}
     made_in = forks.generation

@@ -25,7 +25,7 @@ def arm(owner: Owner, level: str = "full") -> None:
     """Patch vLLM for this owner: at once where it is imported, else as soon as it is. Never imports it.
 
     Args:
-        owner: is told of new engines.
+        owner: is informed about new engines.
         level: how much is to be recorded, a key of `kvhook.adapters.BY_LEVEL`.
     """
     registry.owner, registry.level = owner, level

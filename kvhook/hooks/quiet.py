@@ -1,4 +1,4 @@
-"""Engines whose user left vLLM's stats off: kvhook gets its numbers there, and vLLM's own loggers stay away."""
+"""Engines whose user left vLLM's stats off: kvhook gets their stats, and vLLM's own loggers are not made."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class QuietManager:
     stat_loggers: list[Any]
 
     def hand_over_to(self, record: Record) -> None:
-        """From now on the engine's stats go straight to `record`, without a frame in between."""
+        """Let the engine's stats go to `record` from now on, without another Python call in between."""
         self.stat_loggers = [OnlyLogger(record)]
         self.record = record
 
 
 class OnlyLogger:
-    """kvhook alone in vLLM's list of loggers: records, and does nothing at everything else a manager may ask."""
+    """A stat logger that records. Every other method that a manager may call does nothing."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -37,7 +37,7 @@ class OnlyLogger:
 
 
 def quiet_manager(logger_class: Any) -> Any:
-    """A logger (manager) of vLLM's own type that does nothing: what asks for its type still gets it."""
+    """A logger or manager that does nothing. It is an instance of vLLM's class, for code that checks its type."""
     silent = {name: do_nothing for name in dir(logger_class) if not name.startswith("_")}
     made: Any = object.__new__(type("KvhookStatLoggerManager", (QuietManager, logger_class), silent))
     made.engine_indexes = [0]
@@ -46,7 +46,7 @@ def quiet_manager(logger_class: Any) -> Any:
 
 
 def make_no_stats(engine: Any, holder: str) -> None:
-    """Let an engine whose stats kvhook had turned on make none in its front end any more, as its user wanted it."""
+    """Turn an engine's front-end stats off again: kvhook had turned them on, and its user wanted none."""
     processor = getattr(engine, "output_processor", None)
     owners: tuple[Any, ...] = (engine, processor, getattr(processor, "lora_states", None))
     for owner in owners:

@@ -1,4 +1,4 @@
-"""What the hooks know: who is told about engines, which engines are recorded, and what is patched.
+"""The state of the hooks: which session is informed about engines, which engines are recorded, and what is patched.
 
 All state of `kvhook.hooks` is in one object, `registry`. The other modules of this package hold functions only.
 
@@ -26,7 +26,7 @@ NOT_RECORDED_FURTHER = "this engine is not recorded any further"
 
 
 class Owner(Protocol):
-    """Who is told about engines: the session."""
+    """Who is informed about engines: the session."""
 
     def open_engine(self, engine: Any, adapter: Adapter, facts: dict[str, Any]) -> tuple[Record, PublishStep] | None:
         """A new engine was built. Returns the functions that record it, or None if it is not to be recorded."""

@@ -24,9 +24,9 @@ clock = time.monotonic_ns
 class Tap(NamedTuple):
     """What a tap needs to know.
 
-    ``records`` is the table of what the patched methods hand over: id of the object that the stats pass -> record.
-    ``failed`` is told of an error in kvhook's part of a step. ``every``: single outputs are looked at in every so many
-    steps (`tap_core` alone).
+    ``records`` is where the patched methods look for their `record`: id of the object that the stats pass -> record.
+    ``failed`` is called with an error of kvhook's. ``every``: outputs are counted in one of so many steps (`tap_core`
+    alone).
     """
 
     engine: Any
@@ -38,22 +38,22 @@ class Tap(NamedTuple):
 
 
 def tap_manager(tap: Tap) -> Undo:
-    """A logger or manager that is given the stats: it is ours, or its ``record`` is patched."""
+    """The engine gives its stats to a logger or manager: it is kvhook's own, or its ``record`` is patched."""
     manager = getattr(tap.engine, tap.adapter.holder)
     if manager is None:
         raise LookupError(f"it has no {tap.adapter.holder}")
     if isinstance(manager, QuietManager):
         manager.hand_over_to(tap.record)
         return lambda: manager.hand_over_to(do_nothing)
-    return _listed(tap, id(manager))
+    return _register(tap, id(manager))
 
 
 def tap_engine(tap: Tap) -> Undo:
     """V0: the engine makes the stats itself, in a method that is patched."""
-    return _listed(tap, id(tap.engine))
+    return _register(tap, id(tap.engine))
 
 
-def _listed(tap: Tap, key: int) -> Undo:
+def _register(tap: Tap, key: int) -> Undo:
     records = tap.records
     records[key] = tap.record
 
@@ -80,8 +80,10 @@ def tap_lists(tap: Tap) -> Undo:
 
 
 def tap_outputs(tap: Tap) -> Undo:
-    """LLMEngine of 0.8: the core's stats come with its outputs and are left there; IterationStats are what its output
-    processor would fill in if it were given some. So it is, as AsyncLLM does it, and both are taken from there."""
+    """LLMEngine of 0.8 ignores the stats that come with the engine core's outputs, and makes no IterationStats.
+
+    Its output processor fills IterationStats in if it is given some, as AsyncLLM does. The tap gives it some, and takes
+    both kinds of stats from there."""
     client, processor, record = tap.engine.engine_core, tap.engine.output_processor, tap.record
     get_output, process_outputs = client.get_output, processor.process_outputs
     make_stats = lookup(next(s.path for s in tap.adapter.sources if s.argument == "iteration_stats"))
@@ -102,7 +104,7 @@ def tap_outputs(tap: Tap) -> Undo:
         record(outputs.scheduler_stats, stats)
         return result
 
-    # from now on it keeps the clocks of new requests; there are none yet
+    # with this the processor keeps the clocks of new requests; there are no requests yet
     log_stats, processor.log_stats = processor.log_stats, True
     take_out = _replace(
         (client, "get_output", get_output_and_keep), (processor, "process_outputs", process_outputs_with_stats)
@@ -139,9 +141,9 @@ def core_of(engine: Any, get_output: str = "get_output") -> Core:
 
 
 def tap_core(tap: Tap) -> Undo:
-    """Level light: the scheduler's stats as the engine core sends them with its outputs, and a count of these.
+    """Level light: take the scheduler's stats from the engine core's outputs, and count the outputs.
 
-    Nothing is made by the front end: IterationStats are for those who asked vLLM for them.
+    The front end makes no IterationStats, unless the user turned vLLM's stats on.
     """
     if not tap.adapter.timed:
         return _tap_core_on_event_loop(tap)
@@ -159,8 +161,8 @@ def tap_core(tap: Tap) -> Undo:
             counts = None
             if outputs.outputs and not steps % every:
                 counts = Counts()
-                # the others that are gone at the end of the step have finished, also by a stop string, which only the
-                # front end sees
+                # requests that are gone at the end of the step have finished; those that end with a stop string are
+                # known to the front end only
                 counts.states = states = processor.request_states
                 counts.before = len(states)
                 count(outputs.outputs, states, counts)
@@ -169,7 +171,7 @@ def tap_core(tap: Tap) -> Undo:
             steps += 1
             record(outputs.scheduler_stats, counts, spent=spent)
             if start:
-                # what counting takes is shared by the steps in which nothing is counted
+                # the time for counting is spread over the steps in which nothing is counted
                 spent = counting // every + clock() - start
         except Exception as error:
             failed(error)
@@ -179,8 +181,8 @@ def tap_core(tap: Tap) -> Undo:
 
 
 def _tap_core_on_event_loop(tap: Tap) -> Undo:
-    """The same for AsyncLLM, whose handler takes the outputs of a step in several parts: a step is over when the
-    handler asks for the next."""
+    """The same for AsyncLLM, whose output handler processes the outputs of a step in several parts. A step is over when
+    the handler asks for the next outputs."""
     client, get_output_async, processor, process_outputs, count = core_of(tap.engine, "get_output_async")
     record, failed = tap.record, tap.failed
     latest: Any = None
@@ -220,7 +222,7 @@ def _tap_core_on_event_loop(tap: Tap) -> Undo:
     )
 
 
-#: `Adapter.tap` -> puts `record` where the stats of this engine pass; gives what takes it out again.
+#: `Adapter.tap` -> puts `record` where the stats of this engine pass; returns a function that takes it out again.
 TAPS: dict[str, Callable[[Tap], Undo]] = {
     "manager": tap_manager,
     "engine": tap_engine,
@@ -231,7 +233,7 @@ TAPS: dict[str, Callable[[Tap], Undo]] = {
 
 
 def _replace(*replaced: tuple[Any, str, Callable[..., Any]]) -> Undo:
-    """Put functions in the place of methods of single objects; gives what takes out those that are still there."""
+    """Replace methods of single objects. The function that is returned takes out those that are still in place."""
     for owner, name, function in replaced:
         setattr(owner, name, function)
 

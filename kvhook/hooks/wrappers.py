@@ -24,7 +24,7 @@ _steps, _records, _engines = registry.steps, registry.records, registry.engines
 
 
 def on_step(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Around ``LLMEngine.step``: take the two clocks, and publish what came in between."""
+    """Around ``LLMEngine.step``: read the clock before and after it, then publish what came in between."""
     publish = _steps.get(id(instance))
     if publish is None:
         return wrapped(*args, **kwargs)
@@ -52,7 +52,7 @@ def on_record(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def on_stats(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Around V0's ``LLMEngine._get_stats``: take what it made. Without a schedule it was not made for a step."""
+    """Around V0's ``LLMEngine._get_stats``: take what it returns, if it was called with a step's schedule."""
     stats = wrapped(*args, **kwargs)
     record = _records.get(id(instance))
     if record is not None and (args[0] if args else kwargs.get("scheduler_outputs")) is not None:
@@ -64,9 +64,9 @@ def on_stats(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def on_finished(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Around ``IterationStats.update_from_finished_request``: leave the request's TTFT on the finished request.
+    """Around ``IterationStats.update_from_finished_request``: store the request's TTFT in the finished request.
 
-    vLLM knows it (RequestStateStats.first_token_latency) and does not pass it on.
+    vLLM knows it (RequestStateStats.first_token_latency), but does not pass it on.
     """
     result = wrapped(*args, **kwargs)
     if _engines:
@@ -81,7 +81,7 @@ def on_finished(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _failed(what: str, error: BaseException, table: dict[int, Any], key: int) -> None:
-    """A hook failed: report it, and if the fault is kvhook's, never call it again for this engine."""
+    """Report that a hook failed. If the fault is kvhook's, the hook is never called again for this engine."""
     if isinstance(error, Exception):
         table.pop(key, None)
     registry.fault(what, error, NOT_RECORDED_FURTHER)
@@ -122,16 +122,16 @@ def on_engine_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def on_manager(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """In place of vLLM's stat logger (manager) in the engine's module: none but kvhook's where stats were off.
+    """In place of vLLM's stat logger or manager in the engine's module: kvhook's own, if the user left stats off.
 
-    vLLM's own always makes a Prometheus logger (38-490 us a step), whose making also wipes the numbers of every
-    engine before; and the logging one. Nobody asked for them here.
+    vLLM's manager always makes a logging and a Prometheus logger. The latter takes 38-490 us a step, and making it
+    erases the numbers of every earlier engine. Nobody asked for them here.
     """
     being_built = building.get()
     if being_built is None or not being_built.stats_off:
         return wrapped(*args, **kwargs)
     if being_built.on_event_loop and kwargs.get("custom_stat_loggers") and "enable_default_loggers" in kwargs:
-        # with loggers of the user's own, vLLM would have turned stats on by itself, for them alone
+        # the user passed loggers: vLLM would have turned stats on for these alone
         return wrapped(*args, **{**kwargs, "enable_default_loggers": False})
     try:
         return quiet_manager(wrapped)
@@ -141,8 +141,10 @@ def on_manager(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def on_core(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Around ``EngineCoreClient.make_client``, where the core alone is to make stats: at level light, and in vLLM 0.8,
-    whose LLMEngine turns its core's stats off whatever the user says."""
+    """Around ``EngineCoreClient.make_client``: turn the engine core's stats on.
+
+    At level light only the core makes stats. In vLLM 0.8, LLMEngine turns them off whatever the user says.
+    """
     owner = registry.owner
     if owner is not None and building.get() is not None:
         try:
@@ -157,7 +159,7 @@ def on_core(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def on_get_metrics(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Around ``LLMEngine.get_metrics``: with the user's stats off it fails as it does without kvhook."""
+    """Around ``LLMEngine.get_metrics``: if the user left stats off, it fails as it does without kvhook."""
     if registry.stats_off(instance):
         raise AssertionError(
             "Stat logging disabled: vLLM's metrics are off in this engine, as they are by default. kvhook has this "

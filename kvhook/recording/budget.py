@@ -1,8 +1,8 @@
-"""What recording costs, measured in the run itself, and kept within a budget.
+"""What recording costs, measured during the run, and the limit on it.
 
-Every eighth step the publisher hands over what kvhook took in it (`kvhook.adapters.publisher.MEASURE_EVERY`), and of
-every 32nd step it is measured what vLLM took to make the iteration stats that nobody but kvhook had asked for. Between
-these nothing is measured, so that measuring costs nothing.
+In every eighth step the publisher reports how long kvhook took (`kvhook.adapters.publisher.MEASURE_EVERY`). In every
+32nd step it is measured how long vLLM took to make iteration stats that only kvhook had asked for. In the other steps
+nothing is measured, so that measuring costs next to nothing.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from kvhook.adapters.table import Adapter, lookup
 
 clock = time.monotonic_ns
 
-#: Samples between two measurements of vLLM's part: it takes two clock readings for each output of that step.
+#: Samples between two measurements of vLLM's part, which read the clock twice for each output of the step.
 PROBE_EVERY = 4
-#: Samples of a window, and windows in a row that must be over the budget: 32 x 8 steps, three times. A start, or a
-#: busy moment, is not "long".
+#: Samples in a window, and windows in a row that must be over the budget before anything is changed: 32 x 8 steps,
+#: three times. The start of a run, or a busy moment, is shorter than that.
 WINDOW, WINDOWS = 32, 3
 
 
 class Level(NamedTuple):
-    """How much is recorded: a name in `kvhook.schema.LEVELS`, and in every how-many-th step outputs are counted."""
+    """How much is recorded: a name in `kvhook.schema.LEVELS`; outputs are counted in one of ``every`` steps."""
 
     name: str
     every: int = 1
 
 
-#: From one to the next when the budget is exceeded for long.
+#: The levels in the order in which they are taken when the budget is exceeded for long.
 LADDER = (Level("full"), Level("light"), Level("sparse", 4), Level("sparse", 16), Level("sparse", 64))
 
 
@@ -39,10 +39,10 @@ class OverheadMonitor:
     """Adds up what recording one engine costs, and steps down when that is over the budget for long.
 
     Args:
-        call_ns: what every step costs that the publisher cannot measure from inside: the wrapped call, the hand-over.
-        level: where it starts.
+        call_ns: what each step costs outside the publisher (`kvhook.recording.overhead`).
+        level: the level at which it starts.
         max_overhead: the budget, as a share of the time inside steps; None for no budget.
-        step_down: ``step_down(level, counters, share)`` changes over to a level; False if that cannot be done.
+        step_down: ``step_down(level, counters, share)`` changes to a level; returns False if that cannot be done.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class OverheadMonitor:
         self._samples = self._cost = self._time = self._stats_ns = self._over = 0
 
     def sample(self, n: int, step: int, request_number: int, t_start_ns: int, t_end_ns: int, kvhook_ns: int) -> int:
-        """What the publisher found; gives what vLLM's part took, if that has been measured since, else -1."""
+        """Take what the publisher measured; returns what vLLM's part took if that was measured since, else -1."""
         stats_ns = -1
         self._samples += 1
         if self.probe is not None:
@@ -77,7 +77,7 @@ class OverheadMonitor:
         return stats_ns
 
     def stop(self) -> None:
-        """Leave nothing in the engine that waits for its next step."""
+        """Take out of the engine what waits for its next step."""
         if self.probe is not None:
             self.probe.disarm()
 
@@ -97,14 +97,14 @@ class OverheadMonitor:
 
 
 class StatsProbe:
-    """Measures what making iteration stats takes in vLLM's front end, in single steps; in the others it is not there.
+    """Measures in single steps how long vLLM's front end takes to make iteration stats. In other steps it is not there.
 
     Args:
         processor: the engine's output processor.
         methods: those of its methods in which vLLM fills its stats in, called for each output and each finished
-            request. What a timed call of nothing takes is taken off.
+            request. The time of an empty timed call is subtracted for each.
         make_stats: vLLM's IterationStats, made once a step.
-        failed: is told of an error in here, after which nothing is measured any more.
+        failed: is called with an error of the probe's own, after which nothing is measured any more.
 
     Raises:
         AttributeError: this vLLM has no such methods.
@@ -142,7 +142,7 @@ class StatsProbe:
         process_outputs = processor.process_outputs
 
         def process_outputs_measured(*args: Any, **kwargs: Any) -> Any:
-            if not self._armed:  # somebody who came in between has kept it
+            if not self._armed:  # somebody has kept this function beyond its step
                 return process_outputs(*args, **kwargs)
             self.disarm()
             put_back = self._begin(processor)
@@ -167,7 +167,7 @@ class StatsProbe:
             processor.process_outputs = mine.there
 
     def _begin(self, processor: Any) -> Callable[[], None]:
-        """Time the methods from now on; gives what ends that. In the engine's path: nothing gets out."""
+        """Time the methods from now on; returns a function that ends that. Raises nothing: it runs inside a step."""
         own = {name: vars(processor)[name] for name in self._methods if name in vars(processor)}
 
         def put_back() -> None:
@@ -198,7 +198,7 @@ class StatsProbe:
         return timed
 
     def take(self) -> int:
-        """Nanoseconds of the step that was measured last, once; -1 if there is none."""
+        """Nanoseconds of the step that was measured last; -1 if there is none, or it was taken already."""
         measured, self._measured = self._measured, -1
         return measured
 

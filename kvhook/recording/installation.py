@@ -40,7 +40,7 @@ def install(
     """Record every vLLM engine that is made from now on.
 
     Call it before ``LLM(...)``; before or after ``import vllm`` does not matter, and vLLM need not even be
-    installed. Installing twice is installing once: the second call gives the session that is there.
+    installed. Installing twice is installing once: the second call returns the session that is there.
 
     Args:
         trace: stream the run to this ``.kvh`` file. Without it, the run is kept in a temporary file until the

@@ -37,7 +37,7 @@ class Recorder:
         directory: where the ring goes.
         slots: its capacity, a power of two.
         clock: monotonic nanoseconds.
-        on_sample: is told what kvhook took in a step, see `kvhook.adapters.publisher.OnSample`.
+        on_sample: is called with what kvhook took in a step, see `kvhook.adapters.publisher.OnSample`.
 
     Raises:
         OSError: the ring cannot be made.
@@ -65,7 +65,7 @@ class Recorder:
             "absent": self.compiled.absent,
             "levels": [{"step": 0, "level": adapter.level}],
         }
-        with contextlib.suppress(Exception):  # a tidy directory is worth no engine
+        with contextlib.suppress(Exception):  # a directory that cannot be tidied is no reason not to record
             prune(directory)
         pid = os.getpid()
         for serial in _serials:
@@ -78,7 +78,7 @@ class Recorder:
         self._closing = threading.RLock()
 
     def go_on(self, adapter: Adapter, level: str, start: Counters) -> tuple[Record, PublishStep]:
-        """The functions that record from here on at another level, into the same ring.
+        """Make functions that record at another level from now on, into the same ring.
 
         Raises:
             LookupError: vLLM's classes are not where the adapter says.
@@ -92,12 +92,12 @@ class Recorder:
         """Mark the ring closed; what it holds can still be read. Closing twice is fine."""
         with self._closing:
             self.ring.close()
-            # the session keeps its recorders: with these two the ring would stay mapped for as long
+            # the session keeps its recorders; these two functions would keep the ring mapped as long
             self.record = self.publish = do_nothing
 
 
 def process_facts() -> dict[str, Any]:
-    """What there is to know about the process that records."""
+    """Facts about the process that records."""
     return {
         "kvhook": __version__,
         "vllm": vllm_version(),

@@ -1,4 +1,4 @@
-"""The whole run on disk: a thread copies raw slots from the rings to trace files, nothing per record in Python."""
+"""The whole run on disk: a thread copies raw slots from the rings to trace files, with no Python per record."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from kvhook.ring.reader import Batch
     from kvhook.ring.writer import RingWriter
 
-#: Seconds between two looks at the rings: while nothing happens, and at the least and the most while an engine works.
-#: The longer, the less it takes from the engine's thread: what a look costs is waking up with cold caches.
+#: Seconds between two drains: while nothing happens, and the least and the most while an engine works. Longer pauses
+#: take less from the engine's thread, because what a drain costs is mostly waking up with cold caches.
 INTERVAL, SHORTEST, LONGEST = 0.2, 0.005, 1.0
-#: A bounded history is cut into so many files, of which the oldest goes when the bound is reached.
+#: A limited history is cut into so many files. The oldest is deleted when the limit is reached.
 SEGMENTS = 8
 
 #: Slots that are copied at a time: some 2 MB, so that they are still in the processor's cache when they are written.
@@ -33,16 +33,16 @@ _WRITING, _THEN = "writing the trace", "records are counted as lost until it can
 
 
 def next_pause(taken: int, seconds: float, capacity: int, last: float) -> float:
-    """How long the spool may rest: until an eighth of the smallest ring is full at the present rate.
+    """Seconds until the next drain: until an eighth of the smallest ring is full at the present rate.
 
     Args:
         taken: records that came in the last `seconds`.
-        seconds: since it came before.
-        capacity: of the smallest ring.
-        last: the last pause, of which the next one is twice as long at most.
+        seconds: time since the drain before.
+        capacity: slots of the smallest ring.
+        last: the last pause; the next one is at most twice as long.
     """
     if not taken:
-        return INTERVAL  # nobody works: then it costs nobody anything to be ready for a burst
+        return INTERVAL  # no engine works, so that being ready for a burst costs nothing
     return max(SHORTEST, min(capacity / 8 * seconds / taken, 2 * last, LONGEST))
 
 
@@ -68,9 +68,9 @@ class Spool:
     """Drains rings into trace files in the background.
 
     Args:
-        new_path: gives the path of the next file; called with its number, from 0.
+        new_path: returns the path of the next file; called with its number, from 0.
         limit: bytes on disk, above which the oldest part is dropped and counted; None for no limit.
-        fault: is told of errors (where, error, what happens then). They are never raised: the thread goes on.
+        fault: is called with errors (where, error, what happens then). None is raised: the thread goes on.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class Spool:
         self._metas: dict[int, dict[str, Any]] = {}
         self._files: list[TraceWriter] = []
         self._made = 0
-        #: Records that were overwritten in the ring before the spool came, per engine.
+        #: Records that were overwritten in the ring before they were copied, per engine.
         self.overrun: dict[int, int] = {}
         #: Records that could not be written (disk full, directory gone), per engine.
         self.unwritten: dict[int, int] = {}
-        #: Records that the spool has come to, per engine.
+        #: Records that the spool has reached, per engine.
         self.published: dict[int, int] = {}
         #: Engines that are gone and whose last records are still to be drained.
         self._retiring: deque[int] = deque()
@@ -119,8 +119,7 @@ class Spool:
                 self._thread.start()
 
     def retire(self, number: int) -> None:
-        """Drain an engine for the last time and close its ring: at once if the lock is free, else whoever holds it does
-        so later.
+        """Drain an engine for the last time and close its ring: now if the lock is free, else at the next drain.
 
         It waits for nothing, since finalizers call it: the garbage collector runs them in any thread at any moment,
         also in a thread that holds the lock.
@@ -164,7 +163,7 @@ class Spool:
         self._meta_due.add(number)
 
     def drain(self) -> int:
-        """Bring the files up to now; gives the number of records that were taken over."""
+        """Bring the files up to date; returns the number of records that were copied."""
         with self._lock:
             self._close_retired()
             taken = 0
