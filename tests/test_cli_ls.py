@@ -11,7 +11,7 @@ import pytest
 
 from kvhook.cli import main
 from kvhook.cli.ls import as_text
-from kvhook.discovery import cleaning
+from kvhook.discovery import cleaning, rings
 from kvhook.discovery.cleaning import prune
 from kvhook.discovery.rings import ALIVE, CLOSED_RING, DAMAGED, DEAD, choose, directories, find_rings
 from kvhook.errors import KvhookError

@@ -17,10 +17,10 @@ from kvhook.records.tables import Records
 LAST = 16
 #: Finished requests that are listed.
 LAST_REQUESTS = 5
-#: A change is worth a word from this factor on (times), or this difference (usage).
+#: A change is reported from this factor on (times), or from this difference on (usage).
 FACTOR = 1.5
 DIFFERENCE = 0.1
-#: A single step is worth a word if it took so many times the median.
+#: A single step is reported if it took so many times the median.
 OUTLIER = 5
 #: A cache is full from this usage on.
 FULL = 0.95

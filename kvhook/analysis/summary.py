@@ -234,7 +234,7 @@ def _made_for_us(steps: Table, engines: list[dict[str, Any]]) -> int:
 
 
 def _changes(engine: dict[str, Any]) -> list[dict[str, Any]]:
-    """The changes of level that an engine's facts tell of, less what a damaged file may have there."""
+    """The changes of level among an engine's facts, without entries that a damaged file may have there."""
     levels = engine.get("levels")
     if not isinstance(levels, list):
         return []

@@ -68,8 +68,8 @@ def run(checks: Iterable[Check]) -> Iterator[Result]:
         except Exception as error:  # also what a check did not think of is an answer, and not the end of the others
             failed = Failed("the check itself", "no error", f"{type(error).__name__}: {error}")
             outcome, found = FAILED, str(failed)
-        told = (failed.expected, failed.seen, failed.advice) if failed else ("", "", "")
-        yield Result(check.__name__, _title(check), outcome, found, *told, time.perf_counter() - began)
+        details = (failed.expected, failed.seen, failed.advice) if failed else ("", "", "")
+        yield Result(check.__name__, _title(check), outcome, found, *details, time.perf_counter() - began)
 
 
 def expect(what: str, seen: Any, expected: Any, advice: str = REPORT) -> None:

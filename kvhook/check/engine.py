@@ -80,12 +80,12 @@ def _make(model: str | None) -> Any:
 
 
 def _shut_down(llm: Any) -> None:
-    """End the engine's processes now rather than when somebody lets go of it, and take its metrics out of the process's
-    Prometheus registry, where a collector would find them for ever."""
+    """End the engine's processes now rather than when it is garbage-collected. Its metrics are taken out of the
+    process's Prometheus registry, where a collector would find them for ever."""
     core = read_path(llm, "llm_engine.engine_core")
     shutdown = getattr(core, "shutdown", None)
     if callable(shutdown):
-        with contextlib.suppress(Exception):  # it is going anyway, and what was found is to be told
+        with contextlib.suppress(Exception):  # the engine ends anyway, and the results matter more
             shutdown()
     unregister = getattr(sys.modules.get("vllm.v1.metrics.prometheus"), "unregister_vllm_metrics", None)
     if callable(unregister):
@@ -107,10 +107,10 @@ def _environment(model: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def messages_to(path: Path) -> Iterator[None]:
-    """Append to a file what vLLM and its parts, some of them in processes of their own, write meanwhile.
+def output_to(path: Path) -> Iterator[None]:
+    """Append to a file what this process and its children write meanwhile.
 
-    Its log goes to standard output, warnings and what its C++ says to standard error.
+    vLLM's log goes to standard output, warnings and the messages of its C++ parts to standard error.
     """
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     saved = []

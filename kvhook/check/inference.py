@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvhook.adapters.table import read_path
 from kvhook.analysis.blocks import blocks_of, prefix_hits
 from kvhook.check import Check, Failed, Result, Skipped, expect, run
-from kvhook.check.engine import messages_to, recorded_engine
+from kvhook.check.engine import output_to, recorded_engine
 from kvhook.collector import VLLMMetricsCollector, names
 from kvhook.errors import KvhookError
 
@@ -64,14 +64,14 @@ def check_engine(model: str | None, log: Path) -> Iterator[Result]:
         if started:
             # nothing of the engine is kept here, so that it is gone when the stack is closed
             yield from _quietly(Inference(*started.pop()).checks(), log)
-            with messages_to(log):
+            with output_to(log):
                 stack.close()
 
 
 def _quietly(checks: list[Check], log: Path) -> Iterator[Result]:
     """Run checks, without vLLM's messages in between."""
     for check in checks:
-        with messages_to(log):
+        with output_to(log):
             (result,) = run([check])
         yield result
 

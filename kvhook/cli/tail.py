@@ -116,23 +116,23 @@ def lines(
     for slots, lost, end in news:
         if lost:
             say(f"{lost:,} records were overwritten before they could be read")
-        some = [row for kind, part in rows(from_slots(slots, header, name)) if kind == "step" for row in part]
-        if some:
-            last = some[-1]["step"]
+        steps = [row for kind, part in rows(from_slots(slots, header, name)) if kind == "step" for row in part]
+        if steps:
+            last = steps[-1]["step"]
         if old is not None:
             # what was there when we came: the sums take all of it, the screen the last lines
             head = slot_head(slots)
             there = int(((head["kind"] == STEP) & (head["n"] < until)).sum())
-            old += some[:there]
+            old += steps[:there]
             cut = max(0, len(old) - back)
             for row in old[:cut]:
                 text.count(row)
             old = old[cut:]
             if not end and (not len(slots) or int(head["n"][-1]) + 1 < until):
                 continue
-            some = old + some[there:]
+            steps = old + steps[there:]
             old = None
-        for row in some:
+        for row in steps:
             yield json.dumps({"kind": "step", **row}) if as_json else text.line(row)
         if end:
             what = "no step" if last is None else f"step {last}"

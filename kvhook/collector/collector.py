@@ -379,7 +379,7 @@ def _positive(interval: Any) -> float:
 
 
 def _weakly(engine: Any) -> Callable[[], Any]:
-    """A function that gives the engine as long as somebody else keeps it."""
+    """A function that gives the engine as long as it is alive; it does not keep it alive."""
     if engine is None:
         return lambda: None
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvhook.adapters.config import FACTS as ENGINE_FACTS
+
 #: The sources, in the order in which they are tried.
 HOOK, INTERNAL, REGISTRY = "hook", "internal_engine_stats", "prometheus_registry"
 SOURCES = (HOOK, INTERNAL, REGISTRY)
@@ -16,21 +18,20 @@ STATE, TOTAL = "state", "total"
 class Value(NamedTuple):
     """A number that every source may know, under its name in `kvhook.schema`.
 
-    ``metrics``: names in vLLM's Prometheus registry, newest first. ``v0``: attributes of V0's ``Stats``.
+    ``metrics``: names in vLLM's Prometheus registry, newest first.
     """
 
     name: str
     kind: str
     metrics: tuple[str, ...]
-    v0: tuple[str, ...] = ()
 
 
 V0_RATE = "v0_prefix_cache_hit_rate"
 
 VALUES: tuple[Value, ...] = (
-    Value("kv_cache_usage", STATE, ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"), ("gpu_cache_usage_sys",)),
-    Value("num_running_reqs", STATE, ("vllm:num_requests_running",), ("num_running_sys",)),
-    Value("num_waiting_reqs", STATE, ("vllm:num_requests_waiting",), ("num_waiting_sys",)),
+    Value("kv_cache_usage", STATE, ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")),
+    Value("num_running_reqs", STATE, ("vllm:num_requests_running",)),
+    Value("num_waiting_reqs", STATE, ("vllm:num_requests_waiting",)),
     Value("prefix_cache_queries", TOTAL, ("vllm:prefix_cache_queries", "vllm:gpu_prefix_cache_queries")),
     Value("prefix_cache_hits", TOTAL, ("vllm:prefix_cache_hits", "vllm:gpu_prefix_cache_hits")),
     Value("num_prompt_tokens", TOTAL, ("vllm:prompt_tokens",)),
@@ -38,13 +39,13 @@ VALUES: tuple[Value, ...] = (
     Value("num_preempted_reqs", TOTAL, ("vllm:num_preemptions",)),
     Value("num_finished_reqs", TOTAL, ("vllm:request_success",)),
     # V0 alone: a running rate over blocks; below 0 where prefix caching is off
-    Value(V0_RATE, STATE, ("vllm:gpu_prefix_cache_hit_rate",), ("gpu_prefix_cache_hit_rate",)),
+    Value(V0_RATE, STATE, ("vllm:gpu_prefix_cache_hit_rate",)),
 )
 
-#: V0 on a CPU keeps some values elsewhere from 0.9 on: in this attribute of its ``Stats``, in this metric.
+#: V0 on a CPU keeps some values in other metrics from 0.9 on.
 V0_ON_CPU = {
-    "kv_cache_usage": ("cpu_cache_usage_sys", "vllm:cpu_cache_usage_perc"),
-    V0_RATE: ("cpu_prefix_cache_hit_rate", "vllm:cpu_prefix_cache_hit_rate"),
+    "kv_cache_usage": "vllm:cpu_cache_usage_perc",
+    V0_RATE: "vllm:cpu_prefix_cache_hit_rate",
 }
 
 #: The gauge whose labels are the cache's configuration.
@@ -156,11 +157,8 @@ SCHEDULER = "engine_core.engine_core.scheduler"
 #: The last step's scheduler stats, in V1's logging logger.
 LAST_STATS = "last_scheduler_stats"
 
-#: Fact about the environment -> where an engine's configuration has it.
+#: Facts about the environment, and where an engine has them: below its VllmConfig, as the adapters say.
 FACTS = {
-    "model": "vllm_config.model_config.model",
-    "device": "vllm_config.device_config.device_type",
-    "block_size": "vllm_config.cache_config.block_size",
-    "num_gpu_blocks": "vllm_config.cache_config.num_gpu_blocks",
-    "enable_prefix_caching": "vllm_config.cache_config.enable_prefix_caching",
+    name: f"vllm_config.{ENGINE_FACTS[name]}"
+    for name in ("model", "device", "block_size", "num_gpu_blocks", "enable_prefix_caching")
 }

@@ -33,7 +33,7 @@ def draw(parts: Sequence[Monitored], how: str, why_no_rate: str, path: Path) -> 
         KvhookError: matplotlib is not installed.
     """
     need("matplotlib", "plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and nobody's pyplot is touched
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display, and leaves the user's pyplot alone
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -73,7 +73,7 @@ def numbers(families: dict[str, Family]) -> dict[str, float]:
 def v0_on_cpu(families: dict[str, Family]) -> dict[str, float]:
     """The values that V0 on a CPU keeps elsewhere."""
     out = {}
-    for name, (_, metric) in V0_ON_CPU.items():
+    for name, metric in V0_ON_CPU.items():
         family = families.get(metric)
         found = [float(v) for _, v in family.samples] if family is not None and family.kind == "gauge" else []
         if found and all(map(math.isfinite, found)):

@@ -11,6 +11,7 @@ from kvhook.adapters.table import read_path
 from kvhook.analysis import history
 from kvhook.collector import names, prometheus
 from kvhook.collector.reading import Histogram, Reading, Unavailable, histogram
+from kvhook.collector.states import v0_states, v1_states
 from kvhook.errors import KvhookError
 from kvhook.recording.installation import attach, current_session, install, uninstall
 from kvhook.records.columns import has
@@ -31,14 +32,14 @@ class MetricsSource(Protocol):
     """A place that numbers come from."""
 
     name: str
-    #: whether its past is lost unless somebody looks in time
+    #: whether it only knows the present, so that it must be read again and again
     polled: bool
 
     def read(self) -> Reading:
         """What it says now.
 
         Raises:
-            Unavailable: it says nothing; why.
+            Unavailable: it cannot be read; the message says why.
         """
 
 
@@ -55,7 +56,7 @@ class HookSource:
         self.session: Session | None = None
         #: number of the engine in it; None stands for all of them (several ranks are several engines)
         self.number: int | None = None
-        #: what the last reading told about the engines; it outlives them
+        #: the engines' facts in the last reading; they outlive the engines
         self.engines: list[dict[str, Any]] = []
         #: whether `begin` installed kvhook
         self.installed = False
@@ -167,7 +168,7 @@ class EngineSource:
 
     V0 makes its ``Stats`` on request. V1 holds less: where its core lives in this process, the scheduler's queues and
     the block pool, as they are at this moment; and, where vLLM's stats are on, the loggers of this very engine, with
-    totals and the last step's states. With the core in another process and stats off it holds nothing of use.
+    totals and the last step's states. With the core in another process and stats off there is nothing to read.
     """
 
     name = names.INTERNAL
@@ -185,7 +186,7 @@ class EngineSource:
         values = prometheus.numbers(families)
         last = next((s for s in map(_last_stats, _loggers(engine)) if s is not None), None)
         if last is not None:
-            values |= {k: v for k, v in _states_of_step(last).items() if k not in values}
+            values |= {k: v for k, v in v1_states(last).items() if k not in values}
         now = _v0_states(engine) or _scheduler_states(engine)
         values |= now
         if not values:
@@ -235,8 +236,8 @@ class RegistrySource:
             values |= _greater(values, prometheus.v0_on_cpu(families))
         caching = prometheus.prefix_caching(families)
         if caching is None:
-            said = read_path(self._engine(), names.FACTS["enable_prefix_caching"])
-            caching = said if isinstance(said, bool) else None
+            configured = read_path(self._engine(), names.FACTS["enable_prefix_caching"])
+            caching = configured if isinstance(configured, bool) else None
         return Reading(
             self.name,
             values,
@@ -255,7 +256,7 @@ class RegistrySource:
         """
         engine = self._engine()
         if engine is None and self._given:
-            # what the registry still has may be another engine's, and nothing in it tells
+            # what the registry still holds may be another engine's, which cannot be seen from it
             raise Unavailable(NO_ENGINE)
         get_metrics = getattr(engine, "get_metrics", None)
         if callable(get_metrics):
@@ -314,32 +315,12 @@ def _last_stats(logger: Any) -> Any:
     return vars(logger).get(names.LAST_STATS)
 
 
-def _states_of_step(stats: Any) -> dict[str, float]:
-    """Usage and queues out of V1's SchedulerStats."""
-    usage = getattr(stats, "kv_cache_usage", getattr(stats, "gpu_cache_usage", None))
-    waiting = getattr(stats, "num_waiting_reqs", None)
-    if waiting is not None:
-        waiting += getattr(stats, "num_skipped_waiting_reqs", 0)
-    states = {
-        "kv_cache_usage": usage,
-        "num_running_reqs": getattr(stats, "num_running_reqs", None),
-        "num_waiting_reqs": waiting,
-    }
-    return {name: value for name, value in states.items() if isinstance(value, (int, float))}
-
-
 def _v0_states(engine: Any) -> dict[str, float]:
     """What V0's ``_get_stats`` says; {} where there is no such thing."""
     get_stats = getattr(engine, "_get_stats", None)
     if not callable(get_stats):
         return {}
-    stats = get_stats(None)
-    found = {value.name: getattr(stats, name, None) for value in names.VALUES for name in value.v0}
-    states = {name: value for name, value in found.items() if isinstance(value, (int, float))}
-    if _on_cpu(engine):
-        others = {name: getattr(stats, attribute, None) for name, (attribute, _) in names.V0_ON_CPU.items()}
-        states |= _greater(states, {name: value for name, value in others.items() if isinstance(value, (int, float))})
-    return states
+    return v0_states(get_stats(None), on_cpu=_on_cpu(engine))
 
 
 def _on_cpu(engine: Any) -> bool:

@@ -31,11 +31,11 @@ _HISTORY_NAME = re.compile(HISTORY_PREFIX + r"(\d{1,10})-(\d{1,19})-\w+")
 
 
 def prune(place: Path, most_rings: int = MOST_RINGS, most_bytes: int = MOST_BYTES) -> list[Path]:
-    """Remove the oldest rings that nobody writes any more, until the others are few and small enough. The newest of
-    them stays in any case: somebody may want to know what happened.
+    """Remove the oldest rings of ended processes until the others are few and small enough. The newest of them always
+    stays, so that `kvhook autopsy` can read it.
 
     Returns:
-        What was removed. What cannot be removed stays, without a word.
+        What was removed. A ring that cannot be removed stays, and no error is raised.
     """
     with contextlib.suppress(OSError):
         disk = os.statvfs(place)
@@ -52,7 +52,7 @@ def prune(place: Path, most_rings: int = MOST_RINGS, most_bytes: int = MOST_BYTE
 
 
 def prune_histories(history: Path) -> None:
-    """Remove the old histories of processes that were killed. What cannot be removed stays, without a word."""
+    """Remove the old histories of processes that were killed. One that cannot be removed stays; nothing is raised."""
     with contextlib.suppress(Exception):
         for leftover in left_histories(history):
             if leftover.age > OLD:

@@ -55,19 +55,19 @@ class Ring(NamedTuple):
     kvhook: str = ""
     #: why it cannot be read
     problem: str = ""
-    #: its process is in another container, where nobody can see from here whether it runs: it counts as alive
+    #: its process is in another container, so that it cannot be seen from here whether it runs: it counts as alive
     elsewhere: bool = False
 
     @property
     def ended(self) -> bool:
-        """Whether nobody writes to it any more, and it can be read."""
+        """Whether its process no longer writes to it, and it can be read."""
         return self.state in (DEAD, CLOSED_RING)
 
 
 def directories(wanted: str | os.PathLike[str] | None = None) -> list[Path]:
     """Where rings of this user may be: the directory that is asked for, else ``KVHOOK_DIR`` and the default places.
 
-    A default place that is a link, or somebody else's, is left out: its name can be guessed.
+    A default place that is a link, or belongs to another user, is left out: its name can be guessed.
     """
     if wanted:
         return [Path(wanted)]
