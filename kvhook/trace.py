@@ -28,13 +28,39 @@ class Trace(Records):
     ring of another process.
 
     Attributes:
-        meta: facts: ``kvhook``, ``vllm``, ``python`` versions, ``engines`` (one dictionary per engine), ``absent``
-            (column -> why this vLLM cannot fill it), ``records_lost`` and ``records_dropped`` (see `Summary`),
-            ``damaged`` (records of the file that were not whole and are left out).
+        meta: facts about the run. `kvhook.schema.RUN_FIELDS` is the list of them, and `kvhook.schema.FACT_FIELDS` that
+            of the facts about each engine, in ``meta["engines"]``. An example::
+
+                >>> meta = kvhook.open("run.kvh").meta
+                >>> meta["vllm"], meta["records"], meta["records_lost"], meta["damaged"]
+                ('0.32.0', 71, 0, 0)
+                >>> (engine,) = meta["engines"]
+                >>> engine["model"], engine["num_kv_blocks"], engine["block_size"], engine["enable_prefix_caching"]
+                ('tiny-llama', 11, 32, True)
+                >>> meta["absent"]["num_swapped_reqs"]
+                "vLLM's v1 engine has no such number"
     """
 
     def summary(self, engine: int | None = None) -> PrintedSummary:
-        """The run in numbers; ``print`` it for people, ``.as_dict()`` for programs."""
+        """The run in numbers: ``print`` it for people, ``.as_dict()`` for programs.
+
+        >>> summary = kvhook.open("run.kvh").summary()
+        >>> print(f"{summary.prefix_cache_hit_rate:.3f}", summary.prefix_cache_hits, summary.num_preempted_reqs)
+        0.398 320 2
+        >>> print(summary)
+        vLLM 0.32.0, tiny-llama: 56 steps in 1.53 s
+          step time       p50 9.18 ms, p99 155 ms (99% of it inside steps)
+        <BLANKLINE>
+          KV cache        peak 90.9 %, p95 90.9 %, mean 62.0 % of 11 blocks of 32 tokens
+          prefix cache    hit rate 39.8 % of this run: 320 of 804 tokens
+                          re-admitted requests: 64 of 130 tokens hit, 16.7 % of all hits
+          prompt tokens   804: 484 computed, 320 cached; 529 per second in steps
+          generated       168 tokens, 111 per second in steps
+        ...
+
+        Args:
+            engine: only this engine of the run.
+        """
         return printed(summarize(self, engine))
 
     def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
@@ -57,6 +83,13 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
     """Open a recorded run: a ``.kvh`` trace, or the ring of a process, living or dead.
 
     A trace that was cut off anywhere opens up to its last whole record.
+
+    >>> trace = kvhook.open("run.kvh")
+    >>> len(trace.steps()), len(trace.requests())
+    (56, 12)
+    >>> both = kvhook.open("run.kvh", "light.kvh")
+    >>> [(engine["engine"], engine["trace"], engine["adapter"]) for engine in both.meta["engines"]]
+    [(0, 'run.kvh', 'v1'), (1, 'light.kvh', 'v1-light')]
 
     Args:
         path: the file.

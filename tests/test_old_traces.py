@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import doctest
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import kvhook
+import kvhook.records.tables
+import kvhook.trace
 
 DATA = Path(__file__).parent / "data"
 TRACES = sorted(DATA.glob("*.kvh"))
@@ -65,3 +69,15 @@ def test_the_scripted_run_says_when_its_level_changed():
         (17, "sparse"),
         (25, "sparse"),
     ]
+
+
+@pytest.mark.parametrize("module", [kvhook.records.tables, kvhook.trace], ids=["tables", "trace"])
+def test_the_examples_in_the_docstrings_show_what_is_printed(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copy(DATA / "engine-0.32.0-full.kvh", tmp_path / "run.kvh")
+    shutil.copy(DATA / "engine-0.32.0-light.kvh", tmp_path / "light.kvh")
+    monkeypatch.chdir(tmp_path)
+    failed, tried = doctest.testmod(module, extraglobs={"kvhook": kvhook}, optionflags=doctest.ELLIPSIS)
+    assert tried > 5
+    assert failed == 0

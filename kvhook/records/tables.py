@@ -69,6 +69,15 @@ class Records:
         """One row per engine step, in order: a structured array with the columns of `kvhook.schema.STEP_FIELDS` that
         this vLLM fills, and ``engine``, the number of the engine in its process.
 
+        >>> trace = kvhook.open("run.kvh")
+        >>> steps = trace.steps()
+        >>> len(steps)
+        56
+        >>> print(steps[["step", "num_running_reqs", "prefix_cache_hits", "num_generation_tokens"]][:3])
+        [(0, 3, 128, 3) (1, 3,   0, 3) (2, 3,   0, 3)]
+        >>> print(f"{steps['kv_cache_usage'].max():.1%} of the KV cache in use at most")
+        90.9% of the KV cache in use at most
+
         Args:
             engine: only the steps of this engine.
         """
@@ -76,13 +85,25 @@ class Records:
 
     def requests(self, engine: int | None = None) -> Table:
         """One row per finished request, in the order of finishing: the columns of `kvhook.schema.REQUEST_FIELDS`
-        that this vLLM fills, and ``engine``. ``finish_reason`` is text."""
+        that this vLLM fills, and ``engine``. ``finish_reason`` is text. At level light there are none.
+
+        >>> requests = kvhook.open("run.kvh").requests()
+        >>> print(requests[["request", "finish_reason", "num_prompt_tokens", "num_cached_tokens"]][:3])
+        [(0, 'length', 72,  0) (1, 'length', 72, 64) (2, 'length', 72, 64)]
+
+        Args:
+            engine: only the requests of this engine.
+        """
         return self._gather("request", engine)
 
     def latencies(
         self, series: str, engine: int | None = None
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         """Every single value of a series, as different values and how often each occurred.
+
+        >>> values, counts = kvhook.open("run.kvh").latencies("time_to_first_token")
+        >>> print(f"{counts.sum()} first tokens, the slowest after {1e3 * values.max():.0f} ms")
+        12 first tokens, the slowest after 232 ms
 
         Args:
             series: ``"time_to_first_token"`` or ``"inter_token_latency"``.
