@@ -33,10 +33,10 @@ class DemoCommand:
 
     Example:
       $ kvhook demo
-      round 1: system prompts the cache has not seen, 16 requests
-        step    24  KV #####...............  24 %  running  8  waiting  8  hit rate   0 %   192 tokens
+      round 2: the same system prompts, other questions, 21 requests
+        (the shared beginnings hit: the hit rate climbs)
+        step    48  KV #####...............  27 %  running  3  waiting  0  hit rate  45 %    75 tokens
       ...
-      The trace is in kvhook-demo.kvh (0.3 MB), vLLM's own messages in kvhook-demo.log.
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
