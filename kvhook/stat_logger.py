@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from kvhook import hooks
 from kvhook.adapters.columns import FINISHED_HOOK
 from kvhook.adapters.fit import adapter_for
-from kvhook.adapters.publisher import PublishStep, Record
+from kvhook.adapters.publisher import Record, StepFunctions
 from kvhook.adapters.v1 import ASYNC_LLM, LOGGERS
 from kvhook.errors import KvhookError
 from kvhook.hooks.quiet import do_nothing
@@ -50,7 +50,7 @@ class _Logger:
         if not hooks.being_built():
             session = for_logger()
             alive = weakref.ref(self)
-            self._record = hooks.publish_on_record(lambda rank: _open(session, alive(), rank), session.fault)
+            self._record = hooks.EventLoopRecorder(lambda rank: _open(session, alive(), rank), session.fault).record
             weakref.finalize(self, session.close_engine, id(self)).atexit = False
 
     def record(self, *args: Any, **kwargs: Any) -> None:
@@ -65,7 +65,7 @@ class _Logger:
         return for_logger()
 
 
-def _open(session: Session, logger: _Logger | None, rank: int) -> tuple[Record, PublishStep] | None:
+def _open(session: Session, logger: _Logger | None, rank: int) -> StepFunctions | None:
     """The functions of the step path, when the first stats come: only then does vLLM know the number of KV blocks."""
     if logger is None:
         return None

@@ -22,6 +22,7 @@ OWN_COLUMNS = (
     "t_start_ns",
     "t_end_ns",
     "has_scheduler_stats",
+    "scheduler_stats_logged",
     "has_iteration_stats",
     "level",
     "kvhook_ns",
@@ -32,6 +33,15 @@ ENGINE_INDEX = "engine_idx"
 #: The fact that vLLM makes iteration stats only because kvhook turned them on, in a place where that can be timed.
 STATS_FOR_KVHOOK = "stats_for_kvhook"
 NO_STATS_FOR_KVHOOK = "vLLM makes no stats here that it would not make without kvhook, or not where it can be timed"
+#: The fact that the scheduler's stats are taken from the engine core's outputs, and not from vLLM's loggers.
+FROM_CORE = "stats_from_core"
+#: The fact that requests are seen when they are added and when they are aborted.
+SEES_REQUESTS = "sees_requests"
+#: The fact that the scheduler is in this process, where its free blocks can be read when a step has been scheduled.
+SEES_SCHEDULE = "sees_schedule"
+NO_SCHEDULE = "the scheduler is in another process, or its free blocks cannot be read: a peak inside a step is not seen"
+NO_REQUESTS = "this vLLM's front end has no place where a request can be seen when it is added or aborted"
+NOT_LOOKED_AT = "level='light' does not look at what vLLM's loggers are given"
 #: The fact that the hook on finished requests is in place.
 FINISHED_HOOK = "finished_hook"
 #: Columns of a series of values begin with this.
@@ -111,8 +121,9 @@ class ColumnPlan:
 
     def _unmet(self, read: Read, expression: str) -> str:
         """Why this engine cannot fill a column that this vLLM has; "" if it can."""
-        if read.needs and not self.facts.get(read.needs):
-            return read.unmet or f"needs {read.needs}=True"
+        needs = read.needs if expression == read.expressions[0] else read.fallback_needs or read.needs
+        if needs and not self.facts.get(needs):
+            return read.unmet or f"needs {needs}=True"
         used = names(expression) - self.sources.keys() - self.names.keys() - vars(builtins).keys()
         unknown = [n for n in sorted(used) if self.facts.get(n) is None]
         self.names |= {n: self.facts[n] for n in used.difference(unknown)}
@@ -124,6 +135,13 @@ class ColumnPlan:
         usage = self.steps.get("kv_cache_usage", "")
         root = next((name for name, _ in attributes(usage)), "") if usage else ""
         self.steps["num_kv_blocks"] = str(blocks or -1)
+        self.steps |= {"num_kv_blocks_peak": "-1", "kv_cache_usage_peak": "nan"}
+        if blocks and self.facts.get(SEES_SCHEDULE):
+            peak, scheduled = f"{blocks} - num_free_kv_blocks", "num_free_kv_blocks >= 0"
+            self.steps["num_kv_blocks_peak"] = f"{peak} if {scheduled} else -1"
+            self.steps["kv_cache_usage_peak"] = f"({peak}) / {blocks} if {scheduled} else nan"
+        else:
+            self.absent["step"] |= dict.fromkeys(("num_kv_blocks_peak", "kv_cache_usage_peak"), NO_SCHEDULE)
         self.steps["num_kv_blocks_used"] = "-1"
         if blocks and root:
             of, reserved = self.facts.get("kv_usage_of", blocks), self.facts.get("kv_usage_reserved", 0)
@@ -139,12 +157,18 @@ class ColumnPlan:
     def _own_columns(self) -> dict[str, str]:
         own = {name: name for name in OWN_COLUMNS}
         own["level"] = "LEVEL"
+        if self.adapter.level != "full":
+            own["scheduler_stats_logged"] = "0"
+            self.absent["step"]["scheduler_stats_logged"] = NOT_LOOKED_AT
+        own |= {"num_added_reqs": "num_added_reqs", "num_aborted_reqs": "num_aborted_reqs"}
+        if not self.facts.get(SEES_REQUESTS):
+            self.absent["step"] |= dict.fromkeys(("num_added_reqs", "num_aborted_reqs"), NO_REQUESTS)
         if not self.facts.get(STATS_FOR_KVHOOK):
             self.absent["step"]["vllm_stats_ns"] = NO_STATS_FOR_KVHOOK
         for series in self.lists:
             own |= {f.name: f.name for f in STEP_FIELDS if f.name.startswith(f"{PREFIXES[series]}_")}
         if self.finished:
-            own["num_finished_reqs"] = "len(finished)"
+            own["num_finished_reqs"] = "len(finished) + num_aborted_reqs"
         return own
 
     def _resolves(self, expression: str) -> bool:

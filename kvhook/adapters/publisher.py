@@ -5,10 +5,14 @@ The publisher is generated, because reading 40 attributes in a straight line tak
 ``tests/golden`` for some releases of vLLM. Its shape (the state of the two functions lives in the local variables of
 ``bind``)::
 
-    def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample, n, step, request_number):
-        def record(scheduler_stats=None, iteration_stats=None, mm_cache_stats=None, engine_idx=0, spent=0, **_): ...
+    def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample, orphan, n, step, request_number):
+        def take(scheduler_stats, ...): ...  # what the engine core sent, once per step
+        def record(scheduler_stats=None, iteration_stats=None, mm_cache_stats=None, engine_idx=0, **_): ...  # as vLLM
         def publish(t_start_ns, t_end_ns): ...
-        return record, publish
+        def add(): ...
+        def abort(request): ...
+        def flush(): ...
+        return record, publish, take, add, abort, flush
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ import linecache
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from kvhook.adapters.columns import ENGINE_INDEX, PREFIXES, ColumnPlan
+from kvhook.adapters.columns import ENGINE_INDEX, FROM_CORE, PREFIXES, ColumnPlan
+from kvhook.adapters.requests import AbortedRequest
 from kvhook.adapters.table import Adapter, Source, attributes
 from kvhook.ring.layout import Layout, make_layout
 from kvhook.ring.writer import Publish
@@ -29,6 +34,38 @@ Record = Callable[..., None]
 #: ``publish(t_start_ns, t_end_ns)`` writes the step, and what belongs to it, into the ring.
 PublishStep = Callable[[int, int], None]
 
+
+class StepFunctions(NamedTuple):
+    """The functions that record one engine. They share their state, and belong to the thread that runs the engine.
+
+    Attributes:
+        record: what vLLM's loggers are given.
+        publish: the step is over: write it into the ring.
+        take: what the engine core sent. If the step before was not published, it is published first, without times.
+        add: a request was added.
+        abort: a request was aborted; its row and its count go out with the next step.
+        flush: publish what waits for a step, without times. Returns whether anything did.
+    """
+
+    record: Record
+    publish: PublishStep
+    take: Callable[..., None]
+    add: Callable[[], None]
+    abort: Callable[[AbortedRequest], None]
+    flush: Callable[[], bool]
+
+    @classmethod
+    def none(cls) -> StepFunctions:
+        """Functions that do nothing, for an engine that is not recorded any more."""
+
+        def nothing(*_: Any, **__: Any) -> None:
+            return None
+
+        return cls(nothing, nothing, nothing, nothing, nothing, lambda: False)
+
+
+#: What `StepFunctions.take` is given by name: the stats, and at level light the counts of the outputs.
+TAKEN = ("scheduler_stats", "iteration_stats")
 #: The publisher times itself in one of so many steps; the next record carries the result.
 MEASURE_EVERY = 8
 
@@ -67,8 +104,9 @@ class Compiled(NamedTuple):
         clock: Callable[[], int],
         on_sample: OnSample = no_sample,
         start: Counters = Counters(),  # noqa: B008 (it cannot be changed)
-    ) -> tuple[Record, PublishStep]:
-        """Make the two functions of the step path.
+        on_orphan: Callable[[], None] = lambda: None,
+    ) -> StepFunctions:
+        """Make the functions of the step path.
 
         Args:
             publish_record: stores a packed record (`RingWriter.publish`).
@@ -76,6 +114,7 @@ class Compiled(NamedTuple):
             clock: monotonic nanoseconds.
             on_sample: is called with what kvhook took, after each step in which that was measured.
             start: where to go on, if another publisher has written into the ring before.
+            on_orphan: is called when stats were published for which no step had come.
         """
         name = f"<kvhook publisher of engine {engine}>"
         # so that a traceback out of the generated code shows its lines
@@ -84,10 +123,9 @@ class Compiled(NamedTuple):
         exec(compile(self.source, name, "exec"), scope)
         pack_values = self.layout.struct_of("values", tail=f"{self.layout.values_per_slot}d").pack
         pack_step, pack_request = (self.layout.struct_of(kind).pack for kind in ("step", "request"))
-        functions: tuple[Record, PublishStep] = scope["bind"](
-            publish_record, pack_step, pack_request, pack_values, clock, on_sample, *start
+        return StepFunctions(
+            *scope["bind"](publish_record, pack_step, pack_request, pack_values, clock, on_sample, on_orphan, *start)
         )
-        return functions
 
 
 def compile_publisher(
@@ -135,44 +173,106 @@ class _SourceWriter:
             for column, expression in plan.steps.items()
             if attributes(expression)
         }
+        self.from_core = bool(plan.facts.get(FROM_CORE))
         self.lines: list[str] = []
 
     def text(self) -> str:
         """The whole source."""
         roots = ", ".join(self.roots)
-        merge = "merge" in self.plan.names
-        arguments = "publish_record, pack_step, pack_request, pack_values, clock, on_sample, n, step, request_number"
-        self.add(0, f"def bind({arguments}):")
-        self.add(1, "engine_index = spent_ns = 0")
-        self.add(1, "kvhook_ns = vllm_stats_ns = -1")
+        arguments = "publish_record, pack_step, pack_request, pack_values, clock, on_sample, orphan"
+        self.add(0, f"def bind({arguments}, n, step, request_number):")
+        self.add(1, "pending = engine_index = spent_ns = num_added_reqs = scheduler_stats_logged = 0")
+        self.add(1, "kvhook_ns = vllm_stats_ns = num_free_kv_blocks = -1")
+        self.add(1, "aborted = []")
         self.add(1, f"{' = '.join(self.roots)} = None\n")
-        arguments = "".join(f"{a}=None, " for a in self.plan.arguments)
-        self.add(1, f"def record({arguments}spent=0, **_):")
-        self.add(2, f"nonlocal {roots}, engine_index, spent_ns")
-        for root, source in self.roots.items():
-            given = source.argument
-            self.add(2, f"{root} = {f'{given} if {root} is None else merge({root}, {given})' if merge else given}")
-        self.add(2, "spent_ns = spent")
-        self.add(2, f"engine_index = {ENGINE_INDEX} or 0\n")
+        self.take()
+        self.record()
         self.values()
         self.add(1, "def publish(t_start_ns, t_end_ns):")
-        self.add(2, f"nonlocal n, step, request_number, kvhook_ns, vllm_stats_ns, {roots}")
+        self.add(2, "nonlocal n, step, request_number, kvhook_ns, vllm_stats_ns, num_free_kv_blocks")
+        self.add(2, f"nonlocal pending, num_added_reqs, scheduler_stats_logged, {roots}")
+        self.add(2, "num_aborted_reqs = len(aborted)")
         for root in self.roots:
             self.root(root)
         for series, expression in self.plan.lists.items():
             self.list(series, expression)
         if self.plan.finished:
             self.requests()
+        self.aborted()
         cells = ", ".join(self.cell(c.name) for c in self.layout.columns["step"])
         self.add(2, f"n = publish_record(n, pack_step(n, {STEP}, ENGINE, {cells}))")
-        self.add(2, "kvhook_ns = vllm_stats_ns = -1")
+        self.add(2, "kvhook_ns = vllm_stats_ns = num_free_kv_blocks = -1")
+        self.add(2, "pending = num_added_reqs = scheduler_stats_logged = 0")
         self.add(2, f"{' = '.join(self.roots)} = None")
         self.add(2, "step += 1")
         self.add(2, f"if step % {MEASURE_EVERY} == 1:")
         self.add(3, "kvhook_ns = clock() - t_end_ns + spent_ns")
         self.add(3, "vllm_stats_ns = on_sample(n, step, request_number, t_start_ns, t_end_ns, kvhook_ns)\n")
-        self.add(1, "return record, publish")
+        self.between_steps()
+        self.add(1, "return record, publish, take, add, abort, flush")
         return "\n".join(self.lines) + "\n"
+
+    def take(self) -> None:
+        """The function that is given what the engine core sent, once per step."""
+        given = [s for s in self.roots.values() if s.argument in TAKEN] if self.from_core else []
+        arguments = "".join(f"{s.argument}=None, " for s in given)
+        names = "".join(f", {s.name}" for s in given)
+        self.add(1, f"def take({arguments}engine_idx=0, spent=0, num_free=-1):")
+        self.add(2, f"nonlocal pending, engine_index, spent_ns, num_free_kv_blocks{names}")
+        self.add(2, "if pending:")
+        self.add(3, "flush()")
+        self.add(3, "orphan()")
+        self.add(2, "pending = 1")
+        for source in given:
+            self.add(2, f"{source.name} = {source.argument}")
+        self.add(2, "num_free_kv_blocks = num_free")
+        self.add(2, "spent_ns = spent")
+        self.add(2, "engine_index = engine_idx or 0\n")
+
+    def record(self) -> None:
+        """The function that is given what vLLM's loggers are given. What the engine core sent itself is not taken twice."""
+        taken = TAKEN[:1] if self.from_core else ()
+        merge = "merge" in self.plan.names
+        arguments = "".join(f"{a}=None, " for a in self.plan.arguments)
+        given = {root: s.argument for root, s in self.roots.items() if s.argument not in taken}
+        names = "".join(f", {root}" for root in given)
+        self.add(1, f"def record({arguments}spent=0, **_):")
+        self.add(2, f"nonlocal pending, engine_index, spent_ns, scheduler_stats_logged{names}")
+        self.add(2, "pending = 1")
+        for root, argument in given.items():
+            merged = f"{argument} if {root} is None else merge({root}, {argument})"
+            self.add(2, f"{root} = {merged if merge else argument}")
+        first = next((s.argument for s in self.roots.values() if "has_scheduler_stats" in s.flags), "None")
+        self.add(2, f"scheduler_stats_logged = 0 if {first} is None else 1")
+        if not taken:
+            self.add(2, "spent_ns = spent")
+            self.add(2, f"engine_index = {ENGINE_INDEX} or 0")
+        self.lines[-1] += "\n"
+
+    def between_steps(self) -> None:
+        """What happens between steps: requests are added and aborted, and what waits for a step may be flushed."""
+        self.add(1, "def add():")
+        self.add(2, "nonlocal num_added_reqs")
+        self.add(2, "num_added_reqs += 1\n")
+        self.add(1, "abort = aborted.append\n")
+        self.add(1, "def flush():")
+        self.add(2, "if not (pending or aborted):")
+        self.add(3, "return False")
+        self.add(2, "now = clock()")
+        self.add(2, "publish(now, now)")
+        self.add(2, "return True\n")
+
+    def aborted(self) -> None:
+        """One record per aborted request, if this level has requests."""
+        columns = self.layout.columns["request"]
+        self.add(2, "if aborted:")
+        if self.plan.requests and columns:
+            known = {"request": "request_number", "step": "step"}
+            cells = ", ".join(known.get(c.name, f"gone.{c.name}") for c in columns)
+            self.add(3, "for gone in aborted:")
+            self.add(4, f"n = publish_record(n, pack_request(n, {REQUEST}, ENGINE, {cells}))")
+            self.add(4, "request_number += 1")
+        self.add(3, "aborted.clear()")
 
     def add(self, depth: int, text: str) -> None:
         self.lines.append("    " * depth + text)

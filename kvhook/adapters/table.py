@@ -53,7 +53,8 @@ class Read(NamedTuple):
 
     An expression may name facts about the engine (`Adapter.facts`, and those of `kvhook.adapters.config`).
     ``absent`` says why the column is missing if this vLLM has none of them. ``needs`` names a fact that must be true
-    besides, and ``unmet`` says why the column is blank if it is not.
+    besides, and ``unmet`` says why the column is blank if it is not. ``fallback_needs`` is the same for the expressions
+    after the first.
     """
 
     column: str
@@ -61,6 +62,7 @@ class Read(NamedTuple):
     absent: str = ""
     needs: str = ""
     unmet: str = ""
+    fallback_needs: str = ""
 
 
 class Adapter(NamedTuple):
@@ -105,6 +107,15 @@ class Adapter(NamedTuple):
     unseen: str = ""
     #: fact about the engine -> what gives it, asked when the engine has been built
     asks: Mapping[str, Callable[[], Any]] = {}
+    #: the method of the engine core's client that brings the outputs, and with them the scheduler's stats; "" where the
+    #: engine core is no object of its own (V0)
+    core_output: str = ""
+    #: the first vLLM whose ``step`` no longer asserts that the engine core sent the scheduler's stats; "" if none did
+    asserts_stats_until: str = ""
+    #: expression over ``scheduler``: its free KV blocks; the first that can be evaluated is taken
+    free_blocks: tuple[str, ...] = ()
+    #: path from the engine to its scheduler, or schedulers, where these are in the same process
+    schedulers: str = ""
     #: methods of the engine's output processor in which vLLM fills its iteration stats in
     makes_stats_in: tuple[str, ...] = ()
     #: whether it can be recorded at a level below full

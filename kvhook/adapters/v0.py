@@ -119,6 +119,7 @@ V0 = Adapter(
     finished=Read("", ("v0.time_e2e_requests",)),
     requests=(
         Read("request_id", (), "this vLLM does not say which request finished"),
+        Read("sample_index", (), "V0 counts the samples of a prompt as one request"),
         Read("finish_reason", ("list(map(reason, each(v0.finished_reason_requests, v0.n_requests, first)))",)),
         Read("num_prompt_tokens", ("v0.num_prompt_tokens_requests",)),
         Read("num_generation_tokens", ("each(v0.num_generation_tokens_requests, v0.n_requests, sum)",)),
@@ -148,6 +149,8 @@ V0 = Adapter(
         "first": itemgetter(0),
     },
     quiet={"stat_loggers": dict},
+    schedulers="scheduler",
+    free_blocks=("block_manager.get_num_free_gpu_blocks",),
     until="0.11.0",
     notes={
         "num_prompt_tokens": "prompt tokens that were scheduled in this step: those of a chunk, and those of a "

@@ -14,6 +14,7 @@ from 0.11      a `StatLoggerManager`                      the same
 
 from __future__ import annotations
 
+from kvhook.adapters.columns import SEES_REQUESTS
 from kvhook.adapters.config import FACTS
 from kvhook.adapters.table import Adapter, Read, Source, Target
 
@@ -109,7 +110,19 @@ V1 = Adapter(
     ),
     finished=Read("request", ("iteration.finished_requests",)),
     requests=(
-        Read("request_id", ("number(request.request_id)",), "this vLLM does not say which request finished"),
+        # before 0.20 vLLM does not say which request finished: it is noted when the request finishes, as is the sample
+        Read(
+            "request_id",
+            ("number(request.request_id)", "getattr(request, 'kvhook_request_id', -1)"),
+            fallback_needs=SEES_REQUESTS,
+            unmet="this vLLM does not say which request finished",
+        ),
+        Read(
+            "sample_index",
+            ("getattr(request, 'kvhook_sample_index', -1)",),
+            needs=SEES_REQUESTS,
+            unmet="vLLM's stats do not say which sample of a prompt finished",
+        ),
         Read("finish_reason", ("request.finish_reason",)),
         Read("num_prompt_tokens", ("request.num_prompt_tokens",)),
         Read("num_generation_tokens", ("request.num_generation_tokens",)),
@@ -136,6 +149,13 @@ V1 = Adapter(
         ),
     ),
     facts=FACTS,
+    core_output="get_output",
+    asserts_stats_until="0.11.1",
+    schedulers="engine_core.engine_core.scheduler",
+    free_blocks=(
+        "kv_cache_manager.block_pool.get_num_free_blocks",
+        "kv_cache_manager.free_block_queue.num_free_blocks",
+    ),
     makes_stats_in=("_update_stats_from_output", "_update_stats_from_finished"),
 )
 
@@ -202,6 +222,7 @@ ASYNC_LLM = V1._replace(
         _SETTINGS,
     ),
     timed=False,
+    core_output="get_output_async",
 )
 
 #: AsyncLLM of 0.9: a list of loggers for each rank.

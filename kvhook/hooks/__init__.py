@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvhook.hooks.engines import clock, publish_on_record, step_down, watch
+from kvhook.hooks.engines import clock, step_down, watch
+from kvhook.hooks.event_loop import EventLoopRecorder
 from kvhook.hooks.patching import arm, disarm, patched
 from kvhook.hooks.registry import Owner, building, registry
 
 __all__ = [
+    "EventLoopRecorder",
     "Owner",
     "adapter_of",
     "arm",
@@ -25,14 +27,15 @@ __all__ = [
     "being_built",
     "clock",
     "disarm",
+    "flush",
     "is_recorded",
     "patched",
-    "publish_on_record",
     "step_down",
     "watch",
 ]
 
 adapter_of = registry.adapter_of
+flush = registry.flush
 
 
 def armed() -> bool:

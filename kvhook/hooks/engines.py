@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from kvhook import forks
-from kvhook.adapters.columns import FINISHED_HOOK
+from kvhook.adapters.columns import FINISHED_HOOK, FROM_CORE, SEES_REQUESTS, SEES_SCHEDULE
 from kvhook.adapters.fit import choose
-from kvhook.adapters.publisher import PublishStep, Record
+from kvhook.adapters.publisher import StepFunctions
+from kvhook.adapters.requests import AbortedRequest
 from kvhook.adapters.settings import Settings
 from kvhook.adapters.table import Adapter, vllm_version
 from kvhook.errors import StatsOffError
+from kvhook.hooks.event_loop import EventLoopRecorder
 from kvhook.hooks.quiet import do_nothing, make_no_stats
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER, RecordedEngine, registry
-from kvhook.hooks.taps import TAPS, Tap, core_of
+from kvhook.hooks.requests import request_methods, sees_requests
+from kvhook.hooks.schedule import FreeBlocks
+from kvhook.hooks.taps import TAPS, Tap, core_of, has_core_output, no_blocks, replace
 
 clock = time.monotonic_ns
 
@@ -42,18 +46,29 @@ def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> boo
     _read_settings()
     key = id(engine)
     hooked = {t.role for t in registry.patched[adapter.name].targets}
-    facts: dict[str, Any] = {"stats_on": stats_were_on, FINISHED_HOOK: "finished" in hooked}
-    if adapter.timed and not hasattr(engine, "step_async"):
-        functions = owner.open_engine(engine, adapter, facts)
-        if functions is None:
+    facts: dict[str, Any] = {
+        "stats_on": stats_were_on,
+        FINISHED_HOOK: "finished" in hooked,
+        # on an event loop vLLM's loggers are given all stats, and say of which engine core
+        FROM_CORE: has_core_output(engine, adapter) and (adapter.timed or adapter.level != "full"),
+        SEES_REQUESTS: sees_requests(engine, adapter),
+        SEES_SCHEDULE: False,
+    }
+    functions: StepFunctions | EventLoopRecorder
+    timed = adapter.timed and not hasattr(engine, "step_async")
+    blocks = _free_blocks(engine, adapter) if timed else None
+    if timed:
+        facts[SEES_SCHEDULE] = blocks is not None
+        opened = owner.open_engine(engine, adapter, facts)
+        if opened is None:
             return False
-        record, publish = functions
-        registry.steps[key] = publish
+        functions = opened
+        registry.steps[key] = functions.publish
     else:
-        record = _record_on_event_loop(engine, adapter, facts | {"timed_steps": False})
+        functions = _event_loop_recorder(engine, adapter, facts | {"timed_steps": False})
     known = registry.engines[key] = RecordedEngine(do_nothing)
     try:
-        known.remove_tap = _put_tap_in(engine, adapter, record)
+        _put_in(engine, adapter, functions, facts, blocks)
         if not stats_were_on and adapter.level == "full":
             known.stats_off = True
             if adapter.timed and adapter.tap == "manager":
@@ -65,7 +80,7 @@ def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> boo
     return True
 
 
-def step_down(engine: Any, every: int, functions_of: Callable[[Adapter], tuple[Record, PublishStep]]) -> bool:
+def step_down(engine: Any, every: int, functions_of: Callable[[Adapter], StepFunctions]) -> bool:
     """Record an engine at level light from its next step on. Called by the engine's thread, at the end of a step.
 
     Args:
@@ -87,12 +102,12 @@ def step_down(engine: Any, every: int, functions_of: Callable[[Adapter], tuple[R
     if missing or adapter.level != "light":
         return False
     core_of(engine)  # raises before anything is changed
-    record, publish = functions_of(adapter)
+    functions = functions_of(adapter)
     known.remove_tap()
     if known.stats_off:
         make_no_stats(engine, full.holder)
-    known.remove_tap = _put_tap_in(engine, adapter, record, every)
-    registry.steps[key] = publish
+    _put_in(engine, adapter, functions, {FROM_CORE: True}, _free_blocks(engine, adapter), every)
+    registry.steps[key] = functions.publish
     return True
 
 
@@ -110,8 +125,18 @@ def _read_settings() -> None:
             patch.wrapper.read()
 
 
-def _put_tap_in(engine: Any, adapter: Adapter, record: Record, every: int = 1) -> Callable[[], None]:
-    key = id(engine)
+def _put_in(
+    engine: Any,
+    adapter: Adapter,
+    functions: StepFunctions | EventLoopRecorder,
+    facts: Mapping[str, Any],
+    blocks: FreeBlocks | None,
+    every: int = 1,
+) -> None:
+    """Put into an engine everything that records it, and remember how that is taken out again."""
+    key, known = id(engine), registry.engines[id(engine)]
+    known.flush = functions.flush
+    known.thread = threading.get_ident()
 
     def failed(error: Exception) -> None:
         registry.steps.pop(key, None)
@@ -121,7 +146,41 @@ def _put_tap_in(engine: Any, adapter: Adapter, record: Record, every: int = 1) -
             remove()
         registry.fault("counting what a step gave", error, NOT_RECORDED_FURTHER)
 
-    return TAPS[adapter.tap](Tap(engine, adapter, record, registry.records, failed, every))
+    came = functions.outputs_came if isinstance(functions, EventLoopRecorder) else do_nothing
+    num_free = blocks.take if blocks is not None else no_blocks
+    tap = Tap(engine, adapter, functions, registry.records, failed, every, facts, num_free, came)
+
+    def add() -> None:
+        known.thread = threading.get_ident()
+        functions.add()
+
+    def abort(request: AbortedRequest) -> None:
+        known.thread = threading.get_ident()
+        functions.abort(request)
+
+    methods = request_methods(engine, adapter, add, abort, failed)
+    if blocks is not None:
+        methods.append(blocks.method())
+    remove_stats = TAPS[adapter.tap](tap)
+    remove_methods = replace(*methods)
+
+    def remove() -> None:
+        remove_stats()
+        remove_methods()
+
+    known.remove_tap = remove
+
+
+def _free_blocks(engine: Any, adapter: Adapter) -> FreeBlocks | None:
+    """The engine's free blocks, where its scheduler is in this process."""
+
+    def failed(error: Exception) -> None:
+        registry.fault("reading the free blocks of a schedule", error, "the peak inside a step is not known")
+
+    try:
+        return FreeBlocks(engine, adapter, failed)
+    except LookupError:
+        return None
 
 
 def _and_turn_stats_off(remove_tap: Callable[[], None], engine: Any) -> Callable[[], None]:
@@ -141,49 +200,14 @@ def _and_turn_stats_off(remove_tap: Callable[[], None], engine: Any) -> Callable
     return undo
 
 
-# ---- engines without a step ----------------------------------------------------------------------------------------
-
-
-def _record_on_event_loop(engine: Any, adapter: Adapter, facts: dict[str, Any]) -> Record:
-    """`record` for an engine without a ``step``: each call is one record, in the ring of its rank."""
+def _event_loop_recorder(engine: Any, adapter: Adapter, facts: dict[str, Any]) -> EventLoopRecorder:
+    """The recorder of an engine without a ``step``."""
     alive = weakref.ref(engine)  # what is kept in the engine must not keep it alive
 
-    def open_rank(rank: int) -> tuple[Record, PublishStep] | None:
+    def open_rank(rank: int) -> StepFunctions | None:
         engine, owner = alive(), registry.owner
         if engine is None or owner is None:
             return None
         return owner.open_engine(engine, adapter, facts | {"engine_index": rank})
 
-    return publish_on_record(open_rank, registry.fault)
-
-
-def publish_on_record(
-    open_rank: Callable[[int], tuple[Record, PublishStep] | None], fault: Callable[[str, BaseException, str], None]
-) -> Record:
-    """A `record` that publishes at once, for engines that have no step to be timed.
-
-    Args:
-        open_rank: returns the functions of an engine core; called when its first stats come.
-        fault: is called with errors; none is raised.
-    """
-    ranks: dict[int, tuple[Record, PublishStep] | None] = {}
-    made_in = forks.generation
-
-    def record(*args: Any, engine_idx: int | None = None, **kwargs: Any) -> None:
-        if made_in != forks.generation:
-            return
-        rank = engine_idx or 0
-        try:
-            if rank not in ranks:
-                ranks[rank] = None  # if it fails it is not tried again
-                ranks[rank] = open_rank(rank)
-            functions = ranks[rank]
-            if functions is not None:
-                functions[0](*args, engine_idx=rank, **kwargs)
-                now = clock()
-                functions[1](now, now)
-        except Exception as error:
-            ranks[rank] = None
-            fault("recording a step", error, NOT_RECORDED_FURTHER)
-
-    return record
+    return EventLoopRecorder(open_rank, registry.fault)

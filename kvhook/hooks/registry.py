@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from kvhook import forks
-from kvhook.adapters.publisher import PublishStep, Record
+from kvhook.adapters.publisher import PublishStep, Record, StepFunctions
 from kvhook.adapters.table import Adapter, Target
 
 log = logging.getLogger("kvhook")
@@ -28,7 +29,7 @@ NOT_RECORDED_FURTHER = "this engine is not recorded any further"
 class Owner(Protocol):
     """Who is informed about engines: the session."""
 
-    def open_engine(self, engine: Any, adapter: Adapter, facts: dict[str, Any]) -> tuple[Record, PublishStep] | None:
+    def open_engine(self, engine: Any, adapter: Adapter, facts: dict[str, Any]) -> StepFunctions | None:
         """A new engine was built. Returns the functions that record it, or None if it is not to be recorded."""
 
     def close_engine(self, engine_id: int) -> None:
@@ -74,10 +75,14 @@ class RecordedEngine:
     Attributes:
         remove_tap: takes out what was put into the engine.
         stats_off: its user left vLLM's stats off, so its ``get_metrics()`` goes on refusing.
+        flush: publishes what waits for the engine's next step.
+        thread: the thread that began to record it; only from there, and when the engine is gone, is it flushed.
     """
 
     remove_tap: Callable[[], None]
     stats_off: bool = False
+    flush: Callable[[], bool] = lambda: False
+    thread: int = 0
 
 
 @dataclass(slots=True)
@@ -123,6 +128,23 @@ class Registry:
         known = self.engines.pop(engine_id, None)
         if known is not None:
             known.remove_tap()
+            self._flush(known)
+
+    def flush(self) -> None:
+        """Publish what waits for the next step of an engine, of those that this thread runs.
+
+        What an engine that another thread runs has waiting comes with its next step: a ring has one writer.
+        """
+        here = threading.get_ident()
+        for known in list(self.engines.values()):
+            if known.thread == here:
+                self._flush(known)
+
+    def _flush(self, known: RecordedEngine) -> None:
+        try:
+            known.flush()
+        except Exception as error:
+            self.fault("publishing what came after the last step", error, "it is lost")
 
     def clear(self) -> None:
         """Forget all engines, without touching them."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from kvhook.adapters.light import Counter, Counts, make_counter
 from kvhook.adapters.publisher import MEASURE_EVERY, Record
-from kvhook.adapters.table import Adapter, lookup
+from kvhook.adapters.table import Adapter, lookup, release, vllm_version
 from kvhook.hooks.quiet import OnlyLogger, QuietManager, do_nothing
 
 Undo = Callable[[], None]
@@ -21,20 +21,46 @@ Undo = Callable[[], None]
 clock = time.monotonic_ns
 
 
+def no_blocks() -> int:
+    """The number of free blocks where the scheduler is in another process."""
+    return -1
+
+
+class Functions(Protocol):
+    """What a tap hands over to: `StepFunctions`, or an `EventLoopRecorder`."""
+
+    @property
+    def record(self) -> Record:
+        """What vLLM's loggers are given."""
+
+    @property
+    def take(self) -> Callable[..., None]:
+        """What the engine core sent."""
+
+
 class Tap(NamedTuple):
     """What a tap needs to know.
 
     ``records`` is where the patched methods look for their `record`: id of the object that the stats pass -> record.
     ``failed`` is called with an error of kvhook's. ``every``: outputs are counted in one of so many steps (`tap_core`
-    alone).
+    alone). ``num_free_blocks`` returns the fewest free KV blocks after a schedule since it was last called, -1 where
+    that is not known. ``outputs_came`` is called with the engine core's outputs, on an event loop.
     """
 
     engine: Any
     adapter: Adapter
-    record: Record
+    functions: Functions
     records: dict[int, Record]
     failed: Callable[[Exception], None]
     every: int = 1
+    facts: Mapping[str, Any] = {}
+    num_free_blocks: Callable[[], int] = no_blocks
+    outputs_came: Callable[[Any], None] = do_nothing
+
+    @property
+    def record(self) -> Record:
+        """What vLLM's loggers are given."""
+        return self.functions.record
 
 
 def tap_manager(tap: Tap) -> Undo:
@@ -42,10 +68,76 @@ def tap_manager(tap: Tap) -> Undo:
     manager = getattr(tap.engine, tap.adapter.holder)
     if manager is None:
         raise LookupError(f"it has no {tap.adapter.holder}")
+    take_out = take_from_core(tap) if has_core_output(tap.engine, tap.adapter) else do_nothing
     if isinstance(manager, QuietManager):
         manager.hand_over_to(tap.record)
-        return lambda: manager.hand_over_to(do_nothing)
-    return _register(tap, id(manager))
+        remove_record: Undo = functools.partial(manager.hand_over_to, do_nothing)
+    else:
+        remove_record = _register(tap, id(manager))
+
+    def undo() -> None:
+        take_out()
+        remove_record()
+
+    return undo
+
+
+def has_core_output(engine: Any, adapter: Adapter) -> bool:
+    """Whether the engine core's outputs can be seen as they arrive. If not, what vLLM's loggers are given must do."""
+    return bool(adapter.core_output) and hasattr(getattr(engine, "engine_core", None), adapter.core_output)
+
+
+def take_from_core(tap: Tap) -> Undo:
+    """Take the scheduler's stats where the engine core's outputs arrive.
+
+    Their counters are deltas, reset when they are made. In many releases the front end passes them to its loggers only
+    if the step had outputs: what it drops is lost to vLLM's own metrics (see the tests' README).
+    """
+    client, take, failed = tap.engine.engine_core, tap.functions.take, tap.failed
+    get_output = getattr(client, tap.adapter.core_output)
+    if not tap.adapter.timed:
+        return replace((client, tap.adapter.core_output, _announce_outputs(get_output, tap)))
+    num_free = tap.num_free_blocks
+    fill_in = _empty_stats(tap)
+
+    def get_output_and_take(*args: Any, **kwargs: Any) -> Any:
+        outputs = get_output(*args, **kwargs)
+        try:
+            stats = outputs.scheduler_stats
+            take(stats, None, getattr(outputs, "engine_index", 0), 0, num_free())
+            if stats is None and fill_in is not None:
+                outputs.scheduler_stats = fill_in()
+        except Exception as error:
+            failed(error)
+        return outputs
+
+    return replace((client, tap.adapter.core_output, get_output_and_take))
+
+
+def _announce_outputs(get_output: Callable[..., Any], tap: Tap) -> Callable[..., Any]:
+    outputs_came, failed = tap.outputs_came, tap.failed
+
+    async def get_output_async_and_announce(*args: Any, **kwargs: Any) -> Any:
+        outputs = await get_output(*args, **kwargs)
+        try:
+            outputs_came(outputs)
+        except Exception as error:
+            failed(error)
+        return outputs
+
+    return get_output_async_and_announce
+
+
+def _empty_stats(tap: Tap) -> Callable[[], Any] | None:
+    """What stands in for stats that did not come, in releases whose ``step`` asserts that they did.
+
+    It asserts so only while stats are on, which the user had not asked for: without kvhook the step would not fail.
+    """
+    until = release(tap.adapter.asserts_stats_until)
+    if not until or tap.facts.get("stats_on") or release(vllm_version()) >= until:
+        return None
+    make: Callable[[], Any] = lookup(next(s.path for s in tap.adapter.sources if s.argument == "scheduler_stats"))
+    return make
 
 
 def tap_engine(tap: Tap) -> Undo:
@@ -87,11 +179,13 @@ def tap_outputs(tap: Tap) -> Undo:
     client, processor, record = tap.engine.engine_core, tap.engine.output_processor, tap.record
     get_output, process_outputs = client.get_output, processor.process_outputs
     make_stats = lookup(next(s.path for s in tap.adapter.sources if s.argument == "iteration_stats"))
+    take, num_free = tap.functions.take, tap.num_free_blocks
     latest: Any = None
 
     def get_output_and_keep(*args: Any, **kwargs: Any) -> Any:
         nonlocal latest
         latest = outputs = get_output(*args, **kwargs)
+        take(outputs.scheduler_stats, None, 0, 0, num_free())
         return outputs
 
     def process_outputs_with_stats(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -101,12 +195,12 @@ def tap_outputs(tap: Tap) -> Undo:
             return process_outputs(engine_core_outputs, *args, **kwargs)
         stats = make_stats() if engine_core_outputs else None
         result = process_outputs(engine_core_outputs, engine_core_timestamp=outputs.timestamp, iteration_stats=stats)
-        record(outputs.scheduler_stats, stats)
+        record(None, stats)
         return result
 
     # with this the processor keeps the clocks of new requests; there are no requests yet
     log_stats, processor.log_stats = processor.log_stats, True
-    take_out = _replace(
+    take_out = replace(
         (client, "get_output", get_output_and_keep), (processor, "process_outputs", process_outputs_with_stats)
     )
 
@@ -149,7 +243,7 @@ def tap_core(tap: Tap) -> Undo:
         return _tap_core_on_event_loop(tap)
     core = core_of(tap.engine)
     get_output, processor, count = core.get_output, core.processor, core.counter
-    record, failed, every = tap.record, tap.failed, tap.every
+    take, failed, every, num_free = tap.functions.take, tap.failed, tap.every, tap.num_free_blocks
     steps = spent = counting = 0
 
     def get_output_and_count(*args: Any, **kwargs: Any) -> Any:
@@ -169,7 +263,7 @@ def tap_core(tap: Tap) -> Undo:
                 if start:
                     counting, start = clock() - start, clock()
             steps += 1
-            record(outputs.scheduler_stats, counts, spent=spent)
+            take(outputs.scheduler_stats, counts, getattr(outputs, "engine_index", 0), spent, num_free())
             if start:
                 # the time for counting is spread over the steps in which nothing is counted
                 spent = counting // every + clock() - start
@@ -177,14 +271,14 @@ def tap_core(tap: Tap) -> Undo:
             failed(error)
         return outputs
 
-    return _replace((core.client, "get_output", get_output_and_count))
+    return replace((core.client, "get_output", get_output_and_count))
 
 
 def _tap_core_on_event_loop(tap: Tap) -> Undo:
     """The same for AsyncLLM, whose output handler processes the outputs of a step in several parts. A step is over when
     the handler asks for the next outputs."""
     client, get_output_async, processor, process_outputs, count = core_of(tap.engine, "get_output_async")
-    record, failed = tap.record, tap.failed
+    take, failed = tap.functions.take, tap.failed
     latest: Any = None
     counts: Counts | None = None
     spent = 0
@@ -193,7 +287,7 @@ def _tap_core_on_event_loop(tap: Tap) -> Undo:
         nonlocal latest, counts, spent
         outputs, latest = latest, None
         if outputs is not None:
-            record(outputs.scheduler_stats, counts, engine_idx=getattr(outputs, "engine_index", 0), spent=spent)
+            take(outputs.scheduler_stats, counts, getattr(outputs, "engine_index", 0), spent)
         counts, spent = None, 0
         latest = outputs = await get_output_async(*args, **kwargs)
         return outputs
@@ -216,7 +310,7 @@ def _tap_core_on_event_loop(tap: Tap) -> Undo:
             counts.num_finished_reqs += before - len(processor.request_states)
         return result
 
-    return _replace(
+    return replace(
         (client, "get_output_async", hand_over_and_get_output),
         (processor, "process_outputs", count_and_process_outputs),
     )
@@ -232,7 +326,7 @@ TAPS: dict[str, Callable[[Tap], Undo]] = {
 }
 
 
-def _replace(*replaced: tuple[Any, str, Callable[..., Any]]) -> Undo:
+def replace(*replaced: tuple[Any, str, Callable[..., Any]]) -> Undo:
     """Replace methods of single objects. The function that is returned takes out those that are still in place."""
     for owner, name, function in replaced:
         setattr(owner, name, function)

@@ -1,4 +1,4 @@
-"""One engine's recorder: its facts, its ring, and the two functions of the step path."""
+"""One engine's recorder: its facts, its ring, and the functions of the step path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvhook import __version__
-from kvhook.adapters.publisher import Compiled, Counters, OnSample, PublishStep, Record, compile_publisher, no_sample
+from kvhook.adapters.publisher import Compiled, Counters, OnSample, StepFunctions, compile_publisher, no_sample
 from kvhook.adapters.table import Adapter, vllm_version
 from kvhook.discovery.cleaning import prune
 from kvhook.hooks.quiet import do_nothing
@@ -38,6 +38,7 @@ class Recorder:
         slots: its capacity, a power of two.
         clock: monotonic nanoseconds.
         on_sample: is called with what kvhook took in a step, see `kvhook.adapters.publisher.OnSample`.
+        on_orphan: is called when stats were published for which no step had come.
 
     Raises:
         OSError: the ring cannot be made.
@@ -53,6 +54,7 @@ class Recorder:
         slots: int,
         clock: Callable[[], int],
         on_sample: OnSample = no_sample,
+        on_orphan: Callable[[], None] = do_nothing,
     ) -> None:
         self.number = number
         self._facts, self._clock, self._on_sample = facts, clock, on_sample
@@ -74,10 +76,11 @@ class Recorder:
             with contextlib.suppress(FileExistsError):
                 self.ring = RingWriter(directory / name, self.compiled.layout, slots, self.meta, crc=NEEDS_CRC)
                 break
-        self.record, self.publish = self.compiled.bind(self.ring.publish, number, clock, on_sample)
+        self._on_orphan = on_orphan
+        self.functions = self._bind(self.compiled, Counters())
         self._closing = threading.RLock()
 
-    def go_on(self, adapter: Adapter, level: str, start: Counters) -> tuple[Record, PublishStep]:
+    def go_on(self, adapter: Adapter, level: str, start: Counters) -> StepFunctions:
         """Make functions that record at another level from now on, into the same ring.
 
         Raises:
@@ -85,15 +88,19 @@ class Recorder:
         """
         facts = {**self._facts, **{name: ask() for name, ask in adapter.asks.items()}}
         compiled = compile_publisher(adapter, facts, level=level, layout=self.compiled.layout)
-        self.record, self.publish = compiled.bind(self.ring.publish, self.number, self._clock, self._on_sample, start)
-        return self.record, self.publish
+        self.functions = self._bind(compiled, start)
+        return self.functions
+
+    def _bind(self, compiled: Compiled, start: Counters) -> StepFunctions:
+        publish = self.ring.publish
+        return compiled.bind(publish, self.number, self._clock, self._on_sample, start, self._on_orphan)
 
     def close(self) -> None:
         """Mark the ring closed; what it holds can still be read. Closing twice is fine."""
         with self._closing:
             self.ring.close()
-            # the session keeps its recorders; these two functions would keep the ring mapped as long
-            self.record = self.publish = do_nothing
+            # the session keeps its recorders; these functions would keep the ring mapped as long
+            self.functions = StepFunctions.none()
 
 
 def process_facts() -> dict[str, Any]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from kvhook.adapters.publisher import Counters, PublishStep, Record
+    from kvhook.adapters.publisher import Counters, StepFunctions
     from kvhook.adapters.table import Adapter
     from kvhook.options import Options
     from kvhook.recording.budget import Level
@@ -40,6 +40,11 @@ if TYPE_CHECKING:
     from kvhook.trace import Trace
 
 log = logging.getLogger("kvhook")
+
+ORPHANS = (
+    "{} sends stats, but vLLM's own LLMEngine.step is not called: it is driven by {}. Its steps are recorded as the "
+    "stats come, without step times"
+)
 
 #: A slot with every column of the schema takes less than this; used to try out the ring's directory.
 _MOST_SLOT_BYTES = 512
@@ -65,6 +70,8 @@ class Session:
         #: id(engine) -> its recorders: one for each engine core (data-parallel rank)
         self._recorders_of: dict[int, list[Recorder]] = {}
         self._monitors: list[OverheadMonitor] = []
+        #: numbers of the engines whose stats came without a step
+        self._orphans: set[int] = set()
         self._next_number = 0
         self._pid, self._made_in = os.getpid(), forks.generation
         self._closed = False
@@ -106,6 +113,7 @@ class Session:
                 "kvhook.install() makes a session of its own"
             )
         if not self._closed:
+            hooks.flush()
             self._spool.drain()
         more = {"faults": dict(self._faults.first_errors), "hook_call_ns": self._call_overhead_ns}
         try:
@@ -191,7 +199,7 @@ class Session:
 
     # ---- called by the hooks ---------------------------------------------------------------------------------------
 
-    def open_engine(self, engine: Any, adapter: Adapter, facts: dict[str, Any]) -> tuple[Record, PublishStep] | None:
+    def open_engine(self, engine: Any, adapter: Adapter, facts: dict[str, Any]) -> StepFunctions | None:
         """A new engine was built; see `kvhook.hooks.Owner`."""
         with lock:
             if self._closed:
@@ -216,6 +224,7 @@ class Session:
                 self.options.ring_capacity,
                 hooks.clock,
                 monitor.sample if plan.timed else no_sample,
+                self._orphan_of(engine, number),
             )
             if plan.why_other_level:
                 recorder.meta["levels"] = [{"step": 0, "level": adapter.level, "why": plan.why_other_level}]
@@ -225,7 +234,22 @@ class Session:
             self._recorders[number] = recorder
             self._recorders_of.setdefault(id(engine), []).append(recorder)
             self._spool.add(recorder)
-            return recorder.record, recorder.publish
+            return recorder.functions
+
+    def _orphan_of(self, engine: Any, number: int) -> Callable[[], None]:
+        """What is called when an engine's stats had to be published without a step."""
+        kind, step = type(engine).__qualname__, getattr(type(engine), "step", None)
+        where = f"{getattr(step, '__module__', '?')}.{getattr(step, '__qualname__', 'step')}"
+
+        def orphan() -> None:
+            if number not in self._orphans:
+                self._orphans.add(number)
+                recorder = self._recorders[number]
+                recorder.meta["steps_without_times"] = ORPHANS.format(kind, where)
+                self._spool.write_meta_again(number)
+                log.warning("kvhook: %s", recorder.meta["steps_without_times"])
+
+        return orphan
 
     def _step_down_of(self, engine: Any, number: int) -> Callable[[Level, Counters, float], bool]:
         """What changes an engine to a level that costs less. The engine's thread calls it between two steps."""
