@@ -109,7 +109,7 @@ def full(objects: Objects, folder: Path) -> Recording:
     """As by default: vLLM hands both stats objects to kvhook alone."""
     facts = {"num_kv_blocks": 1000, "finished_hook": True}
     recorder = Recorder(0, adapter_for(f"{ENGINE}:LLMEngine"), facts, folder, 8192, clock)
-    record, publish = recorder.record, recorder.publish
+    record, publish = recorder.functions.record, recorder.functions.publish
     scheduler, iteration = objects.scheduler, objects.iteration
 
     def step(self: Any) -> Any:
@@ -175,7 +175,7 @@ def light(objects: Objects, folder: Path) -> Recording:
         raise error
 
     tapped: Any = SimpleNamespace(engine_core=client, output_processor=processor)
-    TAPS[adapter.tap](Tap(tapped, adapter, recorder.record, {}, failed))
+    TAPS[adapter.tap](Tap(tapped, adapter, recorder.functions, {}, failed))
 
     def step(self: Any) -> Any:
         return self.client.get_output().outputs
@@ -184,7 +184,7 @@ def light(objects: Objects, folder: Path) -> Recording:
         return self.bare_client.get_output().outputs
 
     members = {"client": client, "bare_client": bare_client}
-    return Recording(step, bare, members, recorder.publish, recorder.close, {})
+    return Recording(step, bare, members, recorder.functions.publish, recorder.close, {})
 
 
 #: Every way to record that is measured; the first is the one that others are compared with.

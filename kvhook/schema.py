@@ -259,6 +259,7 @@ LEVELS = ("full", "light", "sparse")
 #: Columns of a step that level light does not have, and those that are counted from outputs: at level sparse they are
 #: known only where these were looked at.
 FULL_ONLY = (
+    "scheduler_stats_logged",
     "num_corrupted_reqs",
     "ttft_count",
     "ttft_sum",

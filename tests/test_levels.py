@@ -160,7 +160,8 @@ def test_what_counting_takes_is_shared_by_the_steps_in_which_nothing_is_counted(
         engine = SimpleNamespace(engine_core=client, output_processor=processor)
         told = spent.setdefault(every, [])
         adapter = BY_LEVEL["light"][0]
-        taps.tap_core(taps.Tap(engine, adapter, lambda *_, spent, told=told: told.append(spent), {}, print, every))
+        functions = SimpleNamespace(record=print, take=lambda *given, told=told: told.append(given[3]))
+        taps.tap_core(taps.Tap(engine, adapter, functions, {}, print, every))
         for _ in range(10):
             client.get_output()
     # the first step is timed, and the ninth; each is told with the next

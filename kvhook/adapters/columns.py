@@ -41,7 +41,7 @@ SEES_REQUESTS = "sees_requests"
 SEES_SCHEDULE = "sees_schedule"
 NO_SCHEDULE = "the scheduler is in another process, or its free blocks cannot be read: a peak inside a step is not seen"
 NO_REQUESTS = "this vLLM's front end has no place where a request can be seen when it is added or aborted"
-NOT_LOOKED_AT = "level='light' does not look at what vLLM's loggers are given"
+NOT_LOOKED_AT = "level='light' does not look at what vLLM's loggers are given; kvhook.install(level='full') does"
 #: The fact that the hook on finished requests is in place.
 FINISHED_HOOK = "finished_hook"
 #: Columns of a series of values begin with this.

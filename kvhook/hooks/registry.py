@@ -140,6 +140,11 @@ class Registry:
             if known.thread == here:
                 self._flush(known)
 
+    def no_flush(self, engine_id: int) -> None:
+        """What an engine still has waiting is not published any more: publishing it has failed."""
+        if engine_id in self.engines:
+            self.engines[engine_id].flush = lambda: False
+
     def _flush(self, known: RecordedEngine) -> None:
         try:
             known.flush()

@@ -84,6 +84,7 @@ def _failed(what: str, error: BaseException, table: dict[int, Any], key: int) ->
     """Report that a hook failed. If the fault is kvhook's, the hook is never called again for this engine."""
     if isinstance(error, Exception):
         table.pop(key, None)
+        registry.no_flush(key)
     registry.fault(what, error, NOT_RECORDED_FURTHER)
 
 

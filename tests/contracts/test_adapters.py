@@ -100,7 +100,7 @@ REQUEST_COLUMNS = {
 }
 #: what kvhook knows by itself, or works out
 OWN = {
-    "step": "step engine_index t_start_ns t_end_ns has_scheduler_stats has_iteration_stats level kvhook_ns "
+    "step": "step engine_index t_start_ns t_end_ns has_scheduler_stats scheduler_stats_logged has_iteration_stats level kvhook_ns "
     "num_kv_blocks num_kv_blocks_used num_finished_reqs ttft_count ttft_sum ttft_min ttft_max "
     "itl_count itl_sum itl_min itl_max",
     "request": "request step",
@@ -327,9 +327,9 @@ def test_numbers_that_are_put_in_come_out_in_the_right_columns(release: str, nam
     with stubs(engines_of(release)):
         recorder = recorder_of(name, tmp_path)
         for start in (100, 200):
-            recorder.record(*((v0_stats(),) if v0 else v1_stats()))
-            recorder.publish(start, start + 50)
-        recorder.publish(300, 350)
+            recorder.functions.record(*((v0_stats(),) if v0 else v1_stats()))
+            recorder.functions.publish(start, start + 50)
+        recorder.functions.publish(300, 350)
         trace = kvhook.open(recorder.ring.path)
     steps, requests = trace.steps(), trace.requests()
     assert len(steps) == 3
@@ -374,12 +374,12 @@ def test_blocks_in_use_are_right_whatever_usage_means_in_a_release(release: str,
     with stubs(engines_of(release)):
         recorder = recorder_of(name, tmp_path)
         if family == "v0":
-            recorder.record(v0_stats(gpu_cache_usage_sys=usage))
+            recorder.functions.record(v0_stats(gpu_cache_usage_sys=usage))
         else:
             sched, iteration = v1_stats()
             put(sched, kv_cache_usage=usage, gpu_cache_usage=usage)
-            recorder.record(sched, iteration)
-        recorder.publish(1, 2)
+            recorder.functions.record(sched, iteration)
+        recorder.functions.publish(1, 2)
         (step,) = kvhook.open(recorder.ring.path).steps()
     assert (step["num_kv_blocks"], step["num_kv_blocks_used"]) == (usable, 4)
     assert step["kv_cache_usage"] == pytest.approx(usage)
@@ -449,8 +449,8 @@ def test_v0_on_a_cpu_has_its_usage_wherever_the_release_puts_it(tmp_path: Path):
         recorder = recorder_of("v0", tmp_path, on_gpu=False)
         for gpu, cpu, gpu_rate, cpu_rate in ((0.5, 0.0, 0.3, -1), (0.0, 0.5, -1, 0.3), (0.0, 0.0, -1, -1)):
             rates = {"gpu_prefix_cache_hit_rate": gpu_rate, "cpu_prefix_cache_hit_rate": cpu_rate}
-            recorder.record(v0_stats(gpu_cache_usage_sys=gpu, cpu_cache_usage_sys=cpu, **rates))
-            recorder.publish(1, 2)
+            recorder.functions.record(v0_stats(gpu_cache_usage_sys=gpu, cpu_cache_usage_sys=cpu, **rates))
+            recorder.functions.publish(1, 2)
         trace = kvhook.open(recorder.ring.path)
     assert trace.steps()["kv_cache_usage"].tolist() == [0.5, 0.5, 0.0]
     assert trace.steps()["v0_prefix_cache_hit_rate"].tolist()[:2] == [0.3, 0.3]
@@ -466,8 +466,8 @@ def test_v0_requests_with_several_outputs_are_one_row_each(tmp_path: Path):
     }
     with stubs(engines_of("0.7.3")):
         recorder = recorder_of("v0", tmp_path)
-        recorder.record(v0_stats(**several))
-        recorder.publish(1, 2)
+        recorder.functions.record(v0_stats(**several))
+        recorder.functions.publish(1, 2)
         requests = kvhook.open(recorder.ring.path).requests()
     assert requests["num_generation_tokens"].tolist() == [11, 6]
     assert requests["finish_reason"].tolist() == ["length", "stop"]
@@ -476,8 +476,8 @@ def test_v0_requests_with_several_outputs_are_one_row_each(tmp_path: Path):
 def test_v0_numbers_that_belong_to_no_request_for_certain_are_left_blank(tmp_path: Path):
     with stubs(engines_of("0.7.3")):
         recorder = recorder_of("v0", tmp_path)
-        recorder.record(v0_stats(time_queue_requests=[0.5], num_generation_tokens_requests=[1, 2, 3]))
-        recorder.publish(1, 2)
+        recorder.functions.record(v0_stats(time_queue_requests=[0.5], num_generation_tokens_requests=[1, 2, 3]))
+        recorder.functions.publish(1, 2)
         requests = kvhook.open(recorder.ring.path).requests()
     assert np.isnan(requests["queued_time"]).all()
     assert np.isnan(requests["time_to_first_token"]).all()
@@ -490,9 +490,9 @@ def test_v0_two_stats_in_one_step_are_one_record(tmp_path: Path):
         recorder = recorder_of("v0", tmp_path)
         first, second = v0_stats(num_running_sys=9), v0_stats(num_running_sys=1, num_generation_tokens_iter=10)
         before = dataclasses.asdict(first), dataclasses.asdict(second)
-        recorder.record(first)
-        recorder.record(second)
-        recorder.publish(1, 2)
+        recorder.functions.record(first)
+        recorder.functions.record(second)
+        recorder.functions.publish(1, 2)
         assert (dataclasses.asdict(first), dataclasses.asdict(second)) == before
         trace = kvhook.open(recorder.ring.path)
         (step,) = trace.steps()
@@ -755,8 +755,8 @@ def test_a_field_that_is_gone_is_absent_with_a_reason_and_the_rest_is_as_before(
         recorder = recorder_of(name, tmp_path)
         assert live(recorder, "step") == expected_columns(release, BY_NAME[name], "step") - set(columns.split())
         assert all(recorder.compiled.absent["step"][c] for c in columns.split())
-        recorder.record(*((v0_stats(),) if name == "v0" else v1_stats()))
-        recorder.publish(1, 2)
+        recorder.functions.record(*((v0_stats(),) if name == "v0" else v1_stats()))
+        recorder.functions.publish(1, 2)
         (step,) = kvhook.open(recorder.ring.path).steps()
     assert not set(columns.split()) & set(step.dtype.names)
     left_of_waiting = {"num_waiting_reqs": 7} if "num_skipped_waiting_reqs" in step.dtype.names else {}

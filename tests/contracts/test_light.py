@@ -58,7 +58,7 @@ OWN = (
     "num_kv_blocks_used num_finished_reqs"
 )
 #: columns that only level full has
-NOT_LIGHT = "num_corrupted_reqs mm_cache_queries mm_cache_hits"
+NOT_LIGHT = "scheduler_stats_logged num_corrupted_reqs mm_cache_queries mm_cache_hits"
 
 
 def expected_adapters(release: str) -> list[str]:

@@ -1,13 +1,26 @@
 # What kvhook runs in every step of V0's LLMEngine, vLLM 0.6.6. Generated: python -m tests.golden --write
 
-def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample, n, step, request_number):
-    engine_index = spent_ns = 0
-    kvhook_ns = vllm_stats_ns = -1
+def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample, orphan, n, step, request_number):
+    pending = engine_index = spent_ns = num_added_reqs = scheduler_stats_logged = 0
+    kvhook_ns = vllm_stats_ns = num_free_kv_blocks = -1
+    aborted = []
     v0 = None
 
+    def take(engine_idx=0, spent=0, num_free=-1):
+        nonlocal pending, engine_index, spent_ns, num_free_kv_blocks
+        if pending:
+            flush()
+            orphan()
+        pending = 1
+        num_free_kv_blocks = num_free
+        spent_ns = spent
+        engine_index = engine_idx or 0
+
     def record(stats=None, engine_idx=None, spent=0, **_):
-        nonlocal v0, engine_index, spent_ns
+        nonlocal pending, engine_index, spent_ns, scheduler_stats_logged, v0
+        pending = 1
         v0 = stats if v0 is None else merge(v0, stats)
+        scheduler_stats_logged = 0 if stats is None else 1
         spent_ns = spent
         engine_index = engine_idx or 0
 
@@ -20,7 +33,9 @@ def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample,
             n = publish_record(n, pack_values(n, 3, ENGINE, step, series, count, *chunk))
 
     def publish(t_start_ns, t_end_ns):
-        nonlocal n, step, request_number, kvhook_ns, vllm_stats_ns, v0
+        nonlocal n, step, request_number, kvhook_ns, vllm_stats_ns, num_free_kv_blocks
+        nonlocal pending, num_added_reqs, scheduler_stats_logged, v0
+        num_aborted_reqs = len(aborted)
         if v0 is None:
             num_running_reqs = num_waiting_reqs = num_swapped_reqs = -1
             kv_cache_usage = cpu_kv_cache_usage = v0_prefix_cache_hit_rate = nan
@@ -75,12 +90,31 @@ def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample,
         for of_finish_reason, of_num_prompt_tokens, of_num_generation_tokens, of_max_tokens, of_queued_time, of_prefill_time, of_decode_time, of_inference_time, of_e2e_latency, of_time_to_first_token in zip(fit(list(map(reason, each(v0.finished_reason_requests, v0.n_requests, first))), len(finished), -1), fit(v0.num_prompt_tokens_requests, len(finished), -1), fit(each(v0.num_generation_tokens_requests, v0.n_requests, sum), len(finished), -1), fit(list(map(number, v0.max_tokens_requests)), len(finished), -1), fit(v0.time_queue_requests, len(finished), nan), fit(v0.time_prefill_requests, len(finished), nan), fit(v0.time_decode_requests, len(finished), nan), fit(v0.time_inference_requests, len(finished), nan), fit(v0.time_e2e_requests, len(finished), nan), fit(plus(v0.time_queue_requests, v0.time_prefill_requests), len(finished), nan)) if finished else ():
             n = publish_record(n, pack_request(n, 2, ENGINE, request_number, step, of_finish_reason, of_num_prompt_tokens, of_num_generation_tokens, of_max_tokens, of_queued_time, of_prefill_time, of_decode_time, of_inference_time, of_e2e_latency, of_time_to_first_token))
             request_number += 1
-        n = publish_record(n, pack_step(n, 1, ENGINE, step, engine_index, t_start_ns, t_end_ns, has_scheduler_stats, has_iteration_stats, LEVEL, num_running_reqs, num_waiting_reqs, 1000, int(kv_cache_usage * 1000 + 0.5) if v0 is not None else -1, num_prompt_tokens, num_generation_tokens, num_preempted_reqs, len(finished), ttft_count, itl_count, num_swapped_reqs, kvhook_ns, vllm_stats_ns, kv_cache_usage, cpu_kv_cache_usage, v0_prefix_cache_hit_rate, ttft_sum, ttft_min, ttft_max, itl_sum, itl_min, itl_max))
-        kvhook_ns = vllm_stats_ns = -1
+        if aborted:
+            for gone in aborted:
+                n = publish_record(n, pack_request(n, 2, ENGINE, request_number, step, gone.finish_reason, gone.num_prompt_tokens, gone.num_generation_tokens, gone.max_tokens, gone.queued_time, gone.prefill_time, gone.decode_time, gone.inference_time, gone.e2e_latency, gone.time_to_first_token))
+                request_number += 1
+            aborted.clear()
+        n = publish_record(n, pack_step(n, 1, ENGINE, step, engine_index, t_start_ns, t_end_ns, has_scheduler_stats, scheduler_stats_logged, has_iteration_stats, LEVEL, num_running_reqs, num_waiting_reqs, 1000, int(kv_cache_usage * 1000 + 0.5) if v0 is not None else -1, -1, num_added_reqs, num_prompt_tokens, num_generation_tokens, num_preempted_reqs, len(finished) + num_aborted_reqs, num_aborted_reqs, ttft_count, itl_count, num_swapped_reqs, kvhook_ns, vllm_stats_ns, kv_cache_usage, nan, cpu_kv_cache_usage, v0_prefix_cache_hit_rate, ttft_sum, ttft_min, ttft_max, itl_sum, itl_min, itl_max))
+        kvhook_ns = vllm_stats_ns = num_free_kv_blocks = -1
+        pending = num_added_reqs = scheduler_stats_logged = 0
         v0 = None
         step += 1
         if step % 8 == 1:
             kvhook_ns = clock() - t_end_ns + spent_ns
             vllm_stats_ns = on_sample(n, step, request_number, t_start_ns, t_end_ns, kvhook_ns)
 
-    return record, publish
+    def add():
+        nonlocal num_added_reqs
+        num_added_reqs += 1
+
+    abort = aborted.append
+
+    def flush():
+        if not (pending or aborted):
+            return False
+        now = clock()
+        publish(now, now)
+        return True
+
+    return record, publish, take, add, abort, flush

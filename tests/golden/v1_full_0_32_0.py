@@ -1,15 +1,28 @@
 # What kvhook runs in every step of V1's LLMEngine at level full, vLLM 0.32.0. Generated: python -m tests.golden --write
 
-def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample, n, step, request_number):
-    engine_index = spent_ns = 0
-    kvhook_ns = vllm_stats_ns = -1
+def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample, orphan, n, step, request_number):
+    pending = engine_index = spent_ns = num_added_reqs = scheduler_stats_logged = 0
+    kvhook_ns = vllm_stats_ns = num_free_kv_blocks = -1
+    aborted = []
     sched = iteration = mm = None
 
+    def take(engine_idx=0, spent=0, num_free=-1):
+        nonlocal pending, engine_index, spent_ns, num_free_kv_blocks
+        if pending:
+            flush()
+            orphan()
+        pending = 1
+        num_free_kv_blocks = num_free
+        spent_ns = spent
+        engine_index = engine_idx or 0
+
     def record(scheduler_stats=None, iteration_stats=None, mm_cache_stats=None, engine_idx=None, spent=0, **_):
-        nonlocal sched, iteration, mm, engine_index, spent_ns
+        nonlocal pending, engine_index, spent_ns, scheduler_stats_logged, sched, iteration, mm
+        pending = 1
         sched = scheduler_stats
         iteration = iteration_stats
         mm = mm_cache_stats
+        scheduler_stats_logged = 0 if scheduler_stats is None else 1
         spent_ns = spent
         engine_index = engine_idx or 0
 
@@ -22,7 +35,9 @@ def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample,
             n = publish_record(n, pack_values(n, 3, ENGINE, step, series, count, *chunk))
 
     def publish(t_start_ns, t_end_ns):
-        nonlocal n, step, request_number, kvhook_ns, vllm_stats_ns, sched, iteration, mm
+        nonlocal n, step, request_number, kvhook_ns, vllm_stats_ns, num_free_kv_blocks
+        nonlocal pending, num_added_reqs, scheduler_stats_logged, sched, iteration, mm
+        num_aborted_reqs = len(aborted)
         if sched is None:
             num_running_reqs = num_waiting_reqs = num_skipped_waiting_reqs = -1
             kv_cache_usage = nan
@@ -108,14 +123,33 @@ def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample,
             itl_min = itl_max = itl_sum = 0.0
         finished = iteration.finished_requests if iteration is not None else ()
         for request in finished:
-            n = publish_record(n, pack_request(n, 2, ENGINE, request_number, number(request.request_id), step, request.finish_reason, request.num_prompt_tokens, request.num_generation_tokens, request.num_cached_tokens, request.num_preemptions, number(request.max_tokens_param), request.queued_time, request.prefill_time, request.decode_time, request.inference_time, request.e2e_latency, getattr(request, 'kvhook_ttft', nan), request.mean_time_per_output_token))
+            n = publish_record(n, pack_request(n, 2, ENGINE, request_number, number(request.request_id), 0, step, request.finish_reason, request.num_prompt_tokens, request.num_generation_tokens, request.num_cached_tokens, request.num_preemptions, number(request.max_tokens_param), request.queued_time, request.prefill_time, request.decode_time, request.inference_time, request.e2e_latency, getattr(request, 'kvhook_ttft', nan), request.mean_time_per_output_token))
             request_number += 1
-        n = publish_record(n, pack_step(n, 1, ENGINE, step, engine_index, t_start_ns, t_end_ns, has_scheduler_stats, has_iteration_stats, LEVEL, num_running_reqs, num_waiting_reqs, num_skipped_waiting_reqs, 999, int(kv_cache_usage * 999 + 0.5) if sched is not None else -1, prefix_cache_requests, prefix_cache_queries, prefix_cache_hits, prefix_cache_preempted_requests, prefix_cache_preempted_queries, prefix_cache_preempted_hits, prefix_cache_reset, connector_prefix_cache_queries, connector_prefix_cache_hits, num_prompt_tokens, num_prompt_tokens_computed, num_prompt_tokens_cached, num_prompt_tokens_external, num_generation_tokens, num_preempted_reqs, len(finished), num_corrupted_reqs, ttft_count, itl_count, num_drafts, num_draft_tokens, num_accepted_tokens, mm_cache_queries, mm_cache_hits, num_evicted_blocks_sampled, kvhook_ns, vllm_stats_ns, kv_cache_usage, ttft_sum, ttft_min, ttft_max, itl_sum, itl_min, itl_max))
-        kvhook_ns = vllm_stats_ns = -1
+        if aborted:
+            for gone in aborted:
+                n = publish_record(n, pack_request(n, 2, ENGINE, request_number, gone.request_id, gone.sample_index, step, gone.finish_reason, gone.num_prompt_tokens, gone.num_generation_tokens, gone.num_cached_tokens, gone.num_preemptions, gone.max_tokens, gone.queued_time, gone.prefill_time, gone.decode_time, gone.inference_time, gone.e2e_latency, gone.time_to_first_token, gone.mean_time_per_output_token))
+                request_number += 1
+            aborted.clear()
+        n = publish_record(n, pack_step(n, 1, ENGINE, step, engine_index, t_start_ns, t_end_ns, has_scheduler_stats, scheduler_stats_logged, has_iteration_stats, LEVEL, num_running_reqs, num_waiting_reqs, num_skipped_waiting_reqs, 999, int(kv_cache_usage * 999 + 0.5) if sched is not None else -1, -1, num_added_reqs, prefix_cache_requests, prefix_cache_queries, prefix_cache_hits, prefix_cache_preempted_requests, prefix_cache_preempted_queries, prefix_cache_preempted_hits, prefix_cache_reset, connector_prefix_cache_queries, connector_prefix_cache_hits, num_prompt_tokens, num_prompt_tokens_computed, num_prompt_tokens_cached, num_prompt_tokens_external, num_generation_tokens, num_preempted_reqs, len(finished) + num_aborted_reqs, num_aborted_reqs, num_corrupted_reqs, ttft_count, itl_count, num_drafts, num_draft_tokens, num_accepted_tokens, mm_cache_queries, mm_cache_hits, num_evicted_blocks_sampled, kvhook_ns, vllm_stats_ns, kv_cache_usage, nan, ttft_sum, ttft_min, ttft_max, itl_sum, itl_min, itl_max))
+        kvhook_ns = vllm_stats_ns = num_free_kv_blocks = -1
+        pending = num_added_reqs = scheduler_stats_logged = 0
         sched = iteration = mm = None
         step += 1
         if step % 8 == 1:
             kvhook_ns = clock() - t_end_ns + spent_ns
             vllm_stats_ns = on_sample(n, step, request_number, t_start_ns, t_end_ns, kvhook_ns)
 
-    return record, publish
+    def add():
+        nonlocal num_added_reqs
+        num_added_reqs += 1
+
+    abort = aborted.append
+
+    def flush():
+        if not (pending or aborted):
+            return False
+        now = clock()
+        publish(now, now)
+        return True
+
+    return record, publish, take, add, abort, flush

@@ -1,27 +1,42 @@
 # What kvhook runs in every step of V1's LLMEngine at level light, vLLM 0.32.0. Generated: python -m tests.golden --write
 
-def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample, n, step, request_number):
-    engine_index = spent_ns = 0
-    kvhook_ns = vllm_stats_ns = -1
+def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample, orphan, n, step, request_number):
+    pending = engine_index = spent_ns = num_added_reqs = scheduler_stats_logged = 0
+    kvhook_ns = vllm_stats_ns = num_free_kv_blocks = -1
+    aborted = []
     sched = counts = None
 
+    def take(engine_idx=0, spent=0, num_free=-1):
+        nonlocal pending, engine_index, spent_ns, num_free_kv_blocks
+        if pending:
+            flush()
+            orphan()
+        pending = 1
+        num_free_kv_blocks = num_free
+        spent_ns = spent
+        engine_index = engine_idx or 0
+
     def record(scheduler_stats=None, iteration_stats=None, engine_idx=None, spent=0, **_):
-        nonlocal sched, counts, engine_index, spent_ns
+        nonlocal pending, engine_index, spent_ns, scheduler_stats_logged, sched, counts
+        pending = 1
         sched = scheduler_stats
         counts = iteration_stats
+        scheduler_stats_logged = 0 if scheduler_stats is None else 1
         spent_ns = spent
         engine_index = engine_idx or 0
 
     def publish_values(series, values):
         nonlocal n
-        for i in range(0, len(values), 33):
-            chunk = values[i : i + 33]
+        for i in range(0, len(values), 41):
+            chunk = values[i : i + 41]
             count = len(chunk)
-            chunk += [0.0] * (33 - count)
+            chunk += [0.0] * (41 - count)
             n = publish_record(n, pack_values(n, 3, ENGINE, step, series, count, *chunk))
 
     def publish(t_start_ns, t_end_ns):
-        nonlocal n, step, request_number, kvhook_ns, vllm_stats_ns, sched, counts
+        nonlocal n, step, request_number, kvhook_ns, vllm_stats_ns, num_free_kv_blocks
+        nonlocal pending, num_added_reqs, scheduler_stats_logged, sched, counts
+        num_aborted_reqs = len(aborted)
         if sched is None:
             num_running_reqs = num_waiting_reqs = num_skipped_waiting_reqs = -1
             kv_cache_usage = nan
@@ -67,12 +82,28 @@ def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample,
             num_generation_tokens = counts.num_generation_tokens
             num_preempted_reqs = counts.num_preempted_reqs
             num_finished_reqs = counts.num_finished_reqs + counts.before - len(counts.states)
-        n = publish_record(n, pack_step(n, 1, ENGINE, step, engine_index, t_start_ns, t_end_ns, has_scheduler_stats, has_iteration_stats, LEVEL, num_running_reqs, num_waiting_reqs, num_skipped_waiting_reqs, 999, int(kv_cache_usage * 999 + 0.5) if sched is not None else -1, prefix_cache_requests, prefix_cache_queries, prefix_cache_hits, prefix_cache_preempted_requests, prefix_cache_preempted_queries, prefix_cache_preempted_hits, prefix_cache_reset, connector_prefix_cache_queries, connector_prefix_cache_hits, num_prompt_tokens, num_prompt_tokens_computed, num_prompt_tokens_cached, num_prompt_tokens_external, num_generation_tokens, num_preempted_reqs, num_finished_reqs, num_drafts, num_draft_tokens, num_accepted_tokens, num_evicted_blocks_sampled, kvhook_ns, vllm_stats_ns, kv_cache_usage))
-        kvhook_ns = vllm_stats_ns = -1
+        if aborted:
+            aborted.clear()
+        n = publish_record(n, pack_step(n, 1, ENGINE, step, engine_index, t_start_ns, t_end_ns, has_scheduler_stats, 0, has_iteration_stats, LEVEL, num_running_reqs, num_waiting_reqs, num_skipped_waiting_reqs, 999, int(kv_cache_usage * 999 + 0.5) if sched is not None else -1, -1, num_added_reqs, prefix_cache_requests, prefix_cache_queries, prefix_cache_hits, prefix_cache_preempted_requests, prefix_cache_preempted_queries, prefix_cache_preempted_hits, prefix_cache_reset, connector_prefix_cache_queries, connector_prefix_cache_hits, num_prompt_tokens, num_prompt_tokens_computed, num_prompt_tokens_cached, num_prompt_tokens_external, num_generation_tokens, num_preempted_reqs, num_finished_reqs, num_aborted_reqs, num_drafts, num_draft_tokens, num_accepted_tokens, num_evicted_blocks_sampled, kvhook_ns, vllm_stats_ns, kv_cache_usage, nan))
+        kvhook_ns = vllm_stats_ns = num_free_kv_blocks = -1
+        pending = num_added_reqs = scheduler_stats_logged = 0
         sched = counts = None
         step += 1
         if step % 8 == 1:
             kvhook_ns = clock() - t_end_ns + spent_ns
             vllm_stats_ns = on_sample(n, step, request_number, t_start_ns, t_end_ns, kvhook_ns)
 
-    return record, publish
+    def add():
+        nonlocal num_added_reqs
+        num_added_reqs += 1
+
+    abort = aborted.append
+
+    def flush():
+        if not (pending or aborted):
+            return False
+        now = clock()
+        publish(now, now)
+        return True
+
+    return record, publish, take, add, abort, flush
