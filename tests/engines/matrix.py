@@ -79,9 +79,13 @@ RELEASES = {
         Release("0.9.2", ("V0", "V1"), recipes=("libstdcxx", "cpu_name")),
         Release("0.10.2", recipes=("libstdcxx", "cpu_name")),
         Release("0.11.2", recipes=("libstdcxx", "cpu_name")),
+        Release("0.13.0"),
         Release("0.16.0"),
+        Release("0.19.1"),
         Release("0.22.1"),
+        Release("0.26.0"),
         Release("0.28.0"),
+        Release("0.30.0"),
         Release("0.32.0"),
     )
 }
