@@ -156,7 +156,7 @@ def _side_by_side(traces: Sequence[Trace]) -> Trace:
         numbers = range(max(known, default=-1) + 1)
         facts |= {first + n: known.get(n, {}) | {"trace": trace.name} for n in numbers}
         sources += [RenumberedSlots(source, first) for source in trace.sources]
-    damaged = sum(trace.engines.damaged for trace in traces)
+    damaged = sum(trace.damaged for trace in traces)
     return Trace(sources, ", ".join(t.name for t in traces), {"damaged": damaged}, facts)
 
 

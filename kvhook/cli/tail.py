@@ -49,6 +49,8 @@ class TailCommand:
 
     def run(self, args: argparse.Namespace) -> int:
         """Follow it to its end."""
+        # numpy and all that reads a ring is imported before a ring is waited for: later it would cost its first steps
+        import kvhook.trace  # noqa: F401
         from kvhook.ring.reader import RingReader
 
         path = self._path(args)

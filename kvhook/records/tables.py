@@ -146,6 +146,11 @@ class Records:
                 yield slots[usable(slots)], source.layout
 
     @property
+    def damaged(self) -> int:
+        """Slots that hold no usable record, and are left out."""
+        return self.engines.damaged
+
+    @property
     def header(self) -> Header | None:
         """The header of the first file or ring of this run: its process and its clocks."""
         return self.sources[0].header if self.sources else None

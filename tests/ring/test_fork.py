@@ -99,7 +99,7 @@ with fake_vllm() as vllm:
         kvhook.uninstall()
         sys.exit(0)
     assert wait(child) == 0
-    state = kvhook.open(session.rings[0])._sources[0].header.state
+    state = kvhook.open(session.rings[0]).sources[0].header.state
     engine.step()
     print(json.dumps([state, session.steps()["step"].tolist(), session._history_dir.is_dir(), session.faults]))
 """
