@@ -98,7 +98,5 @@ def _check_slots(slots: object) -> None:
 def _check_trace_path(path: Path) -> None:
     if path.suffix != TRACE_SUFFIX:
         raise KvhookError(f"trace={str(path)!r}: a trace ends in {TRACE_SUFFIX}; other formats: session.dump()")
-    if path.exists():
-        raise KvhookError(f"trace={str(path)!r} exists, and kvhook does not overwrite: take another name or remove it")
     if not path.parent.is_dir():
         raise KvhookError(f"trace={str(path)!r}: there is no directory {path.parent}; make it first")

@@ -15,6 +15,7 @@ from typing import Any
 
 from kvhook.hooks.engines import clock, step_down, watch
 from kvhook.hooks.event_loop import EventLoopRecorder
+from kvhook.hooks.existing import engines_alive
 from kvhook.hooks.patching import arm, disarm, patched
 from kvhook.hooks.registry import Owner, building, registry
 
@@ -24,9 +25,11 @@ __all__ = [
     "adapter_of",
     "arm",
     "armed",
+    "armed_level",
     "being_built",
     "clock",
     "disarm",
+    "engines_alive",
     "flush",
     "is_recorded",
     "patched",
@@ -41,6 +44,11 @@ flush = registry.flush
 def armed() -> bool:
     """Whether there is a session that new engines are recorded into."""
     return registry.owner is not None
+
+
+def armed_level() -> str:
+    """The level at which engines are recorded."""
+    return registry.level
 
 
 def is_recorded(engine: Any) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 
 import wrapt
 
-from kvhook import forks
 from kvhook.adapters import BY_LEVEL, NEWEST
 from kvhook.adapters.fit import choose, is_there
 from kvhook.adapters.settings import Settings
@@ -140,6 +139,3 @@ def restore(patch: Patch) -> bool:
     else:
         setattr(patch.parent, patch.attribute, patch.original)
     return True
-
-
-forks.call_in_child(unpatch)

@@ -177,8 +177,10 @@ building: contextvars.ContextVar[Building | None] = contextvars.ContextVar("kvho
 
 
 def _in_child() -> None:
-    """After a fork the child records nothing: its engines are copies of the parent's, and a ring has one writer."""
-    registry.owner = None
+    """After a fork the child has copies of the parent's engines, which it does not record: a ring has one writer.
+
+    The patches stay, and so does the owner: engines that the child makes are recorded into files of its own.
+    """
     registry.clear()
 
 

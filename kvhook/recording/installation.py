@@ -7,7 +7,7 @@ import logging
 import os
 from typing import Any
 
-from kvhook import hooks
+from kvhook import forks, hooks
 from kvhook.errors import KvhookError, StatsOffError
 from kvhook.options import HISTORY, RING_SLOTS, Options
 from kvhook.recording.session import Session, lock
@@ -76,10 +76,16 @@ def install(
         session = _reusable_session()
         if session is None:
             session = _new_session(options)
+        elif session.is_unused:
+            # it came into this process with a fork; nothing has been recorded yet
+            session.begin(options)
+            if hooks.armed() and hooks.armed_level() != session.level:
+                hooks.disarm()
         else:
             _warn_of_ignored(options, session)
         if not hooks.armed():
             _warn_if_slow()
+            _warn_of_engines(session)
             hooks.arm(session, session.level)
         return session
 
@@ -143,7 +149,7 @@ def _reusable_session() -> Session | None:
 def _new_session(options: Options) -> Session:
     global _current
     _current = Session(options, on_exit=_uninstall_if_current)
-    atexit.register(_at_exit, _current)
+    atexit.register(_current.end)
     return _current
 
 
@@ -175,7 +181,24 @@ def _warn_if_slow() -> None:
         )
 
 
-def _at_exit(session: Session) -> None:
-    """The interpreter ends: complete what was recorded, remove what was temporary."""
-    session.close()
-    session.remove_history()
+def _warn_of_engines(session: Session) -> None:
+    """Say so if engines exist already: they were made before `install`, and are not recorded."""
+    kinds = [each for each in hooks.engines_alive() if not hooks.is_recorded(each)]
+    session.unrecorded_engines = len(kinds)
+    if kinds:
+        log.warning(
+            "kvhook: %s exists already (%s) and is not recorded: call kvhook.install() before LLM(...), or "
+            "kvhook.attach(llm)",
+            "an engine" if len(kinds) == 1 else f"{len(kinds)} engines",
+            ", ".join(sorted({type(each).__name__ for each in kinds})),
+        )
+
+
+def _in_child() -> None:
+    """This process was forked off: whoever holds the session here can go on using it, for engines that are made here."""
+    lock._at_fork_reinit()  # type: ignore[attr-defined]  # noqa: SLF001 (threading's own; another thread may have held it)
+    if _current is not None and not _current.is_closed:
+        _current.begin_in_child()
+
+
+forks.call_in_child(_in_child)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from kvhook.adapters.publisher import no_sample
 from kvhook.discovery.cleaning import HISTORY_PREFIX, prune_histories
 from kvhook.errors import KvhookError
 from kvhook.faults import Faults
+from kvhook.recording import own_files
 from kvhook.recording.budget import OverheadMonitor, probe_of
 from kvhook.recording.overhead import call_overhead_ns
 from kvhook.recording.plan import plan_engine
@@ -35,7 +38,8 @@ if TYPE_CHECKING:
     from kvhook.adapters.publisher import Counters, StepFunctions
     from kvhook.adapters.table import Adapter
     from kvhook.options import Options
-    from kvhook.recording.budget import Level
+    from kvhook.recording import own_files
+from kvhook.recording.budget import Level
     from kvhook.text.summary import PrintedSummary
     from kvhook.trace import Trace
 
@@ -61,11 +65,30 @@ class Session:
     """
 
     def __init__(self, options: Options, on_exit: Callable[[Session], None] = lambda _: None) -> None:
-        options.check()
-        self.options = options
         self._on_exit = on_exit
-        self._faults = Faults()
+        self._forked = False
+        self.begin(options)
+
+    def begin(self, options: Options) -> None:
+        """Begin anew, with nothing recorded. For a session that has just been made, or that came into a forked child.
+
+        Raises:
+            RingDirectoryError: there is no place for the ring.
+            KvhookError: an option is not usable.
+        """
+        options.check()
         self._ring_dir = find_directory(options.ring_dir, options.ring_capacity * _MOST_SLOT_BYTES)
+        self._forget_everything(options)
+
+    def begin_in_child(self) -> None:
+        """This process was forked off: what was recorded is the parent's, and engines made here are recorded into files
+        of this process. Called at the fork, so it opens no file and waits for no lock."""
+        self._forked = True
+        self._forget_everything(self.options)
+
+    def _forget_everything(self, options: Options) -> None:
+        self.options = options
+        self._faults = Faults()
         self._recorders: dict[int, Recorder] = {}
         #: id(engine) -> its recorders: one for each engine core (data-parallel rank)
         self._recorders_of: dict[int, list[Recorder]] = {}
@@ -73,10 +96,12 @@ class Session:
         #: numbers of the engines whose stats came without a step
         self._orphans: set[int] = set()
         self._next_number = 0
-        self._pid, self._made_in = os.getpid(), forks.generation
+        #: engines that existed before kvhook was installed
+        self.unrecorded_engines = 0
+        self._made_in = forks.generation
         self._closed = False
         self._history_dir: Path | None = None
-        self._spool = Spool(self._next_file, options.history_bytes, self._faults.fault)
+        self._spool = Spool(self._next_files, options.history_bytes, self._faults.fault)
         self._call_overhead_ns = 0
 
     # ---- reading ---------------------------------------------------------------------------------------------------
@@ -109,13 +134,17 @@ class Session:
 
         if self.belongs_to_parent:
             raise KvhookError(
-                f"this session belongs to process {self._pid}, of which this one is a fork; it is not recorded. "
-                "kvhook.install() makes a session of its own"
+                "this session was closed, or replaced, before this process was forked off: it belongs to the parent. "
+                "kvhook.install() makes a session for this process"
             )
         if not self._closed:
             hooks.flush()
             self._spool.drain()
-        more = {"faults": dict(self._faults.first_errors), "hook_call_ns": self._call_overhead_ns}
+        more = {
+            "faults": dict(self._faults.first_errors),
+            "hook_call_ns": self._call_overhead_ns,
+            "why_no_steps": self._why_no_steps(),
+        }
         try:
             paths, opened, counts = self._spool.open()
         except OSError as error:
@@ -145,7 +174,19 @@ class Session:
     @property
     def name(self) -> str:
         """The trace file, if the run is streamed to one."""
-        return str(self.options.trace_path or "this session")
+        files = self.files
+        return str(files[0] if files else self.options.trace_path or "this session")
+
+    @property
+    def files(self) -> list[Path]:
+        """The trace files of this process so far, where `install(trace=...)` asked for one. Ranks of a job, forked and
+        spawned children each have files of their own; see `kvhook.recording.own_files`."""
+        return self._spool.paths() if self.options.trace_path is not None else []
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether this process was forked off and has recorded no engine yet: then it may be given other options."""
+        return self._forked and not self._recorders
 
     def engine_numbers(self, engine: Any) -> list[int]:
         """The numbers under which an engine is recorded: one for each of its engine cores; none if it is not."""
@@ -186,6 +227,11 @@ class Session:
         if self._history_dir is not None and not self.belongs_to_parent:
             shutil.rmtree(self._history_dir, ignore_errors=True)
 
+    def end(self) -> None:
+        """The process ends: complete what was recorded, remove what was temporary."""
+        self.close()
+        self.remove_history()
+
     def __enter__(self) -> Session:
         return self
 
@@ -204,6 +250,9 @@ class Session:
         with lock:
             if self._closed:
                 return None
+            if not self._recorders and multiprocessing.parent_process() is not None:
+                # children of multiprocessing end without atexit; what it calls instead is cleared when they begin
+                multiprocessing.util.Finalize(None, self.end, exitpriority=1)
             if not self._call_overhead_ns:
                 self._call_overhead_ns = call_overhead_ns()
             facts = engine_facts(adapter, engine) | facts
@@ -288,16 +337,44 @@ class Session:
         """Something in kvhook failed; see `kvhook.hooks.Owner`."""
         self._faults.fault(where, error, then)
 
+    def _why_no_steps(self) -> str:
+        """What to tell a user who sees no steps."""
+        if self._faults.counts:
+            where, error = next(iter(self._faults.first_errors.items()))
+            return f"{where} failed ({error}); kvhook doctor says whether this vLLM can be recorded"
+        if self._recorders:
+            waiting = sum(hooks.requests_waiting())
+            if waiting:
+                return (
+                    f"{waiting} requests were added to an engine, but neither its step() nor the outputs of its core "
+                    "were seen: a framework drives it in a way that kvhook does not know"
+                )
+            return "an engine is being recorded: call llm.generate(...)"
+        if self.unrecorded_engines:
+            return "the engine was made before kvhook.install(): make it afterwards, or call kvhook.attach(llm)"
+        if hooks.unknown_engines():
+            return f"an engine was made that kvhook does not know ({', '.join(hooks.unknown_engines())})"
+        children = ring_files_of_children(self._ring_dir)
+        if children:
+            return (
+                f"no engine was made in this process; {len(children)} of its child processes recorded engines: "
+                f"kvhook ls, or kvhook.open({str(children[0])!r})"
+            )
+        return "no engine has been made in this process since kvhook.install()"
+
     # ---- files -----------------------------------------------------------------------------------------------------
 
-    def _next_file(self, number: int) -> Path:
-        """The file that the spool writes to next: the trace file and its successors, or a part of the history."""
+    def _next_files(self, number: int) -> Iterator[Path]:
+        """The names of the file that the spool writes to next: of the trace and its successors, or of the history."""
         path = self.options.trace_path
         if path is not None:
-            return path if not number else path.with_name(f"{path.stem}-{number + 1}{path.suffix}")
+            for attempt, name in enumerate(own_files.candidates(path, number, forked=self._forked)):
+                if attempt == 1:
+                    log.warning("kvhook: %s is there already, of another process or run; recording into %s", path, name)
+                yield name
         if self._history_dir is None:
             pid = os.getpid()
             prefix = f"{HISTORY_PREFIX}{pid}-{process_start(pid)}-"
             prune_histories(history_root())
             self._history_dir = Path(tempfile.mkdtemp(prefix=prefix, dir=history_root()))
-        return self._history_dir / f"{number:06}{TRACE_SUFFIX}"
+        yield self._history_dir / f"{number:06}{TRACE_SUFFIX}"

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -68,15 +68,16 @@ class Spool:
     """Drains rings into trace files in the background.
 
     Args:
-        new_path: returns the path of the next file; called with its number, from 0.
+        new_paths: returns the paths that the next file may have, of which the first that is free is taken; called with
+            its number, from 0.
         limit: bytes on disk, above which the oldest part is dropped and counted; None for no limit.
         fault: is called with errors (where, error, what happens then). None is raised: the thread goes on.
     """
 
     def __init__(
-        self, new_path: Callable[[int], Path], limit: int | None, fault: Callable[[str, BaseException, str], None]
+        self, new_paths: Callable[[int], Iterable[Path]], limit: int | None, fault: Callable[[str, BaseException, str], None]
     ) -> None:
-        self._new_path = new_path
+        self._new_paths = new_paths
         self._limit = limit
         self._fault = fault
         self._lock = threading.Lock()
@@ -175,6 +176,11 @@ class Spool:
                     except OSError as error:
                         self._fault(_WRITING, error, _THEN)
             return taken
+
+    def paths(self) -> list[Path]:
+        """The files, oldest first."""
+        with self._lock:
+            return [file.path for file in self._files]
 
     def open(self) -> tuple[list[Path], list[int], dict[int, dict[str, int]]]:
         """The files, oldest first, a descriptor of each, and how many records of each engine came and were lost.
@@ -280,7 +286,7 @@ class Spool:
 
     def _new_file(self, layout: Layout) -> TraceWriter:
         meta = {key: value for key, value in next(iter(self._metas.values())).items() if key in ("kvhook", "vllm")}
-        file = TraceWriter(self._new_path(self._made), layout, meta | {"pid_namespace": pid_namespace()})
+        file = self._create(layout, meta | {"pid_namespace": pid_namespace()})
         self._made += 1
         self._files.append(file)
         self._meta_due |= {number for number, e in self._engines.items() if e.recorder.ring.layout == layout}
@@ -288,3 +294,13 @@ class Spool:
             if number in self._engines and self._engines[number].recorder.ring.layout == layout:
                 self._write_due_meta(number, file)
         return file
+
+    def _create(self, layout: Layout, meta: dict[str, Any]) -> TraceWriter:
+        """The next file, under the first of its names that no other process has taken."""
+        taken: FileExistsError | None = None
+        for path in self._new_paths(self._made):
+            try:
+                return TraceWriter(path, layout, meta)
+            except FileExistsError as error:
+                taken = error
+        raise taken or FileNotFoundError("there is no name for the next file")

@@ -36,7 +36,7 @@ def _lines(s: Summary) -> Iterator[str]:
     model = s.model.rsplit("/", 1)[-1] if s.model.startswith("/") else s.model
     yield f"vLLM {s.vllm or '?'}{f', {model}' if model else ''}: {s.steps:,} steps{of} in {seconds(s.wall_time)}"
     if not s.steps:
-        yield _row("no steps yet", "install kvhook before LLM(...), then call llm.generate(...)")
+        yield _row("no steps yet", s.why_no_steps or "the trace holds none")
         return
     share = f" ({s.time_in_steps / s.wall_time:.0%} of it inside steps)" if s.wall_time else ""
     if s.step_time.count:
