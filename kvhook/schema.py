@@ -197,6 +197,9 @@ FACT_FIELDS: tuple[FactField, ...] = (
     FactField("stats_for_kvhook", "flag", "", "whether vLLM makes iteration stats only because kvhook records"),
     FactField("finished_hook", "flag", "", "whether the first token's time of single requests could be hooked"),
     FactField("timed_steps", "flag", "", "whether steps have a start and an end; false for AsyncLLM"),
+    FactField("stats_from_core", "flag", "", "whether the scheduler's stats are taken from the engine core's outputs"),
+    FactField("sees_requests", "flag", "", "whether calls that add and abort requests are seen"),
+    FactField("sees_schedule", "flag", "", "whether the scheduler is in this process: a peak inside a step is seen"),
     FactField("splits_prompt_tokens", "flag", "", "level light: whether this vLLM tells cached prompt tokens apart"),
     # the engine's configuration
     FactField("model", "text", "", "model's name or path, as it was given to vLLM"),
