@@ -177,6 +177,8 @@ FACT_FIELDS: tuple[FactField, ...] = (
     FactField("vllm", "text", "", "vLLM's version"),
     FactField("python", "text", "", "Python's version"),
     FactField("pid", "i8", "", "process id"),
+    FactField("parent_pid", "i8", "", "process id of the parent process"),
+    FactField("rank", "i8", "", "rank of the process, where its launcher started several"),
     FactField(
         "pid_namespace", "i8", "", "the namespace in which that id counts (each container has its own), 0 if unknown"
     ),
@@ -228,6 +230,7 @@ FACT_FIELDS: tuple[FactField, ...] = (
         "records_overrun", "count", "records", "those overwritten in the ring before they were copied to the file"
     ),
     FactField("records_unwritten", "count", "records", "those that could not be written to the file"),
+    FactField("steps_without_times", "text", "", "why steps were recorded that have no times"),
     FactField("recovered", "i8", "records", "records that `kvhook recover` added from the ring"),
     FactField("trace", "text", "", "kvhook.open with several files: the file this engine is from"),
 )
@@ -249,6 +252,7 @@ RUN_FIELDS: tuple[FactField, ...] = (
     FactField("realtime_ns", "count", "ns", "the same moment since 1970"),
     FactField("faults", "texts", "", "a session's: what failed inside kvhook"),
     FactField("hook_call_ns", "i8", "ns", "a session's: see the fact of that name about engines"),
+    FactField("why_no_steps", "text", "", "a session's: what to do if no steps are recorded"),
 )
 
 #: Lists of single values kept beside the steps. A list takes slots of its own only when the step record does not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from kvhook.records.sources import ArraySlots, FileSlots, RenumberedSlots, SlotS
 from kvhook.records.tables import Records
 from kvhook.ring.layout import Header
 from kvhook.ring.reader import RingReader
-from kvhook.ring.trace_file import header_of
+from kvhook.ring.trace_file import TRACE_SUFFIX, header_of
 from kvhook.text.summary import PrintedSummary, printed
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
     [(0, 'run.kvh', 'v1'), (1, 'light.kvh', 'v1-light')]
 
     Args:
-        path: the file.
+        path: the file; or a folder, or a pattern such as ``"run*.kvh"``, for all the traces in it.
         more: further runs, of any vLLM, to have side by side in one trace: then ``engine`` counts the engines of all
             of them, in the order of the files, and ``meta["engines"]`` says of each which ``trace`` it is from. A
             column that only some of them fill is blank in the others.
@@ -104,6 +105,9 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
     if more:
         return _side_by_side([open_trace(one) for one in (path, *more)])
     place = Path(path)
+    several = _several(place)
+    if several:
+        return open_trace(*several)
     try:
         if not place.is_file():
             # a pipe or a device would make us wait for what never comes
@@ -114,9 +118,41 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
         with RingReader(place) as reader:
             return from_slots(reader.now(), reader.header, str(place))
     except OSError as error:
-        raise KvhookError(f"cannot open {place}: {error.strerror or error}") from None
+        raise KvhookError(f"cannot open {place}: {error.strerror or error}{_siblings(place)}") from None
     except ValueError as error:  # a NUL in the name
         raise KvhookError(f"cannot open {str(place)!r}: {error}") from None
+
+
+def _several(place: Path) -> list[Path]:
+    """The traces of a folder, or those that a pattern such as ``run*.kvh`` matches; empty for the name of one file.
+
+    Raises:
+        KvhookError: there are none.
+    """
+    try:
+        if place.is_dir():
+            found, what = sorted(place.glob(f"*{TRACE_SUFFIX}")), f"the folder {place}"
+        elif glob.has_magic(str(place)) and not place.exists():
+            found, what = sorted(map(Path, glob.glob(str(place)))), f"the pattern {place}"
+        else:
+            return []
+    except (OSError, ValueError):
+        return []  # opening it says what is wrong
+    if not found:
+        raise KvhookError(f"{what} holds no {TRACE_SUFFIX} file")
+    return found
+
+
+def _siblings(place: Path) -> str:
+    """What to open instead of a file that is not there, where ranks or children of a process have written others."""
+    found = (
+        sorted(place.parent.glob(f"{glob.escape(place.stem)}-*{TRACE_SUFFIX}")) if place.suffix == TRACE_SUFFIX else []
+    )
+    if place.exists() or not found:
+        return ""
+    pattern = place.with_name(f"{place.stem}-*{TRACE_SUFFIX}")
+    names = ", ".join(p.name for p in found[:3]) + (", ..." if len(found) > 3 else "")
+    return f". There are {names} beside it, of other processes: kvhook.open({str(pattern)!r}) opens them together"
 
 
 def open_files(

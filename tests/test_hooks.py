@@ -517,9 +517,8 @@ def test_a_forked_child_may_install_at_another_level():
         pid = os.fork()
         if not pid:
             try:
-                before = list(hooks.patched())
                 kvhook.install(ring_slots=64, level="light")
-                os._exit(0 if before == [] and set(hooks.patched()) <= {"v1-light", "v1-async-light"} else 2)
+                os._exit(0 if set(hooks.patched()) <= {"v1-light", "v1-async-light"} else 2)
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -12,11 +12,13 @@ from typing import Any
 
 from kvhook.adapters.table import Adapter, Read, Source, Target, attributes, has_field, lookup
 from kvhook.adapters.v1 import ASYNC, ASYNC_LLM, CLIENT, ENGINE, LOGGERS, V1, V1_NO_LOGGER
+from kvhook.adapters.v1 import PROCESSOR as MADE
 from kvhook.schema import FULL_ONLY, REQUEST_FIELDS
 
 OUTPUT = "vllm.v1.engine:EngineCoreOutput"
 EVENT = "vllm.v1.engine:EngineCoreEventType"
 PROCESSOR = "vllm.v1.engine.output_processor:OutputProcessor"
+CLIENT_CLASS = "vllm.v1.engine.core_client:AsyncMPClient"
 STATE = "vllm.v1.engine.output_processor:RequestState"
 
 LIGHT = (
@@ -145,6 +147,7 @@ _RELIED_ON = (
     Target("", OUTPUT, field=(OUTPUT, "events")),
     Target("", f"{EVENT}.PREEMPTED"),
     Target("", STATE),
+    MADE,
 )
 _SYNC = (
     Target("engine_init", f"{ENGINE}:LLMEngine.__init__", takes=("log_stats",)),
@@ -195,16 +198,18 @@ ASYNC_LIGHT = V1_LIGHT._replace(
     targets=(*_ON_EVENT_LOOP, _SINCE_0_9, Target("core", f"{CLIENT}.make_async_mp_client", takes=("log_stats",))),
     timed=False,
 )
+#: 0.8.5 to 0.9.0.1: AsyncLLM chooses the class of its client itself, and calls no ``make_client``.
+_OWN_CHOICE = Target("core", f"{CLIENT_CLASS}.__init__", required=False, takes=("log_stats",))
 #: AsyncLLM of 0.9.0.
 ASYNC_LIGHT_0_9 = ASYNC_LIGHT._replace(
     name="v1-async-light-0.9",
-    targets=(*_ON_EVENT_LOOP, _SINCE_0_9, Target("core", f"{CLIENT}.make_client", takes=("log_stats",))),
+    targets=(*_ON_EVENT_LOOP, _SINCE_0_9, Target("core", f"{CLIENT}.make_client", takes=("log_stats",)), _OWN_CHOICE),
     until="0.9.1",
 )
 #: AsyncLLM of 0.8.
 ASYNC_LIGHT_0_8 = ASYNC_LIGHT._replace(
     name="v1-async-light-0.8",
-    targets=(*_ON_EVENT_LOOP, Target("core", f"{CLIENT}.make_client", takes=("log_stats",))),
+    targets=(*_ON_EVENT_LOOP, Target("core", f"{CLIENT}.make_client", takes=("log_stats",)), _OWN_CHOICE),
     steps=V1_LIGHT_0_8.steps,
     until="0.9.0",
     notes=V1_LIGHT_0_8.notes,

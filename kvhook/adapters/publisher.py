@@ -230,7 +230,7 @@ class _SourceWriter:
         self.add(2, "engine_index = engine_idx or 0\n")
 
     def record(self) -> None:
-        """The function that is given what vLLM's loggers are given. What the engine core sent itself is not taken twice."""
+        """The function that is given what vLLM's loggers are given. What the engine core sent is not taken twice."""
         taken = TAKEN[:1] if self.from_core else ()
         merge = "merge" in self.plan.names
         arguments = "".join(f"{a}=None, " for a in self.plan.arguments)

@@ -35,6 +35,8 @@ _STATS_ARGUMENTS = ("scheduler_stats", "iteration_stats")
 #: The one setting that `IterationStats` looks up, again for each output: os.environ is asked every time.
 SETTINGS = ("VLLM_COMPUTE_NANS_IN_LOGITS",)
 _SETTINGS = Target("settings", f"{STATS}:envs", required=False)
+#: Every front end makes one: an engine that is none of vLLM's own is noticed by it.
+PROCESSOR = Target("processor", "vllm.v1.engine.output_processor:OutputProcessor.__init__", required=False)
 _FINISHED = Target(
     "finished",
     f"{STATS}:IterationStats.update_from_finished_request",
@@ -53,6 +55,7 @@ V1 = Adapter(
         Target("manager", f"{ENGINE}:StatLoggerManager"),
         Target("record", f"{LOGGERS}:StatLoggerManager.record", takes=_STATS_ARGUMENTS),
         _FINISHED,
+        PROCESSOR,
         _SETTINGS,
         Target("get_metrics", f"{ENGINE}:LLMEngine.get_metrics", required=False),
     ),
@@ -168,6 +171,7 @@ V1_ONE_LOGGER = V1._replace(
         Target("manager", f"{ENGINE}:PrometheusStatLogger"),
         Target("record", f"{LOGGERS}:PrometheusStatLogger.record", takes=_STATS_ARGUMENTS),
         _FINISHED,
+        PROCESSOR,
         _SETTINGS,
         Target("get_metrics", f"{ENGINE}:LLMEngine.get_metrics", required=False),
     ),
@@ -199,6 +203,7 @@ V1_NO_LOGGER = V1._replace(
         ),
         Target("", f"{STATS}:IterationStats", field=(f"{STATS}:IterationStats", "num_preempted_reqs")),
         _FINISHED,
+        PROCESSOR,
         _SETTINGS,
     ),
     tap="outputs",
@@ -219,6 +224,7 @@ ASYNC_LLM = V1._replace(
         Target("manager", f"{ASYNC}:StatLoggerManager"),
         Target("record", f"{LOGGERS}:StatLoggerManager.record", takes=(*_STATS_ARGUMENTS, "engine_idx")),
         _FINISHED,
+        PROCESSOR,
         _SETTINGS,
     ),
     timed=False,
@@ -233,6 +239,7 @@ ASYNC_LISTS = ASYNC_LLM._replace(
         Target("", f"{LOGGERS}:StatLoggerBase.record", takes=_STATS_ARGUMENTS),
         Target("", f"{LOGGERS}:StatLoggerBase.log_engine_initialized"),
         _FINISHED,
+        PROCESSOR,
         _SETTINGS,
     ),
     tap="lists",
@@ -249,6 +256,7 @@ ASYNC_LISTS_0_8 = ASYNC_LISTS._replace(
         Target("engine_init", f"{ASYNC}:AsyncLLM.__init__", takes=("log_stats",)),
         Target("", f"{LOGGERS}:StatLoggerBase.record", takes=_STATS_ARGUMENTS),
         Target("", f"{STATS}:IterationStats", field=(f"{STATS}:IterationStats", "num_preempted_reqs")),
+        PROCESSOR,
         Target("manager", f"{ASYNC}:PrometheusStatLogger", required=False),
         Target("manager", f"{ASYNC}:LoggingStatLogger", required=False),
     ),

@@ -98,6 +98,8 @@ class Summary:
     absent: dict[str, str]
     #: what failed inside kvhook, if anything did
     faults: dict[str, str]
+    #: what to do if there are no steps
+    why_no_steps: str
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries, numbers and None: what ``json.dumps`` takes. NaN becomes None."""
@@ -203,6 +205,7 @@ def _summarize(records: Records, engine: int | None) -> Summary:
         records_dropped=int(meta["records_dropped"]),
         absent=dict(meta["absent"]),
         faults=dict(meta.get("faults", {})),
+        why_no_steps=str(meta.get("why_no_steps", "")),
     )
 
 

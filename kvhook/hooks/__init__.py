@@ -33,7 +33,9 @@ __all__ = [
     "flush",
     "is_recorded",
     "patched",
+    "requests_waiting",
     "step_down",
+    "unknown_engines",
     "watch",
 ]
 
@@ -54,6 +56,16 @@ def armed_level() -> str:
 def is_recorded(engine: Any) -> bool:
     """Whether an engine is being recorded."""
     return id(engine) in registry.engines
+
+
+def requests_waiting() -> list[int]:
+    """How many requests were added to each engine that is recorded."""
+    return [known.added for known in registry.engines.values()]
+
+
+def unknown_engines() -> list[str]:
+    """Where engines were made that kvhook does not know."""
+    return list(registry.unknown)
 
 
 def being_built() -> bool:

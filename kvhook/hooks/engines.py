@@ -152,6 +152,7 @@ def _put_in(
 
     def add() -> None:
         known.thread = threading.get_ident()
+        known.added += 1
         functions.add()
 
     def abort(request: AbortedRequest) -> None:

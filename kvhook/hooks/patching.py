@@ -29,6 +29,7 @@ def arm(owner: Owner, level: str = "full") -> None:
     """
     registry.owner, registry.level = owner, level
     registry.warned.clear()
+    registry.unknown.clear()
     for trigger in dict.fromkeys(a.trigger for a in BY_LEVEL[level]):
         if trigger in sys.modules:
             registry.imported.add(trigger)

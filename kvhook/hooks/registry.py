@@ -76,13 +76,16 @@ class RecordedEngine:
         remove_tap: takes out what was put into the engine.
         stats_off: its user left vLLM's stats off, so its ``get_metrics()`` goes on refusing.
         flush: publishes what waits for the engine's next step.
-        thread: the thread that began to record it; only from there, and when the engine is gone, is it flushed.
+        thread: the thread that began to record it, or last added a request; only from there, and when the engine is
+            gone, is it flushed.
+        added: requests that were added to it.
     """
 
     remove_tap: Callable[[], None]
     stats_off: bool = False
     flush: Callable[[], bool] = lambda: False
     thread: int = 0
+    added: int = 0
 
 
 @dataclass(slots=True)
@@ -100,6 +103,7 @@ class Registry:
         imports_awaited: modules for which an import hook is registered.
         imported: modules of adapters whose import has ended.
         warned: the warnings that were given in this session.
+        unknown: where engines were made that are none of vLLM's own.
     """
 
     steps: dict[int, PublishStep] = field(default_factory=dict)
@@ -112,6 +116,7 @@ class Registry:
     imports_awaited: set[str] = field(default_factory=set)
     imported: set[str] = field(default_factory=set)
     warned: set[str] = field(default_factory=set)
+    unknown: list[str] = field(default_factory=list)
 
     def adapter_of(self, engine: Any) -> Adapter | None:
         """The adapter whose targets are patched for an engine's class; None if there is none."""

@@ -6,6 +6,7 @@ Each function has wrapt's signature: the wrapped function, the object it is call
 from __future__ import annotations
 
 import inspect
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -159,6 +160,28 @@ def on_core(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return wrapped(*args, **kwargs)
 
 
+def on_processor(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Around ``OutputProcessor.__init__``: every front end of an engine makes one.
+
+    If no engine that kvhook knows is being built at this moment, somebody builds an engine of their own: it is not
+    recorded, and they are told so.
+    """
+    result = wrapped(*args, **kwargs)
+    if registry.owner is not None and building.get() is None:
+        try:
+            frame = sys._getframe(1)  # noqa: SLF001 (there is no public way to the caller)
+            where = f"{frame.f_globals.get('__name__', '?')}, line {frame.f_lineno}"
+            registry.unknown.append(where)
+            registry.warn_once(
+                "kvhook: an engine was made that is neither vLLM's LLMEngine nor its AsyncLLM (in %s)."
+                " It is not recorded",
+                where,
+            )
+        except Exception as error:
+            registry.fault("looking at an engine of another kind", error, "it is not recorded")
+    return result
+
+
 def on_get_metrics(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Around ``LLMEngine.get_metrics``: if the user left stats off, it fails as it does without kvhook."""
     if registry.stats_off(instance):
@@ -181,4 +204,5 @@ ROLES: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
     "stats": on_stats,
     "finished": on_finished,
     "get_metrics": on_get_metrics,
+    "processor": on_processor,
 }

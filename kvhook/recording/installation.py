@@ -195,8 +195,9 @@ def _warn_of_engines(session: Session) -> None:
 
 
 def _in_child() -> None:
-    """This process was forked off: whoever holds the session here can go on using it, for engines that are made here."""
-    lock._at_fork_reinit()  # type: ignore[attr-defined]  # noqa: SLF001 (threading's own; another thread may have held it)
+    """This process was forked off. Whoever holds the session can go on using it, for engines that are made here."""
+    # threading does the same with its own locks: another thread of the parent may have held it
+    lock._at_fork_reinit()  # type: ignore[attr-defined]  # noqa: SLF001
     if _current is not None and not _current.is_closed:
         _current.begin_in_child()
 

@@ -17,6 +17,7 @@ from kvhook.adapters.publisher import Compiled, Counters, OnSample, StepFunction
 from kvhook.adapters.table import Adapter, vllm_version
 from kvhook.discovery.cleaning import prune
 from kvhook.hooks.quiet import do_nothing
+from kvhook.recording.own_files import rank_of
 from kvhook.ring.place import RING_SUFFIX, pid_namespace, process_start
 from kvhook.ring.writer import RingWriter
 
@@ -110,6 +111,8 @@ def process_facts() -> dict[str, Any]:
         "vllm": vllm_version(),
         "python": platform.python_version(),
         "pid": os.getpid(),
+        "parent_pid": os.getppid(),
+        "rank": rank_of(os.environ),
         "pid_namespace": pid_namespace(),
         "program": os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "",
     }

@@ -19,6 +19,7 @@ from kvhook import forks, hooks
 from kvhook.adapters.columns import STATS_FOR_KVHOOK
 from kvhook.adapters.config import engine_facts
 from kvhook.adapters.publisher import no_sample
+from kvhook.discovery.children import files_of_children
 from kvhook.discovery.cleaning import HISTORY_PREFIX, prune_histories
 from kvhook.errors import KvhookError
 from kvhook.faults import Faults
@@ -38,8 +39,7 @@ if TYPE_CHECKING:
     from kvhook.adapters.publisher import Counters, StepFunctions
     from kvhook.adapters.table import Adapter
     from kvhook.options import Options
-    from kvhook.recording import own_files
-from kvhook.recording.budget import Level
+    from kvhook.recording.budget import Level
     from kvhook.text.summary import PrintedSummary
     from kvhook.trace import Trace
 
@@ -66,7 +66,6 @@ class Session:
 
     def __init__(self, options: Options, on_exit: Callable[[Session], None] = lambda _: None) -> None:
         self._on_exit = on_exit
-        self._forked = False
         self.begin(options)
 
     def begin(self, options: Options) -> None:
@@ -77,13 +76,15 @@ class Session:
             KvhookError: an option is not usable.
         """
         options.check()
+        #: whether this process has got the session by a fork, and not by an `install` of its own
+        self._inherited = False
         self._ring_dir = find_directory(options.ring_dir, options.ring_capacity * _MOST_SLOT_BYTES)
         self._forget_everything(options)
 
     def begin_in_child(self) -> None:
         """This process was forked off: what was recorded is the parent's, and engines made here are recorded into files
         of this process. Called at the fork, so it opens no file and waits for no lock."""
-        self._forked = True
+        self._inherited = True
         self._forget_everything(self.options)
 
     def _forget_everything(self, options: Options) -> None:
@@ -140,11 +141,12 @@ class Session:
         if not self._closed:
             hooks.flush()
             self._spool.drain()
-        more = {
+        more: dict[str, Any] = {
             "faults": dict(self._faults.first_errors),
             "hook_call_ns": self._call_overhead_ns,
-            "why_no_steps": self._why_no_steps(),
         }
+        if not any(self._spool.published.values()):
+            more["why_no_steps"] = self._why_no_steps()
         try:
             paths, opened, counts = self._spool.open()
         except OSError as error:
@@ -186,7 +188,7 @@ class Session:
     @property
     def is_unused(self) -> bool:
         """Whether this process was forked off and has recorded no engine yet: then it may be given other options."""
-        return self._forked and not self._recorders
+        return self._inherited and not self._recorders
 
     def engine_numbers(self, engine: Any) -> list[int]:
         """The numbers under which an engine is recorded: one for each of its engine cores; none if it is not."""
@@ -354,7 +356,7 @@ class Session:
             return "the engine was made before kvhook.install(): make it afterwards, or call kvhook.attach(llm)"
         if hooks.unknown_engines():
             return f"an engine was made that kvhook does not know ({', '.join(hooks.unknown_engines())})"
-        children = ring_files_of_children(self._ring_dir)
+        children = files_of_children(self._ring_dir, self.options.trace_path)
         if children:
             return (
                 f"no engine was made in this process; {len(children)} of its child processes recorded engines: "
@@ -368,7 +370,7 @@ class Session:
         """The names of the file that the spool writes to next: of the trace and its successors, or of the history."""
         path = self.options.trace_path
         if path is not None:
-            for attempt, name in enumerate(own_files.candidates(path, number, forked=self._forked)):
+            for attempt, name in enumerate(own_files.candidates(path, number, forked=self._inherited)):
                 if attempt == 1:
                     log.warning("kvhook: %s is there already, of another process or run; recording into %s", path, name)
                 yield name

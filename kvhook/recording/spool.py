@@ -75,7 +75,10 @@ class Spool:
     """
 
     def __init__(
-        self, new_paths: Callable[[int], Iterable[Path]], limit: int | None, fault: Callable[[str, BaseException, str], None]
+        self,
+        new_paths: Callable[[int], Iterable[Path]],
+        limit: int | None,
+        fault: Callable[[str, BaseException, str], None],
     ) -> None:
         self._new_paths = new_paths
         self._limit = limit

@@ -100,7 +100,8 @@ REQUEST_COLUMNS = {
 }
 #: what kvhook knows by itself, or works out
 OWN = {
-    "step": "step engine_index t_start_ns t_end_ns has_scheduler_stats scheduler_stats_logged has_iteration_stats level kvhook_ns "
+    "step": "step engine_index t_start_ns t_end_ns has_scheduler_stats scheduler_stats_logged "
+    "has_iteration_stats level kvhook_ns "
     "num_kv_blocks num_kv_blocks_used num_finished_reqs ttft_count ttft_sum ttft_min ttft_max "
     "itl_count itl_sum itl_min itl_max",
     "request": "request step",

@@ -70,11 +70,17 @@ def expected_columns(release: str) -> set[str]:
     return {*OWN.split(), *(name for names in changes for name in names)} - set(NOT_LIGHT.split())
 
 
+PROCESSOR = "vllm.v1.engine.output_processor:OutputProcessor"
+CLIENT_CLASS = f"{CLIENT}:AsyncMPClient"
+
+
 def expected_patches(release: str) -> set[tuple[str, str]]:
     """The names that are replaced; nothing that makes stats, or loggers, in the front end."""
     engine, on_loop, client = f"{ENGINE}:LLMEngine", f"{ASYNC}:AsyncLLM", f"{CLIENT}:EngineCoreClient"
     names = {(engine, "__init__"), (engine, "step"), (on_loop, "__init__"), (client, "make_client")}
-    return names | ({(client, "make_async_mp_client")} if between(release, "0.9.1") else set())
+    names.add((PROCESSOR, "__init__"))  # makes nothing: an engine that is none of vLLM's own is noticed by it
+    # until then AsyncLLM chooses its client's class itself
+    return names | {(client, "make_async_mp_client") if between(release, "0.9.1") else (CLIENT_CLASS, "__init__")}
 
 
 ENGINES = [(r, name) for r in V1_RELEASES for name in expected_adapters(r) if name != "v0"]

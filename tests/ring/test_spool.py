@@ -42,7 +42,7 @@ class Recorder:
 
 def spool_of(recording: Recording, path: Path, limit: int | None = None) -> tuple[Spool, Faults]:
     faults = Faults()
-    spool = Spool(lambda n: path if not n else path.with_name(f"{path.stem}-{n + 1}.kvh"), limit, faults)
+    spool = Spool(lambda n: [path if not n else path.with_name(f"{path.stem}-{n + 1}.kvh")], limit, faults)
     spool.add(Recorder(recording))
     return spool, faults
 
