@@ -2,7 +2,8 @@
 
 What is done with a fenced block depends on its language:
 
-- ``python`` runs, in one namespace per page and in a folder of the page's own;
+- ``python`` runs, in one namespace per page and in a folder of the page's own. If its first line is ``# NAME.py``, it is
+  a file instead: it is written there for the commands after it;
 - ``text`` directly after it (prose may stand between) is what it prints;
 - ``console`` holds commands after ``$`` and what they print: they run. ``[exit code N]`` in a line of its own is what a
   command gives that fails on purpose;
@@ -45,6 +46,7 @@ VARIABLE = (
     (re.compile(r"[\d.,]+ ?[kMG]i?B\b"), "SIZE"),
     (re.compile(r"[\d.,]+ per second"), "RATE"),
     (re.compile(r"[\d.]+ ?% of (?:it|the time)\b"), "SHARE"),
+    (re.compile(r"\b\d+ records added"), "RECORDS added"),
     (re.compile(r"\b(process|pid|PID) \d+"), r"\1 NUMBER"),
     (re.compile(r"[ \t]+"), " "),
 )
@@ -101,6 +103,10 @@ def parse(page: Path) -> Document:
 def _python(example: Example) -> None:
     from sybil.evaluators.python import PythonEvaluator
 
+    if name := re.match(r"# (\w+\.py)\n", str(example.parsed)):
+        Path(name[1]).write_text(str(example.parsed), encoding="utf-8")
+        compile(str(example.parsed), name[1], "exec")
+        return
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         PythonEvaluator()(example)

@@ -121,4 +121,6 @@ def test_outputs_are_replaced_and_what_was_left_out_stays_left_out(small_root: P
         documents.run(page, small_root)
     page = page_of(small_root, f"{code}\n```text\n...\ntwo 2, old\n...\n```\n\n```console\n$ echo 5\n4\n```\n")
     documents.run(page, small_root)
-    assert page.read_text(encoding="utf-8") == f"{code}\n```text\n...\ntwo 2\n...\n```\n\n```console\n$ echo 5\n5\n```\n"
+    assert (
+        page.read_text(encoding="utf-8") == f"{code}\n```text\n...\ntwo 2\n...\n```\n\n```console\n$ echo 5\n5\n```\n"
+    )
