@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # The tables are made from this checkout's kvhook and contracts, not from an installed one.
 sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
+# argparse wraps its help at the width of the terminal
+os.environ["COLUMNS"] = "100"
 
 import kvhook  # noqa: E402
 
 project = "kvhook"
 author = "the kvhook authors"
-copyright = "the kvhook authors"  # noqa: A001
+copyright = "the kvhook authors"
 version = release = kvhook.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "kvhook_tables"]

@@ -2,8 +2,8 @@
 
 What is done with a fenced block depends on its language:
 
-- ``python`` runs, in one namespace per page and in a folder of the page's own. If its first line is ``# NAME.py``, it is
-  a file instead: it is written there for the commands after it;
+- ``python`` runs, in one namespace per page and in a folder of the page's own. If its first line is ``# NAME.py``, it
+  is a file instead: it is written there for the commands after it;
 - ``text`` directly after it (prose may stand between) is what it prints;
 - ``console`` holds commands after ``$`` and what they print: they run. ``[exit code N]`` in a line of its own is what a
   command gives that fails on purpose;
@@ -13,7 +13,7 @@ What is done with a fenced block depends on its language:
 ``<!-- skip: next "reason" -->`` before a block keeps it from running. A line ``...`` in an output stands for lines that
 are left out. Times, rates, sizes, process numbers, paths and versions differ between runs and are not compared.
 
-With ``KVHOOK_REWRITE_DOCS=1`` (``make docs-outputs``) an output that differs is replaced in the page by what was printed.
+With ``KVHOOK_REWRITE_DOCS=1`` (``make docs-outputs``) an output that differs is replaced by what was printed.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def parse(page: Path) -> Document:
     from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
     evaluators = {"python": _python, "text": _text, "console": _console, "sh": _sh}
-    parsers = [SkipParser(), *(CodeBlockParser(language, run) for language, run in evaluators.items())]
+    parsers: list[Any] = [SkipParser(), *(CodeBlockParser(language, run) for language, run in evaluators.items())]
     return Sybil(parsers=parsers).parse(page)
 
 

@@ -9,11 +9,13 @@ at the contract of every release.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
+import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from docutils import nodes
@@ -73,15 +75,23 @@ class Verbs(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """A section per verb."""
-        from kvhook.cli import VERBS, make_parser
+        from kvhook.cli import VERBS
 
-        parser = make_parser()
-        actions: Any = next(a for a in parser._actions if a.dest == "verb")
-        text = "".join(f"## kvhook {verb}\n\n```none\n{actions.choices[verb].format_help()}```\n\n" for verb in VERBS)
+        text = "".join(f"## kvhook {verb}\n\n```none\n{help_of(verb)}```\n\n" for verb in VERBS)
         return self.parse_text_to_nodes(text, allow_section_headings=True)
 
 
-def table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def help_of(verb: str) -> str:
+    """What ``kvhook VERB --help`` prints."""
+    from kvhook.cli import make_parser
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        make_parser().parse_args([verb, "--help"])
+    return printed.getvalue()
+
+
+def table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Rows as a Markdown table."""
     lines = [heading, tuple("---" for _ in heading), *rows]
     cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
