@@ -3,6 +3,7 @@
 ``{kvhook-columns} step`` (or ``request``): the columns of a record, from `kvhook.schema`; where the newest vLLM keeps
 each of them, from the adapter's table; and from which vLLM on it is filled, found by letting kvhook's own `doctor` look
 at the contract of every release.
+``{kvhook-facts} engine`` (or ``run``): the facts in ``session.meta``, with their place in vLLM's configuration.
 ``{kvhook-fields} module:Class``: the fields of a dataclass.
 ``{kvhook-verbs}``: every verb's help.
 """
@@ -24,6 +25,18 @@ from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
 V0, V1 = "vllm.engine.llm_engine:LLMEngine", "vllm.v1.engine.llm_engine:LLMEngine"
+
+#: How the types of facts are called in Python.
+FACT_TYPES = {
+    "text": "str",
+    "i8": "int",
+    "count": "int",
+    "f8": "float",
+    "flag": "bool",
+    "texts": "dict",
+    "reasons": "dict",
+    "list": "list",
+}
 
 
 class Columns(SphinxDirective):
@@ -49,6 +62,24 @@ class Columns(SphinxDirective):
             for f in fields
         ]
         return self.parse_text_to_nodes(table(("column", "unit", "kind", "vLLM", "level", "meaning"), rows))
+
+
+class Facts(SphinxDirective):
+    """What ``session.meta`` tells about the run, or about each engine."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """One table."""
+        from kvhook.adapters.config import FACTS
+        from kvhook.schema import FACT_FIELDS, RUN_FIELDS
+
+        engine = self.arguments[0] == "engine"
+        rows = []
+        for f in FACT_FIELDS if engine else RUN_FIELDS:
+            where = f" (`{FACTS[f.name]}`)" if engine and f.name in FACTS else ""
+            rows.append((f"`{f.name}`", f.unit, FACT_TYPES[f.type], f.meaning + where))
+        return self.parse_text_to_nodes(table(("fact", "unit", "type", "meaning"), rows))
 
 
 class Fields(SphinxDirective):
@@ -77,7 +108,11 @@ class Verbs(SphinxDirective):
         """A section per verb."""
         from kvhook.cli import VERBS
 
-        text = "".join(f"## kvhook {verb}\n\n```none\n{help_of(verb)}```\n\n" for verb in VERBS)
+        parts = []
+        for purpose, verbs in VERBS.items():
+            parts.append(f"## To {purpose}\n")
+            parts += [f"### kvhook {verb}\n\n```none\n{help_of(verb)}```\n" for verb in verbs]
+        text = "\n".join(parts)
         return self.parse_text_to_nodes(text, allow_section_headings=True)
 
 
@@ -174,6 +209,7 @@ def _look() -> Iterator[tuple[str, Any]]:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.add_directive("kvhook-columns", Columns)
+    app.add_directive("kvhook-facts", Facts)
     app.add_directive("kvhook-fields", Fields)
     app.add_directive("kvhook-verbs", Verbs)
     return {"version": "1", "parallel_read_safe": True}
