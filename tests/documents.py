@@ -48,8 +48,11 @@ VARIABLE = (
     (re.compile(r"[\d.]+ ?% of (?:it|the time)\b"), "SHARE"),
     (re.compile(r"\b\d+ records added"), "RECORDS added"),
     (re.compile(r"\b(process|pid|PID) \d+"), r"\1 NUMBER"),
+    (re.compile(r"^ *\d+( +\d+ +(?:alive|dead|closed)\b)"), r"NUMBER\1"),
     (re.compile(r"[ \t]+"), " "),
 )
+#: A line of vLLM's log, which goes to standard output.
+LOG_LINE = re.compile(r"(\(\w+ pid=\d+\) )?(DEBUG|INFO|WARNING|ERROR) \d\d-\d\d \d\d:\d\d:\d\d ")
 _COMMAND = "$ "
 _EXIT_CODE = re.compile(r"\[exit code (-?\d+)\]")
 _PRINTED = "_printed by the block before"
@@ -204,7 +207,7 @@ def _compare(example: Example, shown: str, printed: str, offset: int) -> None:
 
 
 def anonymous(printed: str) -> str:
-    """What was printed, without what only this machine has: as a user's would look."""
+    """What was printed, without vLLM's log and without what only this machine has."""
     replaced = {
         os.environ.get("KVHOOK_DIR", "\0"): "/dev/shm/kvhook-1000",
         str(Path.cwd()): "/home/me/project",
@@ -212,7 +215,7 @@ def anonymous(printed: str) -> str:
     }
     for here, there in replaced.items():
         printed = printed.replace(here, there)
-    return "".join(f"{line.rstrip()}\n" for line in printed.splitlines())
+    return "".join(f"{line.rstrip()}\n" for line in printed.splitlines() if not LOG_LINE.match(line))
 
 
 def matches(shown: str, printed: str) -> bool:
