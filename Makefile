@@ -10,13 +10,16 @@ RUNNER := $(shell command -v python3 || command -v python3.11 || command -v pyth
 SETUP = $(RUNNER) -IS tests/engines/setup_env.py $(if $(PYTHON),--python "$(PYTHON)")
 PY := .venv/bin/python
 
-.PHONY: help setup demo test lint types clean-env matrix
+.PHONY: help setup demo test lint types docs docs-outputs package clean-env matrix
 
 help:
 	@echo "make demo       run kvhook on a real vLLM engine (CPU) and show what it saw"
 	@echo "make test       run all tests, those on the real engine among them"
 	@echo "make lint       ruff: check and formatting"
 	@echo "make types      mypy --strict"
+	@echo "make docs       build the documentation into build/docs; warnings are errors"
+	@echo "make docs-outputs  run the pages' code and put what it prints into README.md and docs/"
+	@echo "make package    build the sdist and the wheel, check them, install them into an empty environment"
 	@echo "make setup      only make .venv (2.5 GB: vLLM's CPU build, pinned); the others do it by themselves"
 	@echo "make matrix     run the truth tests on ten vLLM releases, 0.6.6 to 0.32.0; one: make matrix VLLM=0.9.2"
 	@echo "make clean-env  remove .venv"
@@ -39,6 +42,17 @@ lint: setup
 
 types: setup
 	$(PY) -m mypy --strict
+
+# --nitpicky: a reference that leads nowhere is a warning, and so an error. Nothing is fetched.
+docs: setup
+	$(PY) -m sphinx --builder html --fail-on-warning --keep-going --nitpicky --quiet $(ARGS) docs build/docs
+	@echo "The documentation is in build/docs/index.html"
+
+docs-outputs: setup
+	KVHOOK_REWRITE_DOCS=1 $(PY) -m pytest tests/test_documents.py tests/engine/test_documents.py $(ARGS)
+
+package: setup
+	$(PY) tests/packaging/build_and_install.py
 
 # See tests/engines/README.md; the environments are kept in a cache outside of the checkout, 2 GB each.
 matrix: setup

@@ -1,16 +1,16 @@
-"""The cache's usage through a large batch: it rises, peaks, and returns to zero; a poller once a second misses that."""
+"""The cache's usage through a large batch: it rises, peaks and returns to zero. A poller once a second misses that."""
+
+import kvhook
+from kvhook.analysis.blocks import blocks_of
+from kvhook.text.bar import bar
 
 from common import arguments, encode, make_llm, sampling
 
-args = arguments(__doc__, "cache_usage.kvh")
-
-import kvhook  # noqa: E402
-from kvhook.analysis.blocks import blocks_of  # noqa: E402
-from kvhook.text.bar import bar  # noqa: E402
+session = kvhook.install()  # before LLM(...)
 
 REQUESTS, GENERATED = 96, 80
 
-session = kvhook.install()
+args = arguments(__doc__, "cache_usage.kvh")
 llm = make_llm(
     args,
     num_gpu_blocks_override=700,

@@ -3,19 +3,19 @@
 import gc
 import time
 
+import kvhook
+from kvhook.analysis.blocks import prefix_hits
+
 from common import arguments, encode, make_llm, percent, sampling
 
+session = kvhook.install()  # before LLM(...)
 args = arguments(__doc__, "prefix_cache.kvh")
-
-import kvhook  # noqa: E402
-from kvhook.analysis.blocks import prefix_hits  # noqa: E402
 
 SYSTEM = "You are the librarian of a small town. You answer in short and friendly sentences, and never make up a book. "
 ROUNDS = [
     [f"{SYSTEM} Visitor {v} of day {day}: do you have something about the sea?" for v in range(4)] for day in range(4)
 ]
 
-session = kvhook.install()
 for caching in (True, False):
     llm = make_llm(args, enable_prefix_caching=caching)
     rounds = [encode(llm, texts) for texts in ROUNDS]

@@ -1,14 +1,14 @@
-"""Quick start: what the KV cache did while `generate` ran, by the session and by the collector."""
+"""Quick start: what the KV cache did while `generate` ran, as the session and the collector tell it."""
+
+import kvhook
 
 from common import arguments, make_llm, percent, sampling
 
-args = arguments(__doc__, "quick_start.kvh")
-
-import kvhook  # noqa: E402
+session = kvhook.install()  # before LLM(...): every step is recorded from here on
 
 SYSTEM = "You are a helpful assistant. You answer in one sentence, in plain words, and say so if you do not know."
 
-session = kvhook.install()  # before LLM(...): every step is recorded from here on
+args = arguments(__doc__, "quick_start.kvh")
 llm = make_llm(args, num_gpu_blocks_override=64)
 
 collector = kvhook.VLLMMetricsCollector(llm)

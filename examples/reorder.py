@@ -9,12 +9,12 @@ import random
 import time
 from collections import Counter
 
+import kvhook
+from kvhook.analysis.blocks import prefix_hits
+
 from common import arguments, encode, make_llm, percent, sampling
 
-args = arguments(__doc__.splitlines()[0], "reorder.kvh")
-
-import kvhook  # noqa: E402
-from kvhook.analysis.blocks import prefix_hits  # noqa: E402
+session = kvhook.install()  # before LLM(...)
 
 QUERY = "Is the customer content with the product? Answer yes or no. "
 PRODUCTS = [f"The {name}, {'very ' * 20}well made, with a guarantee" for name in ("kettle", "lamp", "chair", "radio")]
@@ -53,7 +53,7 @@ def texts(rows: list[Cells]) -> list[str]:
     return [QUERY + "".join(f"{field}: {value}\n" for field, value in cells) for cells in rows]
 
 
-session = kvhook.install()
+args = arguments((__doc__ or "").splitlines()[0], "reorder.kvh")
 llm = make_llm(args, num_gpu_blocks_override=1024)
 llm.generate("to get warm", sampling(8), use_tqdm=False)
 
