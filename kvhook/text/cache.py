@@ -17,7 +17,11 @@ MOST_ENGINES = 8
 
 def cache_lines(s: Summary) -> Iterator[Line]:
     """Usage, each engine's part, and the caches that requests were looked up in."""
-    yield "KV cache", _usage(s)
+    size = _size(s)
+    beside = size if (s.num_kv_cache_groups or 1) < 2 else ""
+    yield "KV cache", _usage(s, f" of {beside}" if beside else "")
+    if size and not beside:
+        yield "", size
     yield from _engines(s)
     yield "prefix cache", _prefix(s)
     yield from _more_on_look_ups(s)
@@ -36,8 +40,7 @@ def cache_lines(s: Summary) -> Iterator[Line]:
         yield "multi-modal", f"hit rate {percent(s.mm_cache_hit_rate)} of the processor cache: {items}"
 
 
-def _usage(s: Summary) -> str:
-    size = _size(s)
+def _usage(s: Summary, size: str) -> str:
     if s.kv_cache_usage_peak is None:
         reason = s.not_recorded.get("kv_cache_usage_peak") or s.absent.get("kv_cache_usage", "no step brought stats")
         return f"not known: {reason}"
@@ -62,8 +65,8 @@ def _size(s: Summary) -> str:
     each = " in each engine" if len(s.engine_lives) > 1 else ""
     if (s.num_kv_cache_groups or 1) > 1:
         fit = f", {s.kv_cache_size_tokens:,} tokens" if s.kv_cache_size_tokens else ""
-        return f" of {blocks:,} blocks shared by {s.num_kv_cache_groups} groups{fit}{each}"
-    return f" of {blocks:,} blocks{f' of {s.block_size} tokens' if s.block_size else ''}{each}"
+        return f"{blocks:,} blocks shared by {s.num_kv_cache_groups} groups{fit}{each}"
+    return f"{blocks:,} blocks{f' of {s.block_size} tokens' if s.block_size else ''}{each}"
 
 
 def _engines(s: Summary) -> Iterator[Line]:
@@ -113,7 +116,7 @@ def _more_on_look_ups(s: Summary) -> Iterator[Line]:
     if s.sibling_hits and s.sibling_hits.siblings:
         yield (
             "",
-            f"of the requests' cached tokens, {s.sibling_hits.siblings:,} come from samples of the same prompt, "
+            f"{s.sibling_hits.siblings:,} cached tokens come from samples of the same prompt, "
             f"{s.sibling_hits.others:,} from other prompts",
         )
     if (never := s.never_looked_up) is not None:

@@ -68,9 +68,11 @@ def _lines(s: Summary) -> Iterator[str]:
     yield ""
     yield from _queue(s)
     yield ""
-    for account in s.accounts:
-        if not account.ok:
-            yield from _unbalanced(account)
+    unexplained = [account for account in s.accounts if not account.ok]
+    for account in unexplained:
+        yield from _unbalanced(account)
+    if unexplained:
+        yield ""
     if s.steps_by_level.get("full"):
         yield f"  {'latency':{_WIDTH}}{'count':>9}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}"
         if not s.pooling:
