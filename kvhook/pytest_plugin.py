@@ -61,9 +61,10 @@ class Recording:
         """This test in numbers."""
         return self.trace().summary()
 
-    def steps(self) -> npt.NDArray[np.void]:
-        """One row per engine step, see `kvhook.Trace.steps`."""
-        return self.trace().steps()
+    def steps(self, *, complete: bool = False) -> npt.NDArray[np.void]:
+        """One row per engine step. For states (usage, requests that run or wait) use ``complete=True``: it leaves out
+        steps in which they are not known. See `kvhook.Trace.steps`."""
+        return self.trace().steps(complete=complete)
 
     def requests(self) -> npt.NDArray[np.void]:
         """One row per finished request, see `kvhook.Trace.requests`."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvhook.analysis.summary import Summary, summarize
-from kvhook.records.columns import Table, floats, total, with_stats
+from kvhook.records.columns import Table, floats, step_seconds, total, with_stats
 from kvhook.records.rows import as_rows
 from kvhook.records.tables import Records
 
@@ -105,8 +105,11 @@ _Found = list[tuple[str, float, float]]
 
 def _step_time(before: Table, end: Table) -> _Found:
     """In seconds."""
-    usual, last = (float(np.median(s["t_end_ns"] - s["t_start_ns"])) / 1e9 for s in (before, end))
-    longest = float(np.max(end["t_end_ns"] - end["t_start_ns"])) / 1e9
+    times = [step_seconds(s) for s in (before, end)]
+    if not all(map(len, times)):
+        return []
+    usual, last = (float(np.median(seconds)) for seconds in times)
+    longest = float(times[1].max())
     found = []
     if usual > 0 and last >= FACTOR * usual:
         found.append(("slower", usual, last))

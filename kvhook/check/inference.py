@@ -99,7 +99,7 @@ class Inference:
         """All of them."""
         return [
             *(self.recorded, self.basic_collection, self.hit_rate_progression, self.usage_progression),
-            *(self.methods_agree, self.histograms_agree, self.cost),
+            *(self.methods_agree, self.histograms_agree, self.accounts_balance, self.cost),
         ]
 
     def recorded(self) -> str:
@@ -230,6 +230,19 @@ class Inference:
         if not compared:
             raise Skipped("no source but kvhook's has histograms in this vLLM")
         return f"{len(reference)} of kvhook's, {compared} comparisons; the hook alone knows exact percentiles"
+
+    def accounts_balance(self) -> str:
+        """Accounts that must balance."""
+        accounts = self.session.summary(self._number).accounts
+        if not accounts:
+            raise Skipped("this vLLM tells no two numbers that could be compared")
+        for account in accounts:
+            if not account.ok:
+                where = f"{account.left_is}, against {account.right_is}"
+                raise Failed(f"{account.name} ({where})", str(account.right), str(account.left), _TOTALS)
+        explained = "; ".join(f"{a.name}: {a.difference:+,}, {a.explained_by}" for a in accounts if a.difference)
+        said = ", ".join(f"{a.left:,} {a.name}" for a in accounts if a.right)
+        return f"{len(accounts)} accounts: {said}{f' (explained: {explained})' if explained else ''}"
 
     def cost(self) -> str:
         """Cost of each method."""

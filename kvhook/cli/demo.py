@@ -94,7 +94,7 @@ def _run(session: Session, model: Path | None, out: Path, log: Path) -> None:
         f"\nThe trace is in {out} ({out.stat().st_size / 1e6:.1f} MB), vLLM's own messages in {log}. Next:\n"
         f"  {kvhook} summary {out}              the table above, again\n"
         f"  {kvhook} export {out} demo.csv      steps and requests for a spreadsheet\n"
-        f'  {python} -c "import kvhook; print(kvhook.open({str(out)!r}).steps())"\n'
+        f'  {python} -c "import kvhook; print(kvhook.open({str(out)!r}).steps(complete=True))"\n'
         "and in your own program, before LLM(...):\n"
         "  session = kvhook.install()"
     )

@@ -107,9 +107,10 @@ class Session:
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
-    def steps(self, engine: int | None = None) -> npt.NDArray[np.void]:
-        """One row per engine step so far: a structured array, see `kvhook.Trace.steps`."""
-        return self.trace().steps(engine)
+    def steps(self, engine: int | None = None, *, complete: bool = False) -> npt.NDArray[np.void]:
+        """One row per engine step so far. For states (usage, requests that run or wait) use ``complete=True``: it
+        leaves out steps in which they are not known. A structured array, see `kvhook.Trace.steps`."""
+        return self.trace().steps(engine, complete=complete)
 
     def requests(self, engine: int | None = None) -> npt.NDArray[np.void]:
         """One row per finished request so far: a structured array, see `kvhook.Trace.requests`."""

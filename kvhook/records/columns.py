@@ -28,6 +28,18 @@ def total(table: Table, name: str) -> int | None:
     return int(table[name].sum()) if has(table, name) else None
 
 
+def has_times(steps: Table) -> npt.NDArray[np.bool_]:
+    """Which steps have a start and an end. A record without them has one time twice: that of its stats."""
+    timed: npt.NDArray[np.bool_] = steps["t_end_ns"] != steps["t_start_ns"]
+    return timed
+
+
+def step_seconds(steps: Table) -> npt.NDArray[np.float64]:
+    """How long the steps took, in seconds, without those that have no times."""
+    took: npt.NDArray[np.float64] = (steps["t_end_ns"] - steps["t_start_ns"])[has_times(steps)] / 1e9
+    return took
+
+
 def with_stats(steps: Table) -> Table:
     """The steps that brought the scheduler's stats: only in these are states (gauges) known."""
     known: Table = steps[steps["has_scheduler_stats"] == 1]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.facts import NEEDED_COLUMNS
-from kvhook.records.columns import Table, has
+from kvhook.records.columns import Table, has, with_stats
 from kvhook.records.engines import Engines
 from kvhook.records.sources import SlotSource, usable
 from kvhook.ring.layout import FIELDS_AT, Column, Header, Layout, make_layout
@@ -65,23 +65,34 @@ class Records:
         self.engines.leave_out_idle()
         self.meta = self._describe() | dict(more or {})
 
-    def steps(self, engine: int | None = None) -> Table:
-        """One row per engine step, in order: a structured array with the columns of `kvhook.schema.STEP_FIELDS` that
-        this vLLM fills, and ``engine``, the number of the engine in its process.
+    def steps(self, engine: int | None = None, *, complete: bool = False) -> Table:
+        """One row per engine step, in order. For states (usage, requests that run or wait) use ``complete=True``.
 
         >>> trace = kvhook.open("run.kvh")
-        >>> steps = trace.steps()
-        >>> len(steps)
-        56
-        >>> print(steps[["step", "num_running_reqs", "prefix_cache_hits", "num_generation_tokens"]][:3])
-        [(0, 3, 128, 3) (1, 3,   0, 3) (2, 3,   0, 3)]
+        >>> steps = trace.steps(complete=True)
         >>> print(f"{steps['kv_cache_usage'].max():.1%} of the KV cache in use at most")
         90.9% of the KV cache in use at most
 
+        In some steps vLLM's scheduler sends no stats. There a state is not known (-1 or NaN), and one NaN is enough to
+        make the maximum of a column NaN. ``complete=True`` leaves these steps out. Sums of what was counted belong over
+        all steps:
+
+        >>> steps = trace.steps()
+        >>> len(steps), int(steps["num_generation_tokens"].sum())
+        (56, 168)
+        >>> print(steps[["step", "num_running_reqs", "prefix_cache_hits", "num_generation_tokens"]][:3])
+        [(0, 3, 128, 3) (1, 3,   0, 3) (2, 3,   0, 3)]
+
         Args:
             engine: only the steps of this engine.
+            complete: only steps that brought the scheduler's stats, so that every state is known.
+
+        Returns:
+            A structured array with the columns of `kvhook.schema.STEP_FIELDS` that this vLLM fills, and ``engine``,
+            the number of the engine in its process.
         """
-        return self._gather("step", engine)
+        steps = self._gather("step", engine)
+        return with_stats(steps) if complete else steps
 
     def requests(self, engine: int | None = None) -> Table:
         """One row per finished request, in the order of finishing: the columns of `kvhook.schema.REQUEST_FIELDS`

@@ -56,7 +56,7 @@ class StepLines:
         cells = (
             _number(row.get("step")),
             clock_time(end + self._offset_ns),
-            seconds((end - start) / 1e9),
+            seconds((end - start) / 1e9) if end != start else "-",
             _number(row.get("num_running_reqs")),
             _number(row.get("num_waiting_reqs")),
             self._usage(row.get("kv_cache_usage")),

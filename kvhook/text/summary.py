@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from kvhook.analysis.accounts import Account
 from kvhook.analysis.distribution import Distribution
 from kvhook.analysis.summary import Summary
 from kvhook.records.levels import tokens_are_known
+from kvhook.text.cache import cache_lines
 from kvhook.text.numbers import count, percent, rate, seconds
 
 _WIDTH = 16
+_NO_STEP = "on an event loop (AsyncLLM) there is no step that could be timed"
 
 
 class PrintedSummary(Summary):
@@ -41,38 +44,41 @@ def _lines(s: Summary) -> Iterator[str]:
     share = f" ({s.time_in_steps / s.wall_time:.0%} of it inside steps)" if s.wall_time else ""
     if s.step_time.count:
         yield _row("step time", f"p50 {seconds(s.step_time.p50)}, p99 {seconds(s.step_time.p99)}{share}")
+        if s.steps_without_times:
+            yield _row("", f"{s.steps_without_times:,} of the steps have no times, and are left out here")
     else:
-        yield _row("step time", "not known: on an event loop (AsyncLLM) there is no step that could be timed")
+        yield _row("step time", f"not known: {s.why_steps_have_no_times or _NO_STEP}")
     for text in _levels(s):
         yield _row("level", text)
     if s.steps_without_stats:
         yield _row("", f"{s.steps_without_stats:,} steps brought no stats")
     yield ""
-    yield _row("KV cache", _usage(s))
-    yield _row("prefix cache", _prefix(s))
-    if s.prefix_cache_preempted_queries:
-        yield _row(
-            "",
-            f"re-admitted requests: {s.prefix_cache_preempted_hits:,} of {s.prefix_cache_preempted_queries:,} tokens "
-            f"hit, {percent(s.preempted_share_of_hits)} of all hits",
-        )
+    for name, text in cache_lines(s):
+        yield _row(name, text)
     yield _row("prompt tokens", _prompt(s))
-    generated = f"{count(s.num_generation_tokens)} tokens, {rate(s.generation_tokens_per_second)}"
-    yield _row("generated", "not known" if s.num_generation_tokens is None else generated)
+    if s.pooling:
+        yield _row("pooling", "no tokens are generated")
+    else:
+        generated = f"{count(s.num_generation_tokens)} tokens, {rate(s.generation_tokens_per_second)}"
+        yield _row("generated", "not known" if s.num_generation_tokens is None else generated)
+    if s.num_drafts:
+        yield _row("speculative", _drafts(s))
+    if s.max_loras:
+        yield _row("LoRA", f"on, at most {s.max_loras} adapters in a batch; which request has one is not recorded")
     yield ""
-    if s.num_running_reqs_peak is not None:
-        yield _row("running", f"mean {s.num_running_reqs_mean:.1f}, peak {s.num_running_reqs_peak:,}")
-        yield _row("waiting", f"mean {s.num_waiting_reqs_mean:.1f}, peak {s.num_waiting_reqs_peak:,}")
-    yield _row("preemptions", count(s.num_preempted_reqs))
-    reasons = ", ".join(f"{name} {n:,}" for name, n in sorted(s.finished_by_reason.items()))
-    finished = "not known" if s.num_finished_reqs is None else f"{s.num_finished_reqs:,} requests"
-    yield _row("finished", f"{finished}{f' ({reasons})' if reasons else ''}")
+    yield from _queue(s)
     yield ""
+    unexplained = [account for account in s.accounts if not account.ok]
+    for account in unexplained:
+        yield from _unbalanced(account)
+    if unexplained:
+        yield ""
     if s.steps_by_level.get("full"):
         yield f"  {'latency':{_WIDTH}}{'count':>9}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}"
-        yield _latency("first token", s.time_to_first_token)
-        yield _latency("inter-token", s.inter_token_latency)
-        yield _latency("per out. token", s.mean_time_per_output_token)
+        if not s.pooling:
+            yield _latency("first token", s.time_to_first_token)
+            yield _latency("inter-token", s.inter_token_latency)
+            yield _latency("per out. token", s.mean_time_per_output_token)
         yield _latency("end to end", s.e2e_latency)
     else:
         yield _row("latency", "not recorded at level light: kvhook.install(level='full') does")
@@ -103,27 +109,42 @@ def _levels(s: Summary) -> Iterator[str]:
         yield f"step {change.get('step')}: {change.get('level')}, because {change['why']}"
 
 
-def _usage(s: Summary) -> str:
-    if s.kv_cache_usage_peak is None:
-        return f"not known: {s.absent.get('kv_cache_usage', 'no step brought stats')}"
-    size = f" of {s.num_kv_blocks:,} blocks" if s.num_kv_blocks else ""
-    tokens = f" of {s.block_size} tokens" if s.num_kv_blocks and s.block_size else ""
-    return (
-        f"peak {percent(s.kv_cache_usage_peak)}, p95 {percent(s.kv_cache_usage_p95)}, "
-        f"mean {percent(s.kv_cache_usage_mean)}{size}{tokens}"
-    )
+def _queue(s: Summary) -> Iterator[str]:
+    """Requests: in the batch, waiting, preempted, finished; and those that were there before, or still are."""
+    if s.num_running_reqs_peak is not None:
+        each = " of one engine" if len(s.engine_lives) > 1 else ""
+        if s.num_running_reqs_peak or not s.pooling:
+            yield _row("running", f"mean {s.num_running_reqs_mean:.1f}, peak {s.num_running_reqs_peak:,}{each}")
+        if s.num_waiting_reqs_peak or not s.pooling:
+            yield _row("waiting", f"mean {s.num_waiting_reqs_mean:.1f}, peak {s.num_waiting_reqs_peak or 0:,}{each}")
+    if s.num_reqs_before:
+        yield _row("", f"{_requests(s.num_reqs_before)} in the queue before")
+    yield _row("preemptions", count(s.num_preempted_reqs))
+    reasons = ", ".join(f"{name} {n:,}" for name, n in sorted(s.finished_by_reason.items()))
+    if s.num_aborted_reqs and "abort" not in s.finished_by_reason:
+        reasons = f"{s.num_aborted_reqs:,} of them aborted"
+    finished = "not known" if s.num_finished_reqs is None else f"{s.num_finished_reqs:,} requests"
+    yield _row("finished", f"{finished}{f' ({reasons})' if reasons else ''}")
+    if s.num_reqs_at_end:
+        yield _row("", f"{_requests(s.num_reqs_at_end)} still in the queue after the last step")
 
 
-def _prefix(s: Summary) -> str:
-    if s.prefix_caching is False:
-        return "off (enable_prefix_caching=False): no hit rate"
-    if s.prefix_cache_queries is None:
-        return f"not known: {s.absent.get('prefix_cache_queries', 'no reason given')}"
-    if s.prefix_cache_hit_rate is None:
-        return "no look-ups yet"
+def _requests(number: int) -> str:
+    return "1 request was" if number == 1 else f"{number:,} requests were"
+
+
+def _unbalanced(account: Account) -> Iterator[str]:
+    """An account with a difference that nothing explains."""
+    of = f" of engine {account.engines[0]}" if account.engines != (0,) else ""
+    more = "more" if account.difference > 0 else "less"
+    yield _row("NOT BALANCED", f"{account.left_is}{of}: {account.left:,}; {account.right_is}: {account.right:,}")
+    yield _row("", f"{abs(account.difference):,} {account.unit} {more}, which nothing in this run explains")
+
+
+def _drafts(s: Summary) -> str:
     return (
-        f"hit rate {percent(s.prefix_cache_hit_rate)} of this run: {s.prefix_cache_hits:,} of "
-        f"{s.prefix_cache_queries:,} tokens"
+        f"{count(s.num_draft_tokens)} tokens in {count(s.num_drafts)} drafts, {count(s.num_accepted_tokens)} accepted "
+        f"({percent(s.draft_acceptance_rate)}), mean acceptance length {s.mean_acceptance_length or 0:.2f}"
     )
 
 
