@@ -53,6 +53,8 @@ class Ran:
     absent: dict[str, dict[str, str]]
     faults: dict[str, int]
     latencies: dict[str, int]
+    #: by how much the numbers of the session's summary rose
+    summed: dict[str, int]
     prediction: Prediction
 
     @property
@@ -74,16 +76,23 @@ class Ran:
         """Both are lists, one entry per step or request, or plain values."""
         if recorded == expected:
             return
-        if isinstance(recorded, list) and isinstance(expected, list) and len(recorded) == len(expected):
-            pairs = list(zip(recorded, expected, strict=True))
-            wrong = [(i, r, e) for i, (r, e) in enumerate(pairs) if r != e]
-            told = ", ".join(f"[{i}] {r!r} instead of {e!r}" for i, r, e in wrong[:6])
-            text = f"{what}: {len(wrong)} of {len(recorded)} differ: {told}"
-            if all(isinstance(one, (int, float)) for pair in pairs for one in pair):
-                text += f"\n  in all {sum(recorded)} instead of {sum(expected)}"
-        else:
-            text = f"{what}: {recorded!r} instead of {expected!r}"
+        text = f"{what}: {recorded!r} instead of {expected!r}"
+        if isinstance(recorded, list) and isinstance(expected, list):
+            text = f"{what}: {_difference(recorded, expected)}"
         raise AssertionError(self.say(text))
+
+
+def _difference(recorded: list[Any], expected: list[Any]) -> str:
+    if len(recorded) != len(expected):
+        extra = [one for one in recorded if one not in expected]
+        lacking = [one for one in expected if one not in recorded]
+        return f"{len(recorded)} instead of {len(expected)}; only recorded: {extra}; lacking: {lacking}"
+    wrong = [(i, r, e) for i, (r, e) in enumerate(zip(recorded, expected, strict=True)) if r != e]
+    told = ", ".join(f"[{i}] {r!r} instead of {e!r}" for i, r, e in wrong[:6])
+    text = f"{len(wrong)} of {len(recorded)} differ: {told}"
+    if all(isinstance(one, (int, float)) for one in recorded + expected):
+        text += f"; in all {sum(recorded)} instead of {sum(expected)}"
+    return text
 
 
 class Opened(NamedTuple):
@@ -98,6 +107,9 @@ class Opened(NamedTuple):
     def latencies(self) -> dict[str, int]:
         series = ("time_to_first_token", "inter_token_latency")
         return {name: int(np.sum(self.session.latencies(name)[1])) for name in series}
+
+    def summed(self) -> dict[str, int]:
+        return {name: value for name, value in self.session.summary().as_dict().items() if type(value) is int}
 
 
 class Bench:
@@ -137,7 +149,8 @@ class Bench:
 
     def _run(self, case: Case, on: Opened) -> Ran:
         session, view = on.session, on.view
-        first, rows, latencies = len(session.steps()), len(session.requests()), on.latencies()
+        first, rows = len(session.steps()), len(session.requests())
+        latencies, summary = on.latencies(), on.summed()
         # each case begins with an empty cache, so that it is the same whatever was run before
         on.llm.llm_engine.reset_prefix_cache()
         view.begin()
@@ -159,6 +172,7 @@ class Bench:
             absent=engine["absent"],
             faults=session.faults,
             latencies={name: count - latencies[name] for name, count in on.latencies().items()},
+            summed={name: count - summary.get(name, 0) for name, count in on.summed().items()},
             prediction=prediction,
         )
 
@@ -182,10 +196,17 @@ def of_kind(settings: Settings) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def forced(settings: Settings) -> Iterator[None]:
-    """vLLM switches asynchronous scheduling off on a CPU, where it works all the same: it is switched on again."""
-    if settings.kind != "overlapped":
+    """While an engine is made: what vLLM does not let one have on a CPU, although it works."""
+    with contextlib.ExitStack() as stack:
+        if settings.kind == "overlapped":
+            stack.enter_context(_asynchronous())
+        stack.enter_context(_after_numba())
         yield
-        return
+
+
+@contextlib.contextmanager
+def _asynchronous() -> Iterator[None]:
+    """The CPU's platform switches asynchronous scheduling off: it is switched on again."""
     from vllm.platforms.cpu import CpuPlatform  # type: ignore[import-not-found, unused-ignore]
 
     original = CpuPlatform.__dict__["check_and_update_config"]
@@ -199,3 +220,24 @@ def forced(settings: Settings) -> Iterator[None]:
         yield
     finally:
         CpuPlatform.check_and_update_config = original
+
+
+@contextlib.contextmanager
+def _after_numba() -> Iterator[None]:
+    """vLLM 0.32 asks every object of every module for its ``vars()``. The n-gram drafter imports numba, which has one
+    that answers with something else than a dictionary: no engine could be made after one with that drafter."""
+    try:
+        from vllm.triton_utils import dispatcher  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        yield
+        return
+
+    def only_dictionaries(value: Any) -> dict[str, Any]:
+        found = vars(value)
+        return found if isinstance(found, dict) else {}
+
+    dispatcher.vars = only_dictionaries
+    try:
+        yield
+    finally:
+        del dispatcher.vars

@@ -236,7 +236,8 @@ class _Workload:
         found: dict[str, Any] = {"max_tokens": rng.choice((1, 2, 5, 9, 20, 48)), "temperature": 0, "ignore_eos": True}
         what = rng.random()
         if what < 0.12:
-            found |= {"n": rng.randrange(2, 5), "temperature": 1.0, "seed": rng.randrange(1000)}
+            # without a seed of its own: vLLM's CPU build cannot take one back when a prompt takes several steps
+            found |= {"n": rng.randrange(2, 5), "temperature": 1.0}
         elif what < 0.24:
             found |= {"stop": rng.sample(["e", "a", "t", " ", "o", "n", "th"], 2)}
         elif what < 0.34:

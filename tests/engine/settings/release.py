@@ -8,7 +8,6 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from tests.engine import vllm_here
 from tests.engine.settings import cases
 from tests.engine.settings.cases import Can
 
@@ -54,4 +53,4 @@ def unhashed_first() -> bool:
 
 def admission_only() -> bool:
     """Whether a look-up counts only if its request then got its place."""
-    return vllm_here.since(0, 28)
+    return says("v1/core/kv_cache_manager.py", "def record_prefix_cache_stats")
