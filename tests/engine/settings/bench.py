@@ -1,0 +1,243 @@
+"""One engine after the other, and the cases that are run on it under kvhook."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import kvhook
+from tests.engine.settings import cases, release
+from tests.engine.settings.cases import Case, Settings
+from tests.engine.settings.core_view import Request, Step, View
+from tests.engine.settings.drive import Asked, Driver
+from tests.engine.settings.prefix_model import Model, Prediction, Rules
+
+#: The same for all engines.
+COMMON: dict[str, Any] = {
+    "enforce_eager": True,
+    "dtype": "bfloat16",
+    "seed": 0,
+    "use_tqdm_on_load": False,
+}
+
+
+#: kind of engine -> [cases run, those that the reference model predicted to the end], for the last lines of a run
+_counted: dict[str, list[int]] = {}
+_engines = 0
+
+
+def told() -> list[str]:
+    if not _counted:
+        return []
+    cases_run, exact = (sum(one[i] for one in _counted.values()) for i in (0, 1))
+    kinds = ", ".join(f"{count[0]} {kind} ({count[1]})" for kind, count in sorted(_counted.items()))
+    return [f"{cases_run} cases on {_engines} engines, {exact} predicted to the end by the reference model: {kinds}"]
+
+
+@dataclasses.dataclass
+class Ran:
+    """A case as it was run: what was asked and came back, what the core did, what kvhook recorded of it."""
+
+    case: Case
+    asked: list[Asked]
+    core: list[Step]
+    requests: list[Request]
+    steps: Any
+    rows: Any
+    first_step: int
+    absent: dict[str, dict[str, str]]
+    faults: dict[str, int]
+    latencies: dict[str, int]
+    #: by how much the numbers of the session's summary rose
+    summed: dict[str, int]
+    prediction: Prediction
+
+    @property
+    def full(self) -> bool:
+        return self.case.settings.level == "full"
+
+    def has(self, *columns: str, kind: str = "step") -> bool:
+        """Whether all are recorded; one that is not must have its reason."""
+        names = (self.steps if kind == "step" else self.rows).dtype.names or ()
+        lacking = [column for column in columns if column not in names]
+        for column in lacking:
+            assert column in self.absent[kind], self.say(f"{column} is neither recorded nor absent with a reason")
+        return not lacking
+
+    def say(self, text: str) -> str:
+        return f"{text}\n  {self.case.text}"
+
+    def same(self, what: str, recorded: Any, expected: Any) -> None:
+        """Both are lists, one entry per step or request, or plain values."""
+        if recorded == expected:
+            return
+        text = f"{what}: {recorded!r} instead of {expected!r}"
+        if isinstance(recorded, list) and isinstance(expected, list):
+            text = f"{what}: {_difference(recorded, expected)}"
+        raise AssertionError(self.say(text))
+
+
+def _difference(recorded: list[Any], expected: list[Any]) -> str:
+    if len(recorded) != len(expected):
+        extra = [one for one in recorded if one not in expected]
+        lacking = [one for one in expected if one not in recorded]
+        return f"{len(recorded)} instead of {len(expected)}; only recorded: {extra}; lacking: {lacking}"
+    wrong = [(i, r, e) for i, (r, e) in enumerate(zip(recorded, expected, strict=True)) if r != e]
+    told = ", ".join(f"[{i}] {r!r} instead of {e!r}" for i, r, e in wrong[:6])
+    text = f"{len(wrong)} of {len(recorded)} differ: {told}"
+    if all(isinstance(one, (int, float)) for one in recorded + expected):
+        text += f"; in all {sum(recorded)} instead of {sum(expected)}"
+    return text
+
+
+class Opened(NamedTuple):
+    """An engine, kvhook's session over it, and what watches and drives it."""
+
+    settings: Settings
+    session: kvhook.Session
+    llm: Any
+    view: View
+    driver: Driver
+
+    def latencies(self) -> dict[str, int]:
+        series = ("time_to_first_token", "inter_token_latency")
+        return {name: int(np.sum(self.session.latencies(name)[1])) for name in series}
+
+    def summed(self) -> dict[str, int]:
+        return {name: value for name, value in self.session.summary().as_dict().items() if type(value) is int}
+
+
+class Bench:
+    """Keeps the engine of the last case, for the next one that wants the same."""
+
+    def __init__(self, make_llm: Callable[..., Any]) -> None:
+        self.make_llm = make_llm
+        self.opened: Opened | None = None
+
+    def close(self) -> None:
+        self.opened = None
+        kvhook.uninstall()
+        gc.collect()
+
+    def _open(self, settings: Settings) -> Opened:
+        if self.opened is not None and self.opened.settings == settings:
+            return self.opened
+        self.close()
+        session = kvhook.install(level=settings.level)
+        with forced(settings):
+            llm = self.make_llm(
+                **COMMON, **settings.options, **of_kind(settings), disable_log_stats=not settings.stats_on
+            )
+        view = View(llm.llm_engine)
+        self.opened = Opened(settings, session, llm, view, Driver(llm, view.step))
+        global _engines
+        _engines += 1
+        return self.opened
+
+    def run(self, seed: int) -> Ran:
+        case = cases.case(seed, release.can())
+        try:
+            return self._run(case, self._open(case.settings))
+        except BaseException:
+            self.close()  # what it left behind would be the next case's
+            raise
+
+    def _run(self, case: Case, on: Opened) -> Ran:
+        session, view = on.session, on.view
+        first, rows = len(session.steps()), len(session.requests())
+        latencies, summary = on.latencies(), on.summed()
+        # each case begins with an empty cache, so that it is the same whatever was run before
+        on.llm.llm_engine.reset_prefix_cache()
+        view.begin()
+        with view.watching():
+            asked = on.driver.run(case)
+        (engine,) = session.meta["engines"]
+        prediction = Model(rules(case.settings, view), view.requests).replay(view.timeline)
+        count = _counted.setdefault(case.settings.kind, [0, 0])
+        count[0] += 1
+        count[1] += prediction.exact
+        return Ran(
+            case=case,
+            asked=asked,
+            core=view.steps,
+            requests=view.requests,
+            steps=session.steps()[first:],
+            rows=session.requests()[rows:],
+            first_step=first,
+            absent=engine["absent"],
+            faults=session.faults,
+            latencies={name: count - latencies[name] for name, count in on.latencies().items()},
+            summed={name: count - summary.get(name, 0) for name, count in on.summed().items()},
+            prediction=prediction,
+        )
+
+
+def rules(settings: Settings, view: View) -> Rules:
+    options = settings.options
+    return Rules(
+        blocks=view.pool.num_gpu_blocks - 1,
+        block_size=options["block_size"],
+        chunk=options["max_num_batched_tokens"],
+        seqs=options["max_num_seqs"],
+        caching=options["enable_prefix_caching"],
+        by_priority="scheduling_policy" in options,
+        unhashed_first=release.unhashed_first(),
+    )
+
+
+def of_kind(settings: Settings) -> dict[str, Any]:
+    return {"runner": "pooling"} if settings.kind == "pooling" else {}
+
+
+@contextlib.contextmanager
+def forced(settings: Settings) -> Iterator[None]:
+    """While an engine is made: what vLLM does not let one have on a CPU, although it works."""
+    with contextlib.ExitStack() as stack:
+        if settings.kind == "overlapped":
+            stack.enter_context(_asynchronous())
+        stack.enter_context(_after_numba())
+        yield
+
+
+@contextlib.contextmanager
+def _asynchronous() -> Iterator[None]:
+    """The CPU's platform switches asynchronous scheduling off: it is switched on again."""
+    from vllm.platforms.cpu import CpuPlatform  # type: ignore[import-not-found, unused-ignore]
+
+    original = CpuPlatform.__dict__["check_and_update_config"]
+
+    def check(cls: Any, config: Any) -> None:
+        original.__func__(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check)
+    try:
+        yield
+    finally:
+        CpuPlatform.check_and_update_config = original
+
+
+@contextlib.contextmanager
+def _after_numba() -> Iterator[None]:
+    """vLLM 0.32 asks every object of every module for its ``vars()``. The n-gram drafter imports numba, which has one
+    that answers with something else than a dictionary: no engine could be made after one with that drafter."""
+    try:
+        from vllm.triton_utils import dispatcher  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        yield
+        return
+
+    def only_dictionaries(value: Any) -> dict[str, Any]:
+        found = vars(value)
+        return found if isinstance(found, dict) else {}
+
+    dispatcher.vars = only_dictionaries
+    try:
+        yield
+    finally:
+        del dispatcher.vars

@@ -1,0 +1,77 @@
+"""Run by test_settings_own_process.py: cases on engines whose core has a process of its own.
+
+Arguments: the model, the file for the results (JSON), and the numbers of the engines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import kvhook
+from tests.engine.settings import cases, release
+from tests.engine.settings.bench import COMMON, forced, of_kind
+from tests.engine.settings.drive import Driver
+
+COUNTS = (
+    "num_generation_tokens",
+    "num_prompt_tokens",
+    "num_finished_reqs",
+    "num_preempted_reqs",
+    "prefix_cache_requests",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "ttft_count",
+    "itl_count",
+    "num_draft_tokens",
+    "num_accepted_tokens",
+)
+ROW = ("request_id", "finish_reason", "num_prompt_tokens", "num_generation_tokens", "num_cached_tokens", "max_tokens")
+
+
+def engine(model: str, number: int) -> list[dict[str, Any]]:
+    """The cases of one engine: what came back, and what was recorded."""
+    from vllm import LLM  # type: ignore[import-not-found, unused-ignore]
+
+    can = release.can()
+    settings = cases.settings(number, can)
+    found = []
+    with kvhook.install(level=settings.level) as session:
+        with forced(settings):
+            options = COMMON | settings.options | of_kind(settings)
+            llm = LLM(model=model, **options, disable_log_stats=not settings.stats_on)
+        driver = Driver(llm, in_process=False)
+        for seed in range(number * cases.PER_ENGINE, (number + 1) * cases.PER_ENGINE):
+            steps, rows, calls = len(session.steps()), len(session.requests()), driver.calls
+            case = cases.case(seed, can)
+            llm.llm_engine.reset_prefix_cache()
+            asked = driver.run(case)
+            found.append(
+                {
+                    "seed": seed,
+                    "asked": [dataclasses.asdict(one) for one in asked],
+                    "calls": driver.calls - calls,
+                    "steps": len(session.steps()) - steps,
+                    "rows": told(session.requests()[rows:], ROW),
+                    "counts": {c: sum(v) for c, v in told(session.steps()[steps:], COUNTS).items()},
+                    "faults": session.faults,
+                }
+            )
+    return found
+
+
+def told(table: Any, columns: tuple[str, ...]) -> dict[str, list[Any]]:
+    return {name: table[name].tolist() for name in columns if name in (table.dtype.names or ())}
+
+
+def main(model: str, results: str, *numbers: str) -> None:
+    everything = [one for number in numbers for one in engine(model, int(number))]
+    assert "vllm.v1.worker.cpu_worker" not in sys.modules, "the core has no process of its own"
+    Path(results).write_text(json.dumps(everything))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,56 @@
+"""What the vLLM of this environment has of what the cases ask for, and what it counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from tests.engine.settings import cases
+from tests.engine.settings.cases import Can
+
+#: kind -> how many cases were left out, and why: told at the end of the run
+left_out: Counter[str] = Counter()
+
+
+@cache
+def can() -> Can:
+    if find_spec("vllm") is None:
+        return Can()
+    return Can(
+        block_sizes=(32, 64, 96, 128) if says("v1/attention/backends/cpu_attn.py", "MultipleOf(32)") else (16, 32, 128),
+        reset_running=says("v1/engine/llm_engine.py", "reset_running_requests"),
+    )
+
+
+def run(seeds: Iterable[int]) -> list[int]:
+    """Those of the seeds whose cases this release can run; the others are counted."""
+    found = []
+    for seed in seeds:
+        kind = cases.settings(seed // cases.PER_ENGINE, can()).kind
+        if kind in can().lacks:
+            left_out[f"{kind}: {can().lacks[kind]}"] += 1
+        else:
+            found.append(seed)
+    return found
+
+
+def says(file: str, text: str) -> bool:
+    """Whether this vLLM's code holds that text; it is not imported for that."""
+    found = find_spec("vllm")
+    assert found is not None
+    assert found.origin is not None
+    path = Path(found.origin).parent / file
+    return path.exists() and text in path.read_text(encoding="utf-8")
+
+
+def unhashed_first() -> bool:
+    """Whether freed blocks without a hash are taken before all others, rather than in the order of freeing."""
+    return says("v1/core/block_pool.py", "prepend_n(")
+
+
+def admission_only() -> bool:
+    """Whether a look-up counts only if its request then got its place."""
+    return says("v1/core/kv_cache_manager.py", "def record_prefix_cache_stats")
