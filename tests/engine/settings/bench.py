@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ COMMON: dict[str, Any] = {
     "seed": 0,
     "use_tqdm_on_load": False,
 }
+if os.environ.get("KVHOOK_ENGINE") == "gpu":
+    # an engine takes nearly all of a GPU's memory otherwise, and the next one finds none
+    COMMON["gpu_memory_utilization"] = 0.15
 
 
 #: kind of engine -> [cases run, those that the reference model predicted to the end], for the last lines of a run
