@@ -279,6 +279,8 @@ class _SourceWriter:
 
     def cell(self, column: str) -> str:
         """What is packed for a column: a variable that was set before, or an expression over such variables."""
+        if column == "num_finished_reqs" and column in self.reads:
+            return f"{column} + num_aborted_reqs"  # counted from the outputs, in which no aborted request is
         return column if column in self.reads else self.plan.steps[column]
 
     def root(self, root: str) -> None:

@@ -60,6 +60,7 @@ class Ran:
     #: by how much the numbers of the session's summary rose
     summed: dict[str, int]
     prediction: Prediction
+    asynchronous: bool
 
     @property
     def full(self) -> bool:
@@ -178,6 +179,7 @@ class Bench:
             latencies={name: count - latencies[name] for name, count in on.latencies().items()},
             summed={name: count - summary.get(name, 0) for name, count in on.summed().items()},
             prediction=prediction,
+            asynchronous=view.asynchronous,
         )
 
 

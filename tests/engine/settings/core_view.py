@@ -114,6 +114,8 @@ class View:
         self.core = engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.pool = self.scheduler.kv_cache_manager.block_pool
+        #: a step gives out what an earlier batch made
+        self.asynchronous = bool(getattr(engine.vllm_config.scheduler_config, "async_scheduling", False))
         self._open: Step | None = None
         self.begin()
 
@@ -150,6 +152,7 @@ class View:
             "update_from_output": self._update,
             "make_stats": self._stats,
         }
+        before = {name: vars(self.scheduler)[name] for name in wrapped if name in vars(self.scheduler)}
         for name, seen in wrapped.items():
             setattr(self.scheduler, name, _call(seen, getattr(self.scheduler, name)))
         try:
@@ -157,6 +160,8 @@ class View:
         finally:
             for name in wrapped:
                 delattr(self.scheduler, name)
+            # what kvhook has put there stays for the next case
+            vars(self.scheduler).update(before)
 
     def _now(self) -> Step:
         # asked for outside of a step nothing is made; were it so, it would have no place in the record
