@@ -215,6 +215,7 @@ def anonymous(printed: str) -> str:
     }
     for here, there in replaced.items():
         printed = printed.replace(here, there)
+    printed = re.sub(r"^bash: line 1: +\d+ Killed .*$", "Killed", printed, flags=re.MULTILINE)
     return "".join(f"{line.rstrip()}\n" for line in printed.splitlines() if not LOG_LINE.match(line))
 
 
