@@ -1,8 +1,10 @@
-"""What all tests share: nothing they record goes where the user's own recordings are."""
+"""What all tests share: nothing they record goes where the user's own recordings are, and of what they inherit from
+whoever starts them, that which would change what they test is put right. `tests/surroundings.py` tries it out."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +15,35 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+#: Variables of the tests' own, which the user may set.
+FOR_THE_TESTS = ("KVHOOK_KILLS",)
+#: A terminal sends these to all that it has started. Whoever starts the tests in the background of a script has them
+#: ignored, and means it; a test that sends one to a program of its own sees to it that this program minds it.
+OF_THE_TERMINAL = {signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _private_ring_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith("KVHOOK_") and n not in FOR_THE_TESTS]:
+            patch.delenv(name)
         patch.setenv("KVHOOK_DIR", str(tmp_path_factory.mktemp("rings")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_as_usual() -> Iterator[None]:
+    """No signal is blocked, and none is ignored that Python does not ignore itself: the programs that tests start
+    would inherit it. With SIGCHLD ignored no exit code is known, with SIGALRM blocked no time limit is kept."""
+    mine = {signal.SIGPIPE, signal.SIGXFSZ} | OF_THE_TERMINAL
+    ignored = [s for s in signal.valid_signals() - mine if signal.getsignal(s) is signal.SIG_IGN]
+    blocked = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from kvhook.analysis.history import from_samples
@@ -24,13 +24,11 @@ class ScriptNames:
     if TYPE_CHECKING:  # of the collector itself
         llm: Any
         sampling_thread: property
-
-        def start_monitoring(self) -> None: ...
-        def stop_monitoring(self) -> None: ...
-        def collect_prometheus_metrics(self) -> dict[str, Any]: ...
-        def get_metrics_history(self) -> list[dict[str, Any]]: ...
-        def get_comprehensive_stats(self) -> dict[str, Any]: ...
-        def _play(self, source: Simulated) -> None: ...
+        stop_monitoring: Callable[[], None]
+        collect_prometheus_metrics: Callable[[], dict[str, Any]]
+        get_metrics_history: Callable[[], list[dict[str, Any]]]
+        get_comprehensive_stats: Callable[[], dict[str, Any]]
+        _play: Callable[[Simulated], None]
 
     def _collect_prometheus_registry_only(self) -> dict[str, Any]:
         """The same as `collect_prometheus_metrics`."""
