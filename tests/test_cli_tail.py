@@ -297,7 +297,8 @@ def run_tail(tmp_path: Path, *argv: str) -> subprocess.Popen[str]:
 
 
 def test_wait_follows_a_run_that_starts_later_and_is_killed(tmp_path: Path):
-    tail = run_tail(tmp_path, "--wait")
+    # however late it sees the ring, it begins with the first step
+    tail = run_tail(tmp_path, "--wait", "-n", "1000000")
     assert tail.stdout is not None
     assert tail.stderr is not None
     assert "waiting for a run" in tail.stderr.readline()
