@@ -3,6 +3,7 @@ whoever starts them, that which would change what they test is put right. `tests
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,6 +15,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+
+# How long an example may take depends on what else the machine does.
+with contextlib.suppress(ImportError):  # some environments of the matrix do without it
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("kvhook", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("kvhook")
 
 #: Variables of the tests' own, which the user may set.
 FOR_THE_TESTS = ("KVHOOK_KILLS",)
@@ -63,6 +71,14 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
     finally:
         kvhook.uninstall()
+
+
+def give_away(path: Path, user: int) -> None:
+    """Make something somebody else's. A test that needs it is skipped where that is not allowed."""
+    try:
+        os.chown(path, user, -1)
+    except OSError as error:  # not root, or the root of a user namespace that knows no other user
+        pytest.skip(f"nothing can be given to another user here: {error.strerror}")
 
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]

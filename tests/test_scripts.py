@@ -14,6 +14,7 @@ import pytest
 
 import kvhook
 from kvhook import VLLMMetricsCollector
+from kvhook.recording.installation import current_session
 from tests.conftest import Python
 from tests.script_checks import Inference, Structure, as_an_experiment_reads
 from tests.standin import FakeVllm, fake_vllm, step_stats
@@ -169,7 +170,7 @@ def test_an_engine_that_is_given_later_is_recorded(vllm: FakeVllm, started_befor
     assert collector.last_stats["metrics_found"]["num_generation_tokens"] == 7
     assert (collector.monitoring, collector.monitor_thread) == (True, None), "every step is recorded: no thread is"
     collector.close()
-    assert kvhook.session._current is None, "what the collector installed is gone with it"
+    assert current_session() is None, "what the collector installed is gone with it"
 
 
 def test_another_engine_is_another_source(vllm: FakeVllm):
