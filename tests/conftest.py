@@ -1,8 +1,11 @@
-"""What all tests share: nothing they record goes where the user's own recordings are."""
+"""What all tests share: nothing they record goes where the user's own recordings are, and of what they inherit from
+whoever starts them, that which would change what they test is put right. `tests/surroundings.py` tries it out."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +16,42 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# How long an example may take depends on what else the machine does.
+with contextlib.suppress(ImportError):  # some environments of the matrix do without it
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("kvhook", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("kvhook")
+
+#: Variables of the tests' own, which the user may set.
+FOR_THE_TESTS = ("KVHOOK_KILLS",)
+#: A terminal sends these to all that it has started. Whoever starts the tests in the background of a script has them
+#: ignored, and means it; a test that sends one to a program of its own sees to it that this program minds it.
+OF_THE_TERMINAL = {signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _private_ring_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith("KVHOOK_") and n not in FOR_THE_TESTS]:
+            patch.delenv(name)
         patch.setenv("KVHOOK_DIR", str(tmp_path_factory.mktemp("rings")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_as_usual() -> Iterator[None]:
+    """No signal is blocked, and none is ignored that Python does not ignore itself: the programs that tests start
+    would inherit it. With SIGCHLD ignored no exit code is known, with SIGALRM blocked no time limit is kept."""
+    mine = {signal.SIGPIPE, signal.SIGXFSZ} | OF_THE_TERMINAL
+    ignored = [s for s in signal.valid_signals() - mine if signal.getsignal(s) is signal.SIG_IGN]
+    blocked = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @pytest.fixture
@@ -37,6 +71,14 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
     finally:
         kvhook.uninstall()
+
+
+def give_away(path: Path, user: int) -> None:
+    """Make something somebody else's. A test that needs it is skipped where that is not allowed."""
+    try:
+        os.chown(path, user, -1)
+    except OSError as error:  # not root, or the root of a user namespace that knows no other user
+        pytest.skip(f"nothing can be given to another user here: {error.strerror}")
 
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]

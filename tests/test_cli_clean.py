@@ -12,6 +12,7 @@ from kvhook.cli import main
 from kvhook.discovery.cleaning import leftovers, prune_histories
 from kvhook.discovery.rings import find_rings
 from kvhook.ring.place import process_start
+from tests.conftest import give_away
 from tests.ring.synthetic import Recording
 
 DAY = 24 * 3600
@@ -104,10 +105,9 @@ def test_a_link_among_the_histories_is_not_followed(tmp_path: Path, history: Pat
     assert (precious / "thesis.tex").exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
 def test_the_histories_of_others_are_theirs(history: Path):
     folder = make_history(history, 4194999, 5, 2 * DAY)
-    os.chown(folder, 4242, 4242)
+    give_away(folder, 4242)
     assert leftovers([], history) == []
 
 

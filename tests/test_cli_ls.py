@@ -16,6 +16,7 @@ from kvhook.discovery.cleaning import prune
 from kvhook.discovery.rings import ALIVE, CLOSED_RING, DAMAGED, DEAD, choose, directories, find_rings
 from kvhook.errors import KvhookError
 from kvhook.ring import place
+from tests.conftest import give_away
 from tests.ring.synthetic import Recording
 from tests.standin import fake_vllm, step_stats
 
@@ -111,16 +112,15 @@ def test_rings_are_looked_for_in_all_places_but_not_in_planted_ones(tmp_path: Pa
     assert directories(tmp_path) == [tmp_path]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
 def test_what_belongs_to_somebody_else_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     theirs = tmp_path / "theirs"
     Recording(theirs).run(1)
-    os.chown(theirs, 4242, 4242)
+    give_away(theirs, 4242)
     monkeypatch.setattr(rings, "default_directories", lambda: [theirs])
     monkeypatch.delenv(place.ENV_DIR)
     assert directories() == []
     (ring,) = theirs.iterdir()
-    os.chown(ring, 4242, 4242)
+    give_away(ring, 4242)
     assert find_rings([theirs]) == []
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -274,6 +275,17 @@ def test_waiting_ends_with_the_first_ring_that_is_written(tmp_path: Path):
     assert clock.slept == [0.3, 0.3]
 
 
+@contextlib.contextmanager
+def sigint(what: Any) -> Iterator[None]:
+    """What a program that is started now does at Ctrl-C: it inherits what pytest does, whose own parent may ignore it.
+    A Python function stands for the default then."""
+    before = signal.signal(signal.SIGINT, what)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run_tail(tmp_path: Path, *argv: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "kvhook", "tail", "--dir", str(tmp_path), "--interval", "0.02", *argv],
@@ -285,7 +297,8 @@ def run_tail(tmp_path: Path, *argv: str) -> subprocess.Popen[str]:
 
 
 def test_wait_follows_a_run_that_starts_later_and_is_killed(tmp_path: Path):
-    tail = run_tail(tmp_path, "--wait")
+    # however late it sees the ring, it begins with the first step
+    tail = run_tail(tmp_path, "--wait", "-n", "1000000")
     assert tail.stdout is not None
     assert tail.stderr is not None
     assert "waiting for a run" in tail.stderr.readline()
@@ -316,13 +329,29 @@ while True:
 def test_ctrl_c_ends_it_without_a_traceback(tmp_path: Path):
     recording = Recording(tmp_path).run(3)
     before = recording.path.read_bytes()
-    tail = run_tail(tmp_path)
+    with sigint(signal.default_int_handler):
+        tail = run_tail(tmp_path)
     assert tail.stdout is not None
     for _ in range(4):
         tail.stdout.readline()
-    time.sleep(0.1)
     tail.send_signal(signal.SIGINT)
     _, err = tail.communicate(timeout=30)
     assert tail.returncode == 130
     assert "Traceback" not in err
     assert recording.path.read_bytes() == before, "it only reads"
+
+
+def test_in_the_background_of_a_script_ctrl_c_is_not_meant_for_it(tmp_path: Path):
+    """A shell without job control starts ``kvhook tail &`` with SIGINT ignored; it stays so."""
+    recording = Recording(tmp_path).run(3)
+    with sigint(signal.SIG_IGN):
+        tail = run_tail(tmp_path)
+    assert tail.stdout is not None
+    for _ in range(4):
+        tail.stdout.readline()
+    tail.send_signal(signal.SIGINT)
+    recording.run(2).close()
+    out, err = tail.communicate(timeout=30)
+    assert [line.split()[0] for line in out.splitlines()] == ["3", "4"]
+    assert "closed after step 4" in err
+    assert tail.returncode == 0

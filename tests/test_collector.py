@@ -27,10 +27,11 @@ from tests.standin import fake_vllm, step_stats
 
 COLLECTION = (
     *("collection_method", "stats_available", "metrics_found", "histogram_data", "total_metrics_found"),
-    *("debug_info", "timestamp"),
+    *("total_histograms_found", "debug_info", "timestamp", "collection_time"),
 )
 COMPREHENSIVE = (
     *("latest_stats", "monitoring_active", "total_collections", "collection_interval", "collection_method"),
+    *("modern_metrics_enabled", "last_successful_collection"),
     *("key_metrics", "histogram_analysis", "raw_metrics", "trend", "summary", "environment", "errors"),
 )
 KEY_METRICS = (
@@ -76,18 +77,29 @@ def test_without_vllm_every_method_answers():
         assert (answer["stats_available"], answer["metrics_found"], answer["total_metrics_found"]) == (False, {}, 0)
         assert all(answer["debug_info"]["not_available"].values())
     assert set(answers[0]["debug_info"]["not_available"]) == {names.HOOK, names.INTERNAL, names.REGISTRY}
-    assert set(stats["key_metrics"].values()) == set(stats["histogram_analysis"].values()) == {None}
+    assert stats["key_metrics"] == stats["histogram_analysis"] == {}
     assert set(KEY_METRICS) <= set(stats["absent"])
     strict([answers, stats, collector.debug_info()])
 
 
-@pytest.mark.parametrize("names_of", [(COLLECTION, "collection"), (COMPREHENSIVE, ""), (KEY_METRICS, "key_metrics")])
-def test_the_names_that_scripts_use_are_there(names_of: tuple[tuple[str, ...], str]):
-    collector, (wanted, where) = VLLMMetricsCollector(), names_of
-    stats = collector.get_comprehensive_stats()
-    found = collector.collect_current_stats() if where == "collection" else stats[where] if where else stats
-    assert set(wanted) <= set(found)
-    assert set(ANALYSIS) == set(stats["histogram_analysis"])
+def test_the_names_that_scripts_use_are_there():
+    collector = VLLMMetricsCollector()
+    assert set(COLLECTION) <= set(collector.collect_current_stats())
+    assert set(COMPREHENSIVE) <= set(collector.get_comprehensive_stats())
+
+
+@pytest.mark.parametrize(("part", "wanted"), [("key_metrics", KEY_METRICS), ("histogram_analysis", ANALYSIS)])
+def test_what_is_not_known_gives_none_when_asked_and_is_not_in_the_answer(part: str, wanted: tuple[str, ...]):
+    stats = VLLMMetricsCollector().get_comprehensive_stats()
+    found = stats[part]
+    for name in wanted:
+        assert found[name] is None
+        assert name not in found
+        assert found.get(name, "none") == "none"
+        assert stats["absent"][name]
+    assert not found, "asking puts nothing in"
+    with pytest.raises(KeyError):
+        found["no_such_metric"]
 
 
 def test_the_engine_is_taken_in_each_of_the_ways_that_scripts_use():
@@ -909,8 +921,8 @@ def test_a_reading_explains_every_value_and_histogram_that_it_lacks():
 def test_what_has_no_value_in_the_answers_has_a_reason():
     for engine in (V0Engine(), v1_engine(), v1_engine(in_process=False)):
         stats = VLLMMetricsCollector(engine).get_comprehensive_stats()
-        for part in ("key_metrics", "histogram_analysis"):
-            none = [name for name, value in stats[part].items() if value is None]
+        for part, wanted in (("key_metrics", KEY_METRICS), ("histogram_analysis", ANALYSIS)):
+            none = [name for name in wanted if name not in stats[part]]
             assert none
             assert all(stats["absent"][name] for name in none)
 
@@ -924,6 +936,6 @@ def test_a_mean_of_nothing_has_a_reason(monkeypatch: pytest.MonkeyPatch):
     ]
     stats = from_registry(monkeypatch, Metric(name, "histogram", samples))
     found = stats["histogram_analysis"]
-    assert (found["total_ttft_requests"], found["avg_time_to_first_token_seconds"]) == (0, None)
+    assert found == {"total_ttft_requests": 0}
     assert "no value" in stats["absent"]["avg_time_to_first_token_seconds"]
     assert "total_ttft_requests" not in stats["absent"]

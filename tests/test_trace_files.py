@@ -68,8 +68,8 @@ def test_missing_file_is_named(tmp_path: Path):
         kvhook.open(tmp_path / "none.kvh")
 
 
-def test_a_directory_is_no_trace(tmp_path: Path):
-    with pytest.raises(kvhook.KvhookError, match=r"is not a file|Is a directory"):
+def test_an_empty_folder_holds_no_trace(tmp_path: Path):
+    with pytest.raises(kvhook.KvhookError, match=r"holds no \.kvh file"):
         kvhook.open(tmp_path)
 
 

@@ -127,11 +127,12 @@ class Inference:
         expect("requests that finished", summary["num_finished_reqs"], len(prompts), _TOTALS)
         expect("first tokens in the histogram", analysis["total_ttft_requests"], len(prompts), _TOTALS)
         expect("requests that run or wait now", (key["requests_running"], key["requests_waiting"]), (0, 0), _ALONE)
-        absent = [name for name, value in key.items() if value is None]
+        wanted = [*(k.key for k in names.KEYS), *(v.name for v in names.VALUES if v.name != names.V0_RATE)]
+        absent = [name for name in wanted if name not in key]
         silent = [name for name in absent if not stats["absent"].get(name)]
         expect("key metrics that have neither value nor reason", silent, [])
         more = f", {len(absent)} absent ({stats['absent'][absent[0]]})" if absent else ""
-        return f"{sent} prompt and {sum(generated)} generated tokens, as sent; {len(key) - len(absent)} metrics{more}"
+        return f"{sent} prompt and {sum(generated)} generated tokens, as sent; {len(key)} metrics{more}"
 
     def hit_rate_progression(self) -> str:
         """Hit-rate progression."""

@@ -28,10 +28,11 @@ METHODS = (
     *("start_monitoring", "stop_monitoring", "close", "collect_current_stats", "collect_internal_stats"),
     *("collect_prometheus_metrics", "get_comprehensive_stats", "get_metrics_history", "get_prometheus_metrics"),
     *("save_metrics", "plot_kv_cache_metrics", "history", "environment", "debug_info"),
+    *("_collect_prometheus_registry_only", "initialize_logging", "simulate_metrics_for_testing"),
 )
 COLLECTION = (
     *("collection_method", "stats_available", "metrics_found", "histogram_data", "total_metrics_found"),
-    *("debug_info", "timestamp"),
+    *("total_histograms_found", "debug_info", "timestamp", "collection_time"),
 )
 COMPREHENSIVE = (
     *("latest_stats", "monitoring_active", "total_collections", "collection_interval", "collection_method"),
@@ -119,8 +120,8 @@ def methods() -> str:
         for what, answer, wanted in (
             ("a collection", collected, COLLECTION),
             ("the comprehensive stats", stats, COMPREHENSIVE),
-            ("key_metrics", stats["key_metrics"], [k.key for k in names.KEYS]),
-            ("histogram_analysis", stats["histogram_analysis"], ANALYSIS),
+            ("key_metrics", stats["key_metrics"] | stats["absent"], [k.key for k in names.KEYS]),
+            ("histogram_analysis", stats["histogram_analysis"] | stats["absent"], ANALYSIS),
         ):
             expect(f"names that {what} lacks", sorted(set(wanted) - set(answer)), [])
         expect("the engine that was given is read from", collected["collection_method"], names.INTERNAL)
@@ -134,7 +135,7 @@ def unavailable() -> str:
         stats, debug = collector.get_comprehensive_stats(), collector.debug_info()
     json.dumps([stats, debug], allow_nan=False)
     expect("collection_method", stats["collection_method"], names.UNAVAILABLE)
-    expect("key metrics that have a value", [k for k, v in stats["key_metrics"].items() if v is not None], [])
+    expect("key metrics that have a value", list(stats["key_metrics"]), [])
     reasons = stats["latest_stats"]["debug_info"]["not_available"]
     expect("sources with a reason", [s for s, why in reasons.items() if why], list(names.SOURCES))
     expect("key metrics without a reason", [k.key for k in names.KEYS if not stats["absent"].get(k.key)], [])

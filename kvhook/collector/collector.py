@@ -19,6 +19,7 @@ from kvhook.collector.optional import need
 from kvhook.collector.prometheus import as_json
 from kvhook.collector.reading import Reading, Unavailable
 from kvhook.collector.sampler import Sampler
+from kvhook.collector.scripts import ScriptNames, Simulated
 from kvhook.collector.sources import EngineSource, HookSource, MetricsSource, RegistrySource
 from kvhook.errors import KvhookError
 from kvhook.faults import Faults
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvhook")
 
 
-class VLLMMetricsCollector:
+class VLLMMetricsCollector(ScriptNames):
     """Collects the metrics of a vLLM engine around calls of ``generate``.
 
     Three sources are tried in this order, and each answer names the one it came from: ``hook`` (kvhook's own
@@ -62,27 +63,33 @@ class VLLMMetricsCollector:
         llm_instance: Any = None,
         source: str | None = None,
     ) -> None:
-        llm = llm if llm is not None else llm_instance
         self.collection_interval = _positive(collection_interval)
         self.enable_monitoring = enable_monitoring
-        # LLM has its engine in `llm_engine`, V0's AsyncLLMEngine in `engine`; V1's AsyncLLM is one
-        engine = read_path(llm, "llm_engine") or read_path(llm, "engine") or llm
-        self._engine = _weakly(engine)
-        self._given = engine is not None
-        self._hook = HookSource(self._engine, self._given)
-        sources: list[MetricsSource] = [
-            self._hook,
-            EngineSource(self._engine),
-            RegistrySource(self._engine, self._given),
-        ]
-        self._sources = {s.name: s for s in sources if source in (None, s.name)}
-        if not self._sources:
-            raise KvhookError(f"there is no source {source!r}; there are {', '.join(s.name for s in sources)}")
+        if source not in (None, *names.SOURCES):
+            raise KvhookError(f"there is no source {source!r}; there are {', '.join(names.SOURCES)}")
+        self._source = source
+        self._look_at(llm if llm is not None else llm_instance)
         self._faults = Faults()
         self._lock = threading.RLock()
         self._times = MonitoredTimes()
         self._said: set[str] = set()
         self._sampler: Sampler | None = None
+
+    @property
+    def llm(self) -> Any:
+        """What was given as `llm`, as long as somebody else keeps it. May be set later, also while monitoring is on."""
+        return self._llm()
+
+    @llm.setter
+    def llm(self, llm: Any) -> None:
+        monitoring = self.monitoring
+        self.stop_monitoring()
+        with self._lock:
+            installed = self._hook.installed
+            self._look_at(llm)
+            self._hook.installed = installed
+        if monitoring:
+            self.start_monitoring()
 
     # ---- monitoring ------------------------------------------------------------------------------------------------
 
@@ -151,7 +158,8 @@ class VLLMMetricsCollector:
         Returns:
             A dictionary with ``collection_method`` (the source), ``stats_available``, ``metrics_found`` (name ->
             number), ``absent`` (name -> why it has none), ``histogram_data`` (seconds), ``total_metrics_found``,
-            ``debug_info`` and ``timestamp`` (Unix time, in seconds).
+            ``total_histograms_found``, ``debug_info``, ``timestamp`` and ``collection_time`` (Unix time, in seconds),
+            and where nothing can be read ``error`` (why).
         """
         with self._lock:
             collected, reading = self._collect(self._sources)
@@ -183,10 +191,13 @@ class VLLMMetricsCollector:
 
         Returns:
             ``latest_stats`` (as `collect_current_stats`), ``monitoring_active``, ``total_collections`` (rows of the
-            history), ``collection_interval``, ``collection_method``, ``key_metrics`` (totals since the engine or
-            kvhook's recording began, states of now, None for what is absent), ``absent`` (why), ``histogram_analysis``,
-            ``raw_metrics`` (the source's own words), ``summary`` (of the monitored time), ``trend`` (how usage and hit
-            rate went over it, and between your collections), ``environment`` and ``errors``.
+            history), ``collection_interval``, ``collection_method``, ``modern_metrics_enabled`` (whether there are
+            numbers), ``last_successful_collection`` (Unix time, or None), ``key_metrics`` (totals since the engine or
+            kvhook's recording began, states of now), ``absent`` (name -> why it has no value),
+            ``histogram_analysis``, ``raw_metrics`` (the source's own words), ``summary`` (of the monitored time),
+            ``trend`` (how usage and hit rate went over it, and between your collections), ``environment`` and
+            ``errors``. ``key_metrics`` and ``histogram_analysis`` hold what is known; asked by ``[name]`` for what
+            is not known they give None.
         """
         with self._lock:
             latest, reading = self._collect(self._sources)
@@ -204,6 +215,8 @@ class VLLMMetricsCollector:
                 "total_collections": int(self._times.mask(rows).sum()),
                 "collection_interval": self.collection_interval,
                 "collection_method": latest["collection_method"],
+                "modern_metrics_enabled": latest["stats_available"],
+                "last_successful_collection": answer.last_time(latest, rows),
                 "key_metrics": answer.key_metrics(reading, peak),
                 "absent": absent,
                 "histogram_analysis": answer.histogram_analysis(reading),
@@ -311,6 +324,25 @@ class VLLMMetricsCollector:
         }
 
     # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _look_at(self, llm: Any) -> None:
+        # LLM has its engine in `llm_engine`, V0's AsyncLLMEngine in `engine`; V1's AsyncLLM is one
+        engine = read_path(llm, "llm_engine") or read_path(llm, "engine") or llm
+        self._llm = _weakly(llm)
+        self._engine = _weakly(engine)
+        self._given = engine is not None
+        self._hook = HookSource(self._engine, self._given)
+        sources: list[MetricsSource] = [
+            self._hook,
+            EngineSource(self._engine),
+            RegistrySource(self._engine, self._given),
+        ]
+        self._sources = {s.name: s for s in sources if self._source in (None, s.name)}
+
+    def _play(self, source: Simulated) -> None:
+        """Answer from this source and no other."""
+        with self._lock:
+            self._sources, self._times = {source.name: source}, MonitoredTimes()
 
     def _collect(self, sources: Mapping[str, MetricsSource]) -> tuple[dict[str, Any], Reading | None]:
         with self._lock:

@@ -76,6 +76,15 @@ KEYS: tuple[Key, ...] = (
     Key("generation_tokens_total", "num_generation_tokens"),
 )
 
+#: The names of vLLM's Prometheus metrics, of every release, whichever of them runs: a script looks for those that it
+#: was written with. A counter is found both by its own name and by that of its sample.
+METRIC_KEYS: tuple[Key, ...] = tuple(
+    Key(metric + ending, "prefix_cache_hit_rate" if value.name == V0_RATE else value.name)
+    for value in VALUES
+    for metric in value.metrics
+    for ending in (("", "_total") if value.kind == TOTAL else ("",))
+)
+
 #: vLLM's default buckets, in seconds.
 _TTFT_BOUNDS: tuple[float, ...] = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0),

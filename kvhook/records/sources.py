@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,16 +64,18 @@ class FileSlots(SlotSource):
     """
 
     def __init__(self, path: Path, fd: int | None = None) -> None:
-        self._file = open(path, "rb", buffering=0, opener=None if fd is None else lambda *_: fd)  # noqa: SIM115
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if fd is None else fd
+        # a descriptor rather than a file object: that would complain that it is closed by nobody but the collector
+        close = weakref.finalize(self, os.close, self._fd)
         try:
-            self._header = read_header(self._file.fileno(), str(path))
+            self._header = read_header(self._fd, str(path))
             if self._header.capacity:
                 raise TraceFormatError(f"{path} is a ring, not a trace")
         except KvhookError:
-            self._file.close()
+            close()
             raise
         super().__init__(self._header.layout, self._header)
-        size = os.fstat(self._file.fileno()).st_size
+        size = os.fstat(self._fd).st_size
         self._count = (size - self._header.header_bytes) // self.layout.slot_bytes
 
     def chunks(self) -> Iterator[Slots]:
@@ -81,7 +84,7 @@ class FileSlots(SlotSource):
         at_a_time = max(1, CHUNK_BYTES // slot)
         for first in range(0, self._count, at_a_time):
             count = min(at_a_time, self._count - first)
-            data = os.pread(self._file.fileno(), count * slot, self._header.header_bytes + first * slot)
+            data = os.pread(self._fd, count * slot, self._header.header_bytes + first * slot)
             yield np.frombuffer(data[: len(data) // slot * slot], np.uint8).reshape(-1, slot)
 
 

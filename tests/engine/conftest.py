@@ -42,6 +42,7 @@ _V1 = (
     "test_collector.py",
     "test_check.py",
     "settings",
+    "test_scripts.py",
 )
 collect_ignore = list(_V1) if vllm_here.V0 else ["test_v0.py"]
 
