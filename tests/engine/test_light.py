@@ -20,7 +20,7 @@ from tests.workloads import BLOCK_SIZE, USABLE, Seen, run, workload
 SENT = [prompt for call in workload() for prompt in call.prompts]
 
 #: What level light has not got: written down here, not taken from kvhook.
-ONLY_FULL = {"num_corrupted_reqs", "mm_cache_queries", "mm_cache_hits", "vllm_stats_ns"} | {
+ONLY_FULL = {"scheduler_stats_logged", "num_corrupted_reqs", "mm_cache_queries", "mm_cache_hits", "vllm_stats_ns"} | {
     f"{series}_{what}" for series in ("ttft", "itl") for what in ("count", "sum", "min", "max")
 }
 COUNTERS = {

@@ -40,7 +40,6 @@ NEEDS = {
         "mm_cache_hits": ("MultiModalCacheStats", "hits"),
     },
     "request": {
-        "request_id": ("FinishedRequestStats", "request_id"),
         "num_cached_tokens": ("FinishedRequestStats", "num_cached_tokens"),
         "num_preemptions": ("FinishedRequestStats", "num_preemptions"),
         "time_to_first_token": ("RequestStateStats", "first_token_latency"),
@@ -58,7 +57,7 @@ V0_ABSENT = {
     "step": set(NEEDS["step"])
     | {f"prefix_cache_{what}" for what in ("requests", "queries", "hits", "reset")}
     | {"num_evicted_blocks_sampled", "cpu_kv_cache_usage", "vllm_stats_ns"},
-    "request": set(NEEDS["request"]) - {"time_to_first_token"},
+    "request": set(NEEDS["request"]) - {"time_to_first_token"} | {"request_id", "sample_index"},
 }
 
 
@@ -85,6 +84,10 @@ def no_binding() -> str:
 
 def has_field(cls: str, field: str, module: str = STATS) -> bool:
     return field in facts().readable(module, cls)
+
+
+#: What is read from the scheduler, if that is in the same process.
+PEAKS = {"num_kv_blocks_peak", "kv_cache_usage_peak"}
 
 
 def absent(kind: str, stats_on: bool = False) -> set[str]:
