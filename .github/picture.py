@@ -20,8 +20,8 @@ from rich.text import Text
 
 HERE = Path(__file__).resolve().parent
 #: Pixels at which the picture is shown: about 700 of them high.
-WIDTH = 860
-COLUMNS = 108
+WIDTH = 770
+COLUMNS = 100
 #: Live lines of a round that are shown.
 LIVE = 4
 #: The last line of the summary that is shown begins like this.
@@ -46,7 +46,8 @@ def chosen(lines: list[str]) -> list[str]:
     """The lines that are shown."""
     out: list[str] = []
     live: list[str] = []
-    for line in [*lines, ""]:
+    # off a terminal, what is under way is printed twice: when it begins, and how long it took
+    for line in [*(line for line in lines if not line.endswith(" ...")), ""]:
         if re.match(r"  step +\d+  KV ", line):
             live.append(line)
             continue
