@@ -92,6 +92,7 @@ RELEASES = {
         Release("0.9.2", ("V0", "V1"), recipes=("libstdcxx", "cpu_name")),
         Release("0.10.2", recipes=("libstdcxx", "cpu_name")),
         Release("0.11.2", recipes=("libstdcxx", "cpu_name")),
+        Release("0.12.0", recipes=("cpu_name",)),
         Release("0.13.0"),
         Release("0.14.1"),
         Release("0.15.1"),
