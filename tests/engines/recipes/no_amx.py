@@ -2,13 +2,14 @@
 
     no_amx.py SITE_PACKAGES
 
-vLLM chooses the attention kernel in Python: "amx" where the processor has AMX tiles, the data are bfloat16 and a block
-has a multiple of 32 tokens. The CPU builds on PyPI from 0.11.1 to 0.16.0 were compiled for AVX2 alone and hold no
-AMX kernel, so on such a processor the first step ends with "Unsupported CPU attention configuration: head_dim=32
-isa=0". The models' heads play no part in it. From 0.17 on the builds have AMX kernels, and need no change.
+vLLM chooses the attention kernel in Python: "amx" where the processor has AMX tiles, the model is in bfloat16 and a
+block has a multiple of 32 tokens. The CPU build of 0.16.0 was compiled for AVX2 and has no AMX kernels, so on such a
+processor the first step ends with "Unsupported CPU attention configuration: head_dim=32 isa=0", for heads of any size.
+The builds before it take the other kernels by themselves when they are asked for "amx"; those from 0.17 on have AMX
+kernels.
 
-No environment variable changes what the processor is asked. So this answers the question in vLLM's Python: there are
-no AMX tiles. The engine then takes the kernels that it takes on any other processor.
+No environment variable changes what vLLM sees of the processor. So this changes the question in vLLM's Python to its
+answer: no. The engine then takes the kernels that it takes on a processor without AMX.
 """
 
 from __future__ import annotations
