@@ -41,6 +41,7 @@ _V1 = (
     "test_light_own_process.py",
     "test_collector.py",
     "test_check.py",
+    "test_shown.py",
     "settings",
 )
 collect_ignore = list(_V1) if vllm_here.V0 else ["test_v0.py"]
