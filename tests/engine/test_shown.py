@@ -5,7 +5,6 @@ what was sent, and from vLLM's outputs."""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -36,7 +35,7 @@ class Shown(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def shown(make_llm: MakeLLM) -> Iterator[Shown]:
+def shown(make_llm: MakeLLM) -> Shown:
     from vllm import SamplingParams  # type: ignore[import-not-found, unused-ignore]
 
     if release(vllm_version()) < (0, 32, 0):
@@ -78,7 +77,7 @@ def shown(make_llm: MakeLLM) -> Iterator[Shown]:
         pooled = session.summary(2)
         del llm
         together, meta = session.summary(), session.meta
-    yield Shown(samples, left_over, after, drafts, drafted, pooled, together, meta, requests)
+    return Shown(samples, left_over, after, drafts, drafted, pooled, together, meta, requests)
 
 
 def test_hits_of_samples_come_from_their_siblings(shown: Shown):
