@@ -11,6 +11,7 @@ import pytest
 
 import kvhook
 from kvhook.adapters.table import release, vllm_version
+from kvhook.demo.model import LAYERS
 from kvhook.window import Window, position
 from tests.engine.conftest import MakeLLM
 from tests.workloads import BLOCK_SIZE, USABLE, tokens
@@ -21,7 +22,7 @@ CACHED = BLOCK_SIZE * ((PROMPT - 1) // BLOCK_SIZE)
 
 
 class Shown(NamedTuple):
-    """Summaries of three engines in a row, and what vLLM returned."""
+    """Summaries of four engines in a row, and what vLLM returned."""
 
     samples: Any
     left_over: Any
@@ -29,6 +30,8 @@ class Shown(NamedTuple):
     drafts: Any
     drafted: list[Any]
     pooled: Any
+    hybrid: Any
+    capacity: int
     together: Any
     meta: Any
     requests: Any
@@ -76,8 +79,15 @@ def shown(make_llm: MakeLLM) -> Shown:
         llm.embed([{"prompt_token_ids": tokens(rng, 2 * BLOCK_SIZE)} for _ in range(5)], use_tqdm=False)
         pooled = session.summary(2)
         del llm
+
+        kinds = ["full_attention", "sliding_attention"]
+        layers = {"layer_types": [kinds[n % 2] for n in range(LAYERS)], "sliding_window": 2 * BLOCK_SIZE}
+        llm = make_llm(hf_overrides=layers)
+        send(llm, [tokens(rng, PROMPT)], max_tokens=3)
+        hybrid, capacity = session.summary(3), llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+        del llm
         together, meta = session.summary(), session.meta
-    return Shown(samples, left_over, after, drafts, drafted, pooled, together, meta, requests)
+    return Shown(samples, left_over, after, drafts, drafted, pooled, hybrid, capacity, together, meta, requests)
 
 
 def test_hits_of_samples_come_from_their_siblings(shown: Shown):
@@ -127,17 +137,25 @@ def test_a_pooling_model_is_told_as_one_and_its_peak_is_seen_inside_its_step(sho
     assert "inter-token" not in text
 
 
+def test_a_hybrid_models_cache_is_told_as_vllm_tells_it(shown: Shown):
+    text = str(shown.hybrid)
+    # a request needs a block of each group for its tokens
+    assert shown.capacity < USABLE * BLOCK_SIZE
+    assert f"{USABLE} blocks shared by 2 groups, {shown.capacity:,} tokens" in text
+    assert f"blocks of {BLOCK_SIZE} tokens" not in text
+
+
 def test_engines_in_a_row_are_not_added_up(shown: Shown):
     s = shown.together
     assert [(life.engine, life.num_kv_blocks, life.overlaps) for life in s.engine_lives] == [
-        (n, USABLE, False) for n in range(3)
+        (n, USABLE, False) for n in range(4)
     ]
     assert s.num_kv_blocks == USABLE
-    assert "engines         3, one after the other: their blocks do not add up" in str(s)
+    assert "engines         4, one after the other: their blocks do not add up" in str(s)
 
 
 def test_every_account_balances_or_is_explained(shown: Shown):
-    for summary in (shown.samples, shown.left_over, shown.after, shown.drafts, shown.pooled, shown.together):
+    for summary in (shown.samples, shown.left_over, shown.after, shown.drafts, shown.pooled, shown.hybrid):
         assert summary.accounts
         assert [account for account in summary.accounts if not account.ok] == []
     assert all(account.difference == 0 for account in shown.samples.accounts)
@@ -145,6 +163,6 @@ def test_every_account_balances_or_is_explained(shown: Shown):
 
 def test_the_groups_of_layers_and_the_runner_are_known(shown: Shown):
     facts = shown.meta["engines"]
-    assert [e["num_kv_cache_groups"] for e in facts] == [1, 1, 1]
-    assert [e["runner_type"] for e in facts] == ["generate", "generate", "pooling"]
+    assert [e["num_kv_cache_groups"] for e in facts] == [1, 1, 1, 2]
+    assert [e["runner_type"] for e in facts] == ["generate", "generate", "pooling", "generate"]
     assert facts[0]["kv_cache_size_tokens"] == pytest.approx(USABLE * BLOCK_SIZE, rel=0.05)
