@@ -198,7 +198,6 @@ FACT_FIELDS: tuple[FactField, ...] = (
     FactField("stats_on", "flag", "", "whether the user had vLLM's stats on"),
     FactField("stats_for_kvhook", "flag", "", "whether vLLM makes iteration stats only because kvhook records"),
     FactField("finished_hook", "flag", "", "whether the first token's time of single requests could be hooked"),
-    FactField("steps_without_times", "text", "", "why some steps have no times, if that was found out while recording"),
     FactField("timed_steps", "flag", "", "whether steps have a start and an end; false for AsyncLLM"),
     FactField("stats_from_core", "flag", "", "whether the scheduler's stats are taken from the engine core's outputs"),
     FactField("sees_requests", "flag", "", "whether calls that add and abort requests are seen"),

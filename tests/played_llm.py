@@ -13,6 +13,10 @@ BLOCK_SIZE = 32
 BLOCKS = 257
 
 
+def _prompt_stats(total: int, cached: int) -> dict[str, int]:
+    return {"total": total, "computed": total - cached, "cached_tokens": cached, "local_cache_hit": cached}
+
+
 class PlayedLLM:
     """All prompts of a call are computed in its first step, each step after it gives every request a token.
 
@@ -47,10 +51,19 @@ class PlayedLLM:
             held = 0 if last else sum(-(-(len(prompt) + n) // BLOCK_SIZE) for prompt in sent)
             told: dict[str, Any] = {
                 "prefix": {"queries": 0 if n else sum(map(len, sent)), "hits": 0 if n else sum(hits)},
-                "prompt": {"total": 0 if n else sum(map(len, sent))},
+                "prompt": {} if n else _prompt_stats(sum(map(len, sent)), sum(hits)),
                 "generated": len(sent),
                 "ttft": [] if n else [0.5] * len(sent),
-                "finished": [{"request_id": f"{i}", "e2e_latency": 1.0} for i in range(len(sent))] if last else [],
+                "finished": [
+                    {
+                        "request_id": f"{i}",
+                        "e2e_latency": 1.0,
+                        "num_prompt_tokens": len(prompt),
+                        "num_cached_tokens": hits[i],
+                        "num_generation_tokens": params.max_tokens,
+                    }
+                    for i, prompt in enumerate(sent if last else [])
+                ],
                 "kv_cache_usage": (held + self.reserved) / self.of,
                 "num_running_reqs": 0 if last else len(sent),
             }
@@ -73,7 +86,7 @@ class PlayedLLM:
     def _count(self, told: dict[str, Any]) -> None:
         self.truth["prefix_cache_queries"] += told["prefix"]["queries"]
         self.truth["prefix_cache_hits"] += told["prefix"]["hits"]
-        self.truth["num_prompt_tokens"] += told["prompt"]["total"]
+        self.truth["num_prompt_tokens"] += told["prompt"].get("total", 0)
         self.truth["num_generation_tokens"] += told["generated"]
         self.truth["num_finished_reqs"] += len(told["finished"])
         self.truth["kv_cache_usage"] = told["kv_cache_usage"]

@@ -228,7 +228,7 @@ def test_an_import_that_fails_in_a_fresh_python_is_found(fresh: Path, monkeypatc
 
 INFERENCE = (
     *("recorded", "basic_collection", "hit_rate_progression", "usage_progression", "methods_agree"),
-    *("histograms_agree", "cost"),
+    *("histograms_agree", "accounts_balance", "cost"),
 )
 
 
@@ -283,7 +283,7 @@ def test_a_hit_too_many_is_found(llm: Played):
 
     llm.lie = lie
     found = failures(llm)
-    assert set(found) == {"hit_rate_progression", "methods_agree"}
+    assert set(found) == {"hit_rate_progression", "methods_agree", "accounts_balance"}
     # in the first round two of three find a block of the first; the next round goes on with one block more; the last
     # is the one before it, again
     expected, seen = [64, 32 + 2 * 64, 64 + 2 * 96, 3 * 96], [96, 192, 288, 320]
@@ -325,8 +325,9 @@ def test_a_token_that_was_not_counted_is_found(llm: Played):
 
     llm.lie = lie
     found = failures(llm)
-    assert set(found) == {"basic_collection", "methods_agree"}
+    assert set(found) == {"basic_collection", "methods_agree", "accounts_balance"}
     assert "tokens that they generated: expected 64, saw 48" in found["basic_collection"]
+    assert "generated tokens (tokens generated in steps, against generated tokens of req" in found["accounts_balance"]
 
 
 @pytest.mark.parametrize("source", [names.INTERNAL, names.REGISTRY])

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 ON_ENGINE = [
     *("engine_starts", "recorded", "basic_collection", "hit_rate_progression", "usage_progression"),
-    *("methods_agree", "histograms_agree", "cost"),
+    *("methods_agree", "histograms_agree", "accounts_balance", "cost"),
 ]
 
 
