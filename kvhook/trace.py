@@ -138,13 +138,14 @@ def _several(place: Path) -> list[Path]:
     """
     try:
         if place.is_dir():
-            found, what = [p for p in sorted(place.glob(f"*{TRACE_SUFFIX}")) if not is_of_core(p)], f"the folder {place}"
+            found, what = sorted(place.glob(f"*{TRACE_SUFFIX}")), f"the folder {place}"
         elif glob.has_magic(str(place)) and not place.exists():
-            found, what = [p for p in sorted(map(Path, glob.glob(str(place)))) if not is_of_core(p)], f"the pattern {place}"
+            found, what = sorted(map(Path, glob.glob(str(place)))), f"the pattern {place}"
         else:
             return []
     except (OSError, ValueError):
         return []  # opening it says what is wrong
+    found = [path for path in found if not is_of_core(path)]  # those belong to the traces beside them
     if not found:
         raise KvhookError(f"{what} holds no {TRACE_SUFFIX} file")
     return found

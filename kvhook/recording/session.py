@@ -24,8 +24,8 @@ from kvhook.discovery.cleaning import HISTORY_PREFIX, prune_histories
 from kvhook.errors import KvhookError
 from kvhook.faults import Faults
 from kvhook.recording import own_files
-from kvhook.recording.core_side import CoreSide
 from kvhook.recording.budget import OverheadMonitor, probe_of
+from kvhook.recording.core_side import CoreSide
 from kvhook.recording.overhead import call_overhead_ns
 from kvhook.recording.plan import plan_engine
 from kvhook.recording.recorder import Recorder
