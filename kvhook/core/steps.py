@@ -19,8 +19,8 @@ from kvhook.core.pool import PoolAccount
 if TYPE_CHECKING:
     from kvhook.adapters.core import Core
     from kvhook.core.ledger import Ledger
-    from kvhook.core.recorder import Writer
     from kvhook.core.taps import Taps
+    from kvhook.core.writer import Writer
 
 clock = time.monotonic_ns
 

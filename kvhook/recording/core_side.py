@@ -27,7 +27,7 @@ _FORKED = (
     "kvhook.install() in here records them"
 )
 _NO_PLUGIN = (
-    "vLLM does not load kvhook in engine cores of their own process, because kvhook is not installed as a package here: "
+    "vLLM does not load kvhook in engine cores of their own process, because kvhook is not installed as a package: "
     "pip install kvhook (pip install -e . for a checkout). With VLLM_ENABLE_V1_MULTIPROCESSING=0 the engine core is in "
     "this process, and is recorded without that"
 )

@@ -54,7 +54,7 @@ class Records:
         for source in sources:
             if "step" not in source.layout.columns:
                 raise TraceFormatError(
-                    f"{name} holds what was recorded inside an engine core: open the trace beside it, and ask its cores()"
+                    f"{name} holds what was recorded in an engine core: open the trace beside it, and ask its cores()"
                 )
             for kind, needed in NEEDED_COLUMNS.items():
                 if missing := needed - {c.name for c in source.layout.columns[kind]}:
