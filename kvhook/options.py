@@ -15,6 +15,8 @@ from kvhook.ring.trace_file import TRACE_SUFFIX
 RING_SLOTS = 8192
 #: Bytes of history on disk: 2.4 million steps.
 HISTORY = "1GiB"
+#: How much is recorded inside the engine core.
+CORE_LEVELS = ("off", "steps", "blocks")
 #: The levels that can be asked for.
 LEVELS = ("full", "light")
 
@@ -30,6 +32,7 @@ class Options:
         ring_slots: records a ring holds, before rounding up.
         level: ``"full"`` or ``"light"``.
         max_overhead: the most that kvhook may take, as a share of the time inside steps.
+        core: how much is recorded inside the engine core, a value of `CORE_LEVELS`.
     """
 
     trace: str | os.PathLike[str] | None = None
@@ -38,6 +41,7 @@ class Options:
     ring_slots: int = RING_SLOTS
     level: str = "full"
     max_overhead: float | None = None
+    core: str = "steps"
 
     def check(self) -> None:
         """Look at every option before anything is made.
@@ -47,6 +51,8 @@ class Options:
         """
         if self.level not in LEVELS:
             raise KvhookError(f"level={self.level!r}: there are {', '.join(map(repr, LEVELS))}")
+        if self.core not in CORE_LEVELS:
+            raise KvhookError(f"core={self.core!r}: there are {', '.join(map(repr, CORE_LEVELS))}")
         _check_share(self.max_overhead)
         _check_slots(self.ring_slots)
         if self.trace_path is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvhook.analysis.summary import summarize
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.export import export
+from kvhook.records.core import CoreRecords, core_files, is_of_core, open_cores
 from kvhook.records.sources import ArraySlots, FileSlots, RenumberedSlots, SlotSource
 from kvhook.records.tables import Records
 from kvhook.ring.layout import Header
@@ -41,6 +42,12 @@ class Trace(Records):
                 >>> meta["absent"]["num_swapped_reqs"]
                 "vLLM's v1 engine has no such number"
     """
+
+    def cores(self) -> CoreRecords:
+        """What was recorded inside the engine cores of this run: their files lie beside the trace, and are found by
+        their names. Without any, ``cores().why_none`` says so."""
+        path = Path(self.name)
+        return open_cores(core_files(path) if path.suffix == TRACE_SUFFIX else [], self.name)
 
     def summary(self, engine: int | None = None) -> PrintedSummary:
         """The run in numbers: ``print`` it for people, ``.as_dict()`` for programs.
@@ -138,6 +145,7 @@ def _several(place: Path) -> list[Path]:
             return []
     except (OSError, ValueError):
         return []  # opening it says what is wrong
+    found = [path for path in found if not is_of_core(path)]  # those belong to the traces beside them
     if not found:
         raise KvhookError(f"{what} holds no {TRACE_SUFFIX} file")
     return found

@@ -14,7 +14,7 @@ PACKAGE = Path(kvhook.__file__).parent
 
 #: From bottom to top. A name stands for a module or for a package with everything in it. This is the one list.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "schema", "files", "faults", "forks"),
+    ("errors", "schema", "core_schema", "files", "faults", "forks"),
     ("facts",),
     ("ring",),
     ("records", "options"),
@@ -24,7 +24,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("discovery",),
     ("adapters",),
     ("hooks",),
-    ("recording",),
+    ("recording", "core"),
+    ("plugin",),
     ("stat_logger", "collector", "doctor"),
     ("kvhook",),  # the public face: kvhook/__init__.py
     ("demo", "pytest_plugin"),

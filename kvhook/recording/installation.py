@@ -36,6 +36,7 @@ def install(
     ring_slots: int = RING_SLOTS,
     level: str = "full",
     max_overhead: float | None = None,
+    core: str = "steps",
 ) -> Session:
     """Record every vLLM engine that is made from now on.
 
@@ -55,6 +56,9 @@ def install(
         max_overhead: the most that kvhook may take, as a share of the time inside steps, 0.01 say, what vLLM takes to
             make stats for it included. When that is exceeded for long (three times 256 steps), kvhook steps down to
             level light, and then counts the outputs of every 4th, 16th, 64th step only; the trace says when and why.
+        core: ``"steps"``: what the scheduler and the block pool do in each step is recorded inside the engine core, in
+            this process or in one of its own (`Session.core_steps` and others). ``"blocks"``: also every event of every
+            KV block (`Session.blocks`), in a file of its own, which takes more. ``"off"``: nothing is done there.
 
     Raises:
         RingDirectoryError: there is no place for the ring; the message gives each place that was tried.
@@ -68,6 +72,7 @@ def install(
         ring_slots=ring_slots,
         level=level,
         max_overhead=max_overhead,
+        core=core,
     )
     with lock:
         if _current is not None and _current.is_closed:
@@ -87,6 +92,7 @@ def install(
             _warn_if_slow()
             _warn_of_engines(session)
             hooks.arm(session, session.level)
+            session.arm_core()
         return session
 
 
@@ -106,6 +112,7 @@ def uninstall() -> None:
         session, _current = _current, None
         if session is not None:
             session.stop_measuring()
+            session.disarm_core()
         hooks.disarm()
         if session is not None:
             session.close()
@@ -165,6 +172,8 @@ def _warn_of_ignored(options: Options, session: Session) -> None:
         ignored["trace"] = str(options.trace)
     if options.level not in ("full", session.level):
         ignored["level"] = options.level
+    if options.core not in ("steps", session.options.core):
+        ignored["core"] = options.core
     if options.max_overhead not in (None, session.options.max_overhead):
         ignored["max_overhead"] = options.max_overhead
     for name, value in ignored.items():

@@ -25,6 +25,7 @@ from kvhook.errors import KvhookError
 from kvhook.faults import Faults
 from kvhook.recording import own_files
 from kvhook.recording.budget import OverheadMonitor, probe_of
+from kvhook.recording.core_side import CoreSide
 from kvhook.recording.overhead import call_overhead_ns
 from kvhook.recording.plan import plan_engine
 from kvhook.recording.recorder import Recorder
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from kvhook.adapters.table import Adapter
     from kvhook.options import Options
     from kvhook.recording.budget import Level
+    from kvhook.records.core import CoreRecords
     from kvhook.text.summary import PrintedSummary
     from kvhook.trace import Trace
 
@@ -102,6 +104,7 @@ class Session:
         self._made_in = forks.generation
         self._closed = False
         self._history_dir: Path | None = None
+        self._core_side = CoreSide(options, self._ring_dir)
         self._spool = Spool(self._next_files, options.history_bytes, self._faults.fault)
         self._call_overhead_ns = 0
 
@@ -134,11 +137,7 @@ class Session:
         """The run so far as a `kvhook.Trace`. Later steps are not in it."""
         from kvhook.trace import open_files
 
-        if self.belongs_to_parent:
-            raise KvhookError(
-                "this session was closed, or replaced, before this process was forked off: it belongs to the parent. "
-                "kvhook.install() makes a session for this process"
-            )
+        self._check_own()
         if not self._closed:
             hooks.flush()
             self._spool.drain()
@@ -153,6 +152,45 @@ class Session:
         except OSError as error:
             raise KvhookError(f"what was recorded is gone: {error.filename}: {error.strerror}") from None
         return open_files(paths, self.name, more, counts, opened)
+
+    def _check_own(self) -> None:
+        if self.belongs_to_parent:
+            raise KvhookError(
+                "this session was closed, or replaced, before this process was forked off: it belongs to the parent. "
+                "kvhook.install() makes a session for this process"
+            )
+
+    def core_steps(self, core: int | None = None) -> npt.NDArray[np.void]:
+        """One row per step of an engine core so far, see `kvhook.records.core.CoreRecords.steps`. `cores` says what is
+        known of the engine cores, and why there are none if there are none."""
+        return self.cores().steps(core)
+
+    def core_requests(self, core: int | None = None) -> npt.NDArray[np.void]:
+        """One row per request that has ended, as its engine core saw it: arrived, scheduled, preempted, finished."""
+        return self.cores().requests(core)
+
+    def preemptions(self, core: int | None = None) -> npt.NDArray[np.void]:
+        """One row per preemption so far: who, when, and what it cost."""
+        return self.cores().preemptions(core)
+
+    def lookups(self, core: int | None = None) -> npt.NDArray[np.void]:
+        """One row per look-up in the prefix cache that a request was then scheduled with: what was found, and why not
+        more."""
+        return self.cores().lookups(core)
+
+    def blocks(self, core: int | None = None) -> npt.NDArray[np.void]:
+        """One row per event of a KV block so far, if kvhook was installed with ``core="blocks"``: allocated, hit,
+        cached, freed, evicted."""
+        return self.cores().blocks(core)
+
+    def cores(self) -> CoreRecords:
+        """The engine cores of this run so far, as `kvhook.records.core.CoreRecords`."""
+        self._check_own()
+        return self._core_side.records(self.name)
+
+    def request_key(self, request_id: str) -> int:
+        """The ``request_key`` of a request in `core_requests`: a digest of its id with this run's key."""
+        return self._core_side.request_key(request_id)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -215,6 +253,7 @@ class Session:
         with lock:
             if self._closed or self.belongs_to_parent:
                 return
+            self.disarm_core()
             self._spool.close()
             for recorder in self._recorders.values():
                 recorder.close()
@@ -229,6 +268,7 @@ class Session:
         """Delete the temporary files. For the end of the interpreter: nothing can be read afterwards."""
         if self._history_dir is not None and not self.belongs_to_parent:
             shutil.rmtree(self._history_dir, ignore_errors=True)
+        self._core_side.remove_history()
 
     def end(self) -> None:
         """The process ends: complete what was recorded, remove what was temporary."""
@@ -245,6 +285,14 @@ class Session:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "recording"
         return f"<kvhook.Session {state}: {self._next_number} engines, {len(self._faults.counts)} faults>"
+
+    def arm_core(self) -> None:
+        """Record the engine cores that are made from now on, if they are to be recorded."""
+        self._core_side.arm()
+
+    def disarm_core(self) -> None:
+        """Take kvhook out of the engine cores."""
+        self._core_side.disarm()
 
     # ---- called by the hooks ---------------------------------------------------------------------------------------
 
@@ -375,6 +423,7 @@ class Session:
                 if attempt == 1:
                     log.warning("kvhook: %s is there already, of another process or run; recording into %s", path, name)
                 yield name
+            return
         if self._history_dir is None:
             pid = os.getpid()
             prefix = f"{HISTORY_PREFIX}{pid}-{process_start(pid)}-"

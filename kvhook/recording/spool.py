@@ -288,7 +288,8 @@ class Spool:
         return self._new_file(layout)
 
     def _new_file(self, layout: Layout) -> TraceWriter:
-        meta = {key: value for key, value in next(iter(self._metas.values())).items() if key in ("kvhook", "vllm")}
+        told = next(iter(self._metas.values()))
+        meta = {key: told[key] for key in ("kvhook", "vllm", "stream", "session") if key in told}
         file = self._create(layout, meta | {"pid_namespace": pid_namespace()})
         self._made += 1
         self._files.append(file)

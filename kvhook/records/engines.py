@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from kvhook.facts import clean_facts
 from kvhook.records.sources import SlotSource, usable
-from kvhook.ring.layout import BODY_AT, FIELDS_AT, Layout
+from kvhook.ring.layout import BODY_AT, FIELDS_AT, Kinds, Layout
 from kvhook.ring.slots import fields_of, slot_head
-from kvhook.schema import META
+from kvhook.schema import KINDS, META
 
 if TYPE_CHECKING:
     from kvhook.ring.slots import Slots
@@ -26,13 +26,15 @@ class Engines:
     Args:
         after: engine -> the last record that was left out of the slots on purpose; see `LaterSlots`. Engines without
             a later record are left out too. None: nothing was left out.
+        kinds: the kinds of records that there can be.
 
     Attributes:
         damaged: slots that hold no usable record.
     """
 
-    def __init__(self, after: Mapping[int, int] | None = None) -> None:
+    def __init__(self, after: Mapping[int, int] | None = None, kinds: Kinds = KINDS) -> None:
         self.damaged = 0
+        self._kinds = kinds
         self._after = after
         self._facts: dict[int, dict[str, Any]] = {}
         self._numbers: dict[int, tuple[int, int, int]] = {}  # engine -> lowest n, highest n, count
@@ -44,7 +46,7 @@ class Engines:
         pieces: dict[int, list[bytes]] = {}
         self._facts |= source.engines
         for slots in source.chunks():
-            good = usable(slots)
+            good = usable(slots, self._kinds)
             self.damaged += int(len(slots) - good.sum())
             slots = slots[good]
             head = slot_head(slots)

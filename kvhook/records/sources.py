@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvhook.errors import KvhookError, TraceFormatError
-from kvhook.ring.layout import Header, Layout
+from kvhook.ring.layout import Header, Kinds, Layout
 from kvhook.ring.slots import CHUNK_BYTES, slot_head, whole
 from kvhook.ring.trace_file import read_header
 from kvhook.schema import KINDS, META
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 MAX_ENGINES = 1 << 16
 
 
-def usable(slots: Slots) -> Bools:
+def usable(slots: Slots, kinds: Kinds = KINDS) -> Bools:
     """Which slots hold a whole record of a kind and an engine that there can be."""
     head = slot_head(slots)
-    codes = [code for code, _ in KINDS.values()]
+    codes = [code for code, _ in kinds.values()]
     good: Bools = whole(slots) & np.isin(head["kind"], codes)
     good &= (head["engine"] >= 0) & (head["engine"] < MAX_ENGINES)
     return good

@@ -52,6 +52,10 @@ class Records:
         after: Mapping[int, int] | None = None,
     ) -> None:
         for source in sources:
+            if "step" not in source.layout.columns:
+                raise TraceFormatError(
+                    f"{name} holds what was recorded in an engine core: open the trace beside it, and ask its cores()"
+                )
             for kind, needed in NEEDED_COLUMNS.items():
                 if missing := needed - {c.name for c in source.layout.columns[kind]}:
                     raise TraceFormatError(f"{name} holds no usable {kind} records: they have no {min(missing)}")

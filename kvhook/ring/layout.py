@@ -33,8 +33,10 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from kvhook.core_schema import BLOCKS_KINDS, CORE_KINDS
 from kvhook.errors import TraceFormatError
 from kvhook.facts import NEEDED_COLUMNS, clean_facts
 from kvhook.schema import KINDS, Field, stored
@@ -59,6 +61,11 @@ HEAD_WORD = 128 // 8
 
 #: Slot offsets in bytes.
 STAMP_AT, CRC_AT, BODY_AT, FIELDS_AT = 0, 8, 16, 32
+
+#: Kinds of records by name, each with its code and its fields.
+Kinds = Mapping[str, tuple[int, tuple[Field, ...]]]
+#: What a ring or trace holds, by the ``stream`` that its header names: a front end's records if it names none.
+STREAMS: dict[str, Kinds] = {"": KINDS, "core": CORE_KINDS, "blocks": BLOCKS_KINDS}
 
 #: A header larger than this is not ours: no allocation follows a number in a file further than this.
 MAX_HEADER = 1 << 20
@@ -120,14 +127,15 @@ class Header(NamedTuple):
     meta: dict[str, Any]
 
 
-def make_layout(live: dict[str, tuple[Field, ...]]) -> Layout:
+def make_layout(live: dict[str, tuple[Field, ...]], kinds: Kinds = KINDS) -> Layout:
     """Lay out slots that hold the given live fields.
 
     Args:
         live: per kind of record the fields to store; kinds that are left out get all fields of the schema.
+        kinds: the kinds of records, by name, with their fields.
     """
     columns = {}
-    for kind, (_, fields) in KINDS.items():
+    for kind, (_, fields) in kinds.items():
         columns[kind] = tuple(
             Column(f.name, "<f8" if f.type == "f8" else "<i8", FIELDS_AT + 8 * i, f.unit, f.role, f.type == "enum")
             for i, f in enumerate(stored(live.get(kind, fields)))
@@ -228,10 +236,11 @@ def parse_header(data: bytes | memoryview, file_bytes: int, name: str) -> Header
         raise broken
     try:
         facts = json.loads(text)
-        columns = {str(kind): _columns(str(kind), cells, slot) for kind, cells in facts.pop("columns").items()}
+        kinds = STREAMS[facts.get("stream", "")]
+        columns = {str(kind): _columns(str(kind), cells, slot, kinds) for kind, cells in facts.pop("columns").items()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise broken from None
-    if not columns.keys() >= KINDS.keys():
+    if not columns.keys() >= kinds.keys():
         raise broken
     (head,) = struct.unpack_from("<Q", data, 8 * HEAD_WORD)
     return Header(
@@ -257,13 +266,13 @@ def _writer(schema: bytes) -> str:
         return "another kvhook"
 
 
-def _columns(kind: str, cells: Any, slot_bytes: int) -> tuple[Column, ...]:
+def _columns(kind: str, cells: Any, slot_bytes: int, kinds: Kinds) -> tuple[Column, ...]:
     """The columns of a kind of record as a header names them; ValueError if a reader could stumble over them."""
     columns = tuple(_column(c, slot_bytes) for c in cells)
     names, offsets = [c.name for c in columns], [c.offset for c in columns]
     if len(set(names)) < len(names) or len(set(offsets)) < len(offsets):
         raise ValueError(kind)
-    known = {f.name: f for f in KINDS[kind][1]} if kind in KINDS else {}
+    known = {f.name: f for f in kinds[kind][1]} if kind in kinds else {}
     for c in columns:
         f = known.get(c.name)
         if f and (c.type, c.enum) != ("<f8" if f.type == "f8" else "<i8", f.type == "enum"):

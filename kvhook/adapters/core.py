@@ -1,0 +1,287 @@
+"""vLLM's engine core from 0.9: where the scheduler, the KV cache manager and the block pool keep each number.
+
+Everything is looked up on the scheduler that has just been built, so that a subclass of it (vLLM's AsyncScheduler,
+a user's own) is read as it is. What drifted:
+
+==========================  =====================================================================================
+what                        where it is, by release
+==========================  =====================================================================================
+waiting requests            ``waiting``; from 0.18 also ``skipped_waiting``; from 0.31 also ``kv_holding_waiting``
+the deferred part of them   from 0.18 ``skipped_waiting``, from 0.31 ``deferred_waiting`` (they stay in the queues)
+a preemption                up to 0.11 inside ``schedule``, seen where the blocks are freed; from 0.12
+                            ``_preempt_request``
+hashes of a request         up to 0.10.1 ``KVCacheManager.req_to_block_hashes``; from 0.10.2 ``Request.block_hashes``
+hash of a cached block      0.9.0 a tuple; 0.9.1 to 0.10.1 a tuple in a tuple; from 0.10.2 bytes with the group's
+                            number behind them
+blocks that are touched     0.9.0 a list; 0.9.1 to 0.13 a tuple of lists, one for each group; from 0.14 a list
+most running requests       ``max_num_running_reqs``; from 0.31 ``max_num_active_reqs``
+``is_null``                 from 0.9.1; before, the one ``null_block``
+==========================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from kvhook.adapters.table import Read, Target, attributes, has_field, lookup, read_path
+
+SCHEDULER = "vllm.v1.core.sched.scheduler"
+CORE = "vllm.v1.engine.core"
+_UTILS = "vllm.v1.core.kv_cache_utils"
+
+#: The modules whose import is waited for, and what is patched in each: all schedulers pass here, and all ends of cores.
+INIT = Target("scheduler_init", f"{SCHEDULER}:Scheduler.__init__")
+SHUTDOWN = Target("core_shutdown", f"{CORE}:EngineCore.shutdown", required=False)
+
+#: What is put in front of methods of the scheduler's objects: object -> its methods. They are called as before.
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "sched": ("schedule", "update_from_output", "make_stats", "add_request", "_free_request"),
+    "manager": ("get_computed_blocks",),
+    "pool": ("get_new_blocks", "_maybe_evict_cached_block", "touch", "free_blocks", "reset_prefix_cache"),
+}
+#: The first of these that is there tells of preemptions.
+PREEMPTS: tuple[tuple[str, str], ...] = (("sched", "_preempt_request"), ("manager", "free"))
+#: Methods that only some releases have.
+OPTIONAL: Mapping[str, tuple[str, ...]] = {"pool": ("unpin_blocks",)}
+
+#: The objects that everything hangs on, as paths from the scheduler.
+OBJECTS: Mapping[str, str] = {
+    "manager": "kv_cache_manager",
+    "pool": "kv_cache_manager.block_pool",
+    "queue": "kv_cache_manager.block_pool.free_block_queue",
+}
+
+#: Classes of what comes and goes: what their instances have is asked of the class.
+CLASSES: Mapping[str, str] = {
+    "out": "vllm.v1.core.sched.output:SchedulerOutput",
+    "request": "vllm.v1.request:Request",
+}
+
+#: What is read in each step or for each request: name -> expressions, of which the first that this vLLM has is taken.
+#: ``needs`` is not used here.
+READS: tuple[Read, ...] = (
+    Read(
+        "waiting",
+        (
+            "len(sched.waiting) + len(sched.kv_holding_waiting)",
+            "len(sched.waiting) + len(sched.skipped_waiting)",
+            "len(sched.waiting)",
+        ),
+    ),
+    Read(
+        "skipped",
+        ("len(sched.deferred_waiting)", "len(sched.skipped_waiting)"),
+        "this vLLM does not tell the deferred requests from the others that wait",
+    ),
+    Read(
+        "queues",
+        ("(sched.kv_holding_waiting, sched.waiting)", "(sched.skipped_waiting, sched.waiting)", "(sched.waiting,)"),
+    ),
+    Read("budget", ("sched.max_num_scheduled_tokens",)),
+    Read(
+        "places",
+        (
+            "sched.max_num_active_reqs - sched.num_waiting_for_streaming_input",
+            "sched.max_num_running_reqs - sched.num_waiting_for_streaming_input",
+            "sched.max_num_running_reqs",
+        ),
+    ),
+    Read("paused", ("sched.pause_state.value != 0",), "this vLLM cannot be paused"),
+    Read("computed", ("request.num_computed_tokens",)),
+    Read("hashes", ("request.block_hashes", "manager.req_to_block_hashes.get(request.request_id, ())")),
+)
+
+#: The hash of a request's block, and that of a cached block, as something both can be compared by.
+_HASHES: tuple[tuple[str, str, str, str], ...] = (
+    # a name that only these releases have, and the two expressions
+    (f"{_UTILS}:get_block_hash", "", "hash", "get_block_hash(key)"),
+    (f"{_UTILS}:BlockHashWithGroupId", "block_hash", "hash.hash_value", "key.block_hash.hash_value"),
+    (f"{_UTILS}:BlockHashType", "hash_value", "hash.hash_value", "key.hash_value"),
+)
+
+#: Fact about a core -> path below the scheduler's VllmConfig.
+FACTS: Mapping[str, str] = {
+    "model": "model_config.model",
+    "block_size": "cache_config.block_size",
+    "enable_prefix_caching": "cache_config.enable_prefix_caching",
+    "kv_cache_dtype": "cache_config.cache_dtype",
+    "max_num_seqs": "scheduler_config.max_num_seqs",
+    "max_num_batched_tokens": "scheduler_config.max_num_batched_tokens",
+    "long_prefill_token_threshold": "scheduler_config.long_prefill_token_threshold",
+    "enable_chunked_prefill": "scheduler_config.enable_chunked_prefill",
+    "policy": "scheduler_config.policy",
+    "async_scheduling": "scheduler_config.async_scheduling",
+    "data_parallel_rank": "parallel_config.data_parallel_rank",
+    "data_parallel_size": "parallel_config.data_parallel_size",
+}
+
+_GROUPS = "this model has several KV cache groups, which hold different tokens"
+_WINDOW = "this model's cache drops tokens of its own accord (sliding window, Mamba or the like)"
+_CONNECTOR = "a KV connector may hold blocks of requests that are not running"
+
+
+class Core(NamedTuple):
+    """What was found on a scheduler: its objects, functions that read it, facts, and what is absent and why."""
+
+    sched: Any
+    manager: Any
+    pool: Any
+    queue: Any
+    reads: Mapping[str, Callable[..., Any]]
+    facts: dict[str, Any]
+    #: column of a core step -> why it is not known here
+    absent: dict[str, str]
+    #: object, method: what is to be wrapped
+    methods: tuple[tuple[Any, str], ...]
+    preempt: str
+
+
+def read_core(sched: Any) -> Core:
+    """Everything that kvhook needs of a scheduler.
+
+    Raises:
+        LookupError: this vLLM's engine core lacks something; the message says what. Nothing has been changed.
+    """
+    found: dict[str, Any] = {"sched": sched}
+    for name, path in OBJECTS.items():
+        found[name] = read_path(sched, path)
+        if found[name] is None:
+            raise LookupError(f"the scheduler has no {path}")
+    methods = [(found[owner], name) for owner, names in METHODS.items() for name in names]
+    for owner, name in methods:
+        if not callable(getattr(owner, name, None)):
+            raise LookupError(f"{type(owner).__name__} has no {name}")
+    preempt = next((p for p in PREEMPTS if callable(getattr(found[p[0]], p[1], None))), None)
+    if preempt is None:
+        raise LookupError("the scheduler has nothing that tells of preemptions")
+    methods.append((found[preempt[0]], preempt[1]))
+    methods += [(found[o], n) for o, names in OPTIONAL.items() for n in names if callable(getattr(found[o], n, None))]
+    reads, absent = _reads(found)
+    facts = _facts(sched, found)
+    absent |= _unknown(sched, facts)
+    return Core(
+        sched, found["manager"], found["pool"], found["queue"], reads, facts, absent, tuple(methods), preempt[1]
+    )
+
+
+def _reads(found: dict[str, Any]) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """The functions that read numbers, each of ``(request)``, and the columns that this vLLM has not."""
+    absent: dict[str, str] = {}
+    reads: dict[str, Callable[..., Any]] = {}
+    chosen: dict[str, str] = {}
+    classes = {name: lookup(path) for name, path in CLASSES.items()}
+    for read in READS:
+        expression = next((e for e in read.expressions if _resolves(e, found, classes)), "")
+        if not expression:
+            if not read.absent:
+                raise LookupError(f"the engine core has no {' or '.join(read.expressions)}")
+            absent[read.column] = read.absent
+            continue
+        chosen[read.column] = expression
+        reads[read.column] = eval(f"lambda request=None: {expression}", dict(found))
+    # what every step asks for, in one call
+    states = [chosen.get(name, "-1") for name in ("budget", "waiting", "skipped")]
+    states += ["len(sched.running)", "queue.num_free_blocks"]
+    reads["states"] = eval(f"lambda: ({', '.join(states)})", dict(found))
+    of_request, of_block = _hash_functions()
+    reads |= {"hash_of_request": of_request, "hash_of_block": of_block, "new_blocks": _new_blocks}
+    return reads, absent
+
+
+def _new_blocks(output: Any) -> Iterable[tuple[str, Any]]:
+    """The blocks that requests got in a step: request id and, for each group, block numbers; or None."""
+    for new in output.scheduled_new_reqs:
+        yield new.req_id, new.block_ids
+    cached = output.scheduled_cached_reqs
+    if isinstance(cached, list):  # up to 0.9.1 an object for each request
+        yield from ((one.req_id, one.new_block_ids) for one in cached)
+    else:
+        yield from zip(cached.req_ids, cached.new_block_ids, strict=True)
+
+
+def _resolves(expression: str, found: dict[str, Any], classes: dict[str, type]) -> bool:
+    for name, attribute in attributes(expression):
+        if name in classes:
+            cls = classes[name]
+            made = getattr(vars(cls).get("__init__"), "__code__", None)
+            if not has_field(cls, attribute) and attribute not in getattr(made, "co_names", ()):
+                return False
+        elif not hasattr(found[name], attribute):
+            return False
+    return True
+
+
+def _hash_functions() -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    for path, attribute, of_request, of_block in _HASHES:
+        try:
+            there = lookup(path)
+        except LookupError:
+            continue
+        if attribute and not hasattr(there, attribute):
+            continue
+        names = {path.rpartition(":")[2]: there}
+        return eval(f"lambda hash: {of_request}", dict(names)), eval(f"lambda key: {of_block}", dict(names))
+    raise LookupError("this vLLM's block hashes are of a kind that kvhook does not know")
+
+
+def _facts(sched: Any, found: dict[str, Any]) -> dict[str, Any]:
+    config = getattr(sched, "vllm_config", None)
+    facts = {name: _plain(read_path(config, path)) for name, path in FACTS.items()}
+    pool = found["pool"]
+    facts["num_gpu_blocks"] = int(pool.num_gpu_blocks)
+    facts["num_kv_blocks"] = int(pool.num_gpu_blocks) - 1
+    facts["enable_prefix_caching"] = bool(getattr(pool, "enable_caching", facts["enable_prefix_caching"]))
+    # with context parallelism a block holds more tokens than the setting says
+    facts["block_size"] = int(getattr(sched, "block_size", 0) or facts["block_size"])
+    facts["scheduler_class"] = f"{type(sched).__module__}.{type(sched).__qualname__}"
+    facts["kv_groups"] = _groups(getattr(sched, "kv_cache_config", None))
+    facts["bytes_per_block"] = _bytes_per_block(getattr(sched, "kv_cache_config", None))
+    facts["connector"] = type(sched.connector).__name__ if getattr(sched, "connector", None) is not None else ""
+    facts["lora"] = bool(getattr(sched, "lora_config", None))
+    return facts
+
+
+def _groups(config: Any) -> list[dict[str, Any]]:
+    """The KV cache groups: kind of cache, tokens of a block, bytes of a block of one layer, how many layers."""
+    groups = []
+    for group in getattr(config, "kv_cache_groups", None) or ():
+        spec = getattr(group, "kv_cache_spec", None)
+        groups.append(
+            {
+                "kind": type(spec).__name__,
+                "block_size": _plain(getattr(spec, "block_size", None)),
+                "page_bytes": _plain(getattr(spec, "page_size_bytes", None)),
+                "sliding_window": _plain(getattr(spec, "sliding_window", None)),
+                "layers": len(getattr(group, "layer_names", ()) or ()),
+            }
+        )
+    return groups
+
+
+def _bytes_per_block(config: Any) -> int | None:
+    """What one KV block takes in all layers and groups, on one device."""
+    tensors = getattr(config, "kv_cache_tensors", None)
+    tensors = list(tensors) if tensors is not None else list(getattr(config, "tensors", {}).values())
+    blocks = getattr(config, "num_blocks", 0)
+    sizes = [getattr(t, "size", None) for t in tensors]
+    if not blocks or not sizes or not all(isinstance(s, int) for s in sizes):
+        return None
+    return int(sum(s for s in sizes if s is not None) // blocks)
+
+
+def _unknown(sched: Any, facts: dict[str, Any]) -> dict[str, str]:
+    """Columns that this engine cannot fill."""
+    groups = facts["kv_groups"]
+    plain = {"FullAttentionSpec", "MLAAttentionSpec"}
+    if len(groups) > 1:
+        return {"num_kv_tokens": _GROUPS}
+    if groups and (groups[0]["kind"] not in plain or groups[0]["sliding_window"]):
+        return {"num_kv_tokens": _WINDOW}
+    return {"num_kv_tokens": _CONNECTOR} if facts["connector"] else {}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return str(getattr(value, "value", value))

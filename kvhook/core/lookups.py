@@ -1,0 +1,163 @@
+"""Look-ups in the prefix cache: what a request found when it was about to be scheduled, and why not more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvhook.core.lives import NO_MISS, Life
+from kvhook.core.pool import RESET, PoolAccount
+from kvhook.core_schema import MISS_REASONS
+
+if TYPE_CHECKING:
+    from kvhook.adapters.core import Core
+    from kvhook.core.taps import Taps
+
+clock = time.monotonic_ns
+
+_REASON = {name: code for code, name in enumerate(MISS_REASONS)}
+
+
+class Lookups:
+    """Follows ``KVCacheManager.get_computed_blocks``, which is called for a request that is first in line, in each step
+    until it can be scheduled; and the call of ``allocate_slots`` behind it, which says whether it got blocks.
+
+    Attributes:
+        attempted: the request that was looked up last in the ``schedule`` under way, if any.
+        refused: whether there were no blocks for it.
+    """
+
+    def __init__(self, core: Core, pool: PoolAccount, life_of: Callable[[Any], Life]) -> None:
+        self._core, self._pool, self._life_of = core, pool, life_of
+        self._hashes, self._hash_of = core.reads["hashes"], core.reads["hash_of_request"]
+        self._block_size: int = core.facts["block_size"]
+        self._caching: bool = core.facts["enable_prefix_caching"]
+        self._one_group = len(core.facts["kv_groups"]) <= 1
+        self._lookups = self._tokens = self._found = 0
+        self.attempted: Any = None
+        self.refused = False
+        self._failed: Callable[[BaseException], None] = lambda _: None
+
+    def tap(self, taps: Taps, failed: Callable[[BaseException], None]) -> None:
+        """Put the counting in place."""
+        self._failed = failed
+        taps.put(self._core.manager, "get_computed_blocks", self._on_get_computed_blocks)
+
+    def begin(self) -> None:
+        """A step is about to be scheduled."""
+        self.attempted, self.refused = None, False
+
+    def end(self) -> None:
+        """It has been scheduled: what waited for an ``allocate_slots`` that never came is taken out."""
+        self._take_out_probe()
+
+    def take(self) -> tuple[int, int, int]:
+        """Look-ups, and tokens looked up and found by requests that were then scheduled, since the last call."""
+        counts = self._lookups, self._tokens, self._found
+        self._lookups = self._tokens = self._found = 0
+        return counts
+
+    def admitted(self, life: Life) -> None:
+        """The request was scheduled with what it had found."""
+        reason, block, steps, age, _ = life.miss
+        if steps == 0:  # the block was evicted in this very step: only now it is known for whom
+            by = self._pool.evictions.get(self._content(life.request, block), (0, 0, -1))[2]
+            life.miss = (reason, block, steps, age, by)
+        if life.miss[0] != _REASON["not_looked_up"]:
+            self._tokens += life.looked_up
+            self._found += life.found
+
+    # ---- the look-up -----------------------------------------------------------------------------------------------
+
+    def _on_get_computed_blocks(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_computed_blocks(request: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(request, *args, **kwargs)
+            try:
+                self._looked_up(request, int(result[1]))
+            except Exception as error:
+                self._failed(error)
+            return result
+
+        return get_computed_blocks
+
+    def _looked_up(self, request: Any, found: int) -> None:
+        life = self._life_of(request)
+        life.t_looked_up = clock()
+        life.tries += 1
+        life.looked_up, life.found = request.num_tokens, found
+        life.miss = self._miss(request, found, life.t_looked_up)
+        self._lookups += life.miss[0] != _REASON["not_looked_up"]
+        self.attempted, self.refused = request, False
+        self._put_probe()
+
+    def _miss(self, request: Any, found: int, now: int) -> tuple[int, int, int, int, int]:
+        """Why no more was found: reason, first block that was not, steps and time since it was evicted, by whom."""
+        if not self._caching or getattr(request, "skip_reading_prefix_cache", False) or _wants_logprobs(request):
+            return (_REASON["not_looked_up"], -1, -1, -1, -1)
+        size = self._block_size
+        most = (request.num_tokens - 1) // size  # the last token is computed in any case
+        block = found // size
+        if not most:
+            return (_REASON["short"], 0, -1, -1, -1)
+        if block >= most:
+            return NO_MISS
+        if not self._one_group:
+            return (_REASON["unknown"], block, -1, -1, -1)
+        hashes = self._hashes(request)
+        if block >= len(hashes):
+            return (_REASON["unknown"], block, -1, -1, -1)
+        evicted = self._pool.evictions.get(self._content(request, block))
+        if evicted is not None:
+            step, when, by = evicted
+            if step == RESET:
+                return (_REASON["reset"], block, -1, now - when, -1)
+            return (_REASON["evicted"], block, self._pool.step - step, now - when, by)
+        return (_REASON[_unseen(request, block)], block, -1, -1, -1)
+
+    def _content(self, request: Any, block: int) -> Any:
+        """What a block of a request holds, as the key of `PoolAccount.evictions`."""
+        return self._hash_of(self._hashes(request)[block])
+
+    # ---- whether there were blocks for it --------------------------------------------------------------------------
+
+    def _put_probe(self) -> None:
+        """Look on at the next call of ``allocate_slots``, and at no other: it is called for each running request."""
+        manager = self._core.manager
+        there = vars(manager).get("allocate_slots")
+        if getattr(there, "kvhook_probe", False):
+            return  # from a look-up whose request was skipped
+        allocate_slots = manager.allocate_slots
+
+        def probe(*args: Any, **kwargs: Any) -> Any:
+            self._take_out_probe()
+            blocks = allocate_slots(*args, **kwargs)
+            self.refused = blocks is None
+            return blocks
+
+        probe.kvhook_probe, probe.kvhook_there = True, there  # type: ignore[attr-defined]
+        manager.allocate_slots = probe
+
+    def _take_out_probe(self) -> None:
+        manager = self._core.manager
+        probe: Any = vars(manager).get("allocate_slots")
+        if getattr(probe, "kvhook_probe", False):
+            if probe.kvhook_there is None:
+                del manager.allocate_slots
+            else:
+                manager.allocate_slots = probe.kvhook_there
+
+
+def _wants_logprobs(request: Any) -> bool:
+    """Up to 0.11 a request that wants its prompt's logprobs is not looked up, and says so nowhere else."""
+    params = getattr(request, "sampling_params", None)
+    return not hasattr(request, "skip_reading_prefix_cache") and getattr(params, "prompt_logprobs", None) is not None
+
+
+def _unseen(request: Any, block: int) -> str:
+    """A block whose content was never in the cache: what is it about this request?"""
+    if block:
+        return "diverged"
+    if getattr(request, "cache_salt", None):
+        return "salted"
+    return "lora" if getattr(request, "lora_request", None) is not None else "never_seen"

@@ -1,0 +1,74 @@
+"""What is to be done with an engine core, told to whatever process it comes to life in.
+
+`kvhook.install` makes the plan. In its own process, and in one that is forked off, the plan is simply there; a process
+that is spawned finds it in the environment, where `kvhook.plugin` looks, which vLLM loads in all its processes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+#: The variable that holds the plan as JSON. Without it the plug-in does nothing.
+VARIABLE = "KVHOOK_CORE_PLAN"
+
+
+@dataclass(frozen=True)
+class CorePlan:
+    """Where and how engine cores are recorded.
+
+    Attributes:
+        level: a value of `kvhook.options.CORE_LEVELS`, not ``"off"``.
+        ring_dir: directory of the rings.
+        ring_slots: records a ring holds, a power of two.
+        stem: path of the trace files, up to what tells them apart.
+        limit: bytes of trace files a process may keep; None for no limit.
+        session: a name for this recording, which its files carry.
+        key: of the digests of this recording, in hexadecimal.
+        pid: process that made the plan. It is carried out there and in its children, nowhere else.
+    """
+
+    level: str
+    ring_dir: str
+    ring_slots: int
+    stem: str
+    limit: int | None
+    session: str
+    key: str
+    pid: int
+
+    def path(self, process: int, core: int, part: int, stream: str = "core") -> Path:
+        """A trace file of an engine core, or of its ledger of blocks."""
+        more = f"-{part + 1}" if part else ""
+        return Path(f"{self.stem}.{stream}{core}-{process}{more}.kvh")
+
+    def publish(self) -> None:
+        """Put the plan into the environment, for processes that are spawned from now on."""
+        os.environ[VARIABLE] = json.dumps(asdict(self))
+
+    def withdraw(self) -> None:
+        """Take the plan out of the environment, if it is this one."""
+        if read_plan() == self:
+            os.environ.pop(VARIABLE, None)
+
+    def is_meant_for_this_process(self) -> bool:
+        """Whether this process made the plan, or is a worker of `multiprocessing` that the maker of the plan started:
+        vLLM's engine cores are. A program that the user starts from theirs inherits the environment, and is neither."""
+        if self.pid == os.getpid():
+            return True
+        parent = multiprocessing.parent_process()
+        return parent is not None and parent.pid == self.pid
+
+
+def read_plan() -> CorePlan | None:
+    """The plan in the environment; None if there is none that can be read."""
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return None
+    try:
+        return CorePlan(**json.loads(text))
+    except (ValueError, TypeError):
+        return None

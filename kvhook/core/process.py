@@ -1,0 +1,228 @@
+"""The engine cores of this process: found when their scheduler is built, recorded according to the plan.
+
+Two names of vLLM's are patched, ``Scheduler.__init__`` and ``EngineCore.shutdown``, and nothing that runs in a step.
+The patches stay in a process that is forked off, where they do the same for its own engine cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.util
+import os
+import re
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import wrapt
+
+from kvhook import forks
+from kvhook.adapters.core import INIT, SHUTDOWN, read_core
+from kvhook.adapters.table import Target, lookup, vllm_version
+from kvhook.core.ledger import LedgerRing
+from kvhook.core.plan import CorePlan
+from kvhook.core.recorder import CoreRecorder
+from kvhook.faults import Faults
+from kvhook.recording.spool import Spool
+from kvhook.ring.place import is_alive
+
+log = logging.getLogger("kvhook")
+
+_RING_NAME = re.compile(r"(\d{1,10})-(\d{1,19})-\d{1,9}\.(?:core|blocks)")
+#: Slots of a ledger's ring, of 30 events each: 4 MiB.
+LEDGER_SLOTS = 4096
+_NOT_RECORDED = "this engine core is not recorded"
+
+
+class CoreProcess:
+    """What this process has to do with engine cores."""
+
+    def __init__(self) -> None:
+        self.plan: CorePlan | None = None
+        self.faults = Faults()
+        #: why the engine cores of this process are not recorded, if they are not
+        self.absent = ""
+        self._recorders: dict[int, CoreRecorder] = {}
+        self._spools: dict[int, Spool] = {}
+        #: id of an EngineCore's scheduler -> number of its recorder
+        self._numbers: dict[int, int] = {}
+        self._ledgers: dict[int, tuple[LedgerRing, Spool]] = {}
+        self._next = 0
+        self._patches: list[tuple[Any, str, Any, Any]] = []
+        self._awaited: set[str] = set()
+
+    # ---- patching --------------------------------------------------------------------------------------------------
+
+    def arm(self, plan: CorePlan) -> None:
+        """Record the engine cores that are made from now on in this process, and in those forked off from it."""
+        self.plan, self.absent = plan, ""
+        for target in (INIT, SHUTDOWN):
+            module = target.path.partition(":")[0]
+            if module in sys.modules:
+                self._patch(target)
+            elif module not in self._awaited:
+                self._awaited.add(module)
+                wrapt.register_post_import_hook(self._on_import, module)
+
+    def disarm(self) -> None:
+        """Take kvhook out of the engine cores of this process, and of vLLM."""
+        self.plan = None
+        for number in list(self._recorders):
+            self.end(number)
+        for parent, name, original, wrapper in reversed(self._patches):
+            if vars(parent).get(name) is wrapper:
+                setattr(parent, name, original)
+        self._patches.clear()
+
+    def _on_import(self, module: Any) -> None:
+        self._awaited.discard(module.__name__)
+        if self.plan is not None:
+            for target in (INIT, SHUTDOWN):
+                if target.path.startswith(f"{module.__name__}:"):
+                    self._patch(target)
+
+    def _patch(self, target: Target) -> None:
+        wrappers = {INIT.role: self._on_scheduler_init, SHUTDOWN.role: self._on_shutdown}
+        try:
+            parent_path, _, name = target.path.rpartition(".")
+            parent = lookup(parent_path)
+            original = vars(parent)[name]
+            if any(p[0] is parent and p[1] == name for p in self._patches):
+                return
+            wrapper = wrapt.FunctionWrapper(original, wrappers[target.role])
+            setattr(parent, name, wrapper)
+            self._patches.append((parent, name, original, wrapper))
+        except (LookupError, AttributeError) as error:
+            if target.required:
+                self._give_up(f"vLLM {vllm_version()} is not one whose engine core this kvhook knows: {error}")
+
+    def _on_scheduler_init(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        result = wrapped(*args, **kwargs)
+        plan = self.plan
+        if plan is not None:
+            try:
+                if plan.is_meant_for_this_process():
+                    self.begin(instance, plan)
+            except LookupError as error:
+                self._give_up(f"vLLM {vllm_version()}: {error}")
+            except Exception as error:
+                self.faults.fault("starting to record an engine core", error, _NOT_RECORDED)
+                self.absent = self.absent or f"{type(error).__name__}: {error}"
+        return result
+
+    def _on_shutdown(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return wrapped(*args, **kwargs)
+        finally:
+            with contextlib.suppress(Exception):
+                number = self._numbers.get(id(getattr(instance, "scheduler", None)))
+                if number is not None:
+                    self.end(number)
+
+    def _give_up(self, why: str) -> None:
+        if why != self.absent:
+            log.warning("kvhook: %s: %s", _NOT_RECORDED, why)
+        self.absent = why
+
+    # ---- engine cores ----------------------------------------------------------------------------------------------
+
+    def begin(self, scheduler: Any, plan: CorePlan) -> None:
+        """Record an engine core from now on.
+
+        Raises:
+            LookupError: it is of a vLLM that this kvhook does not know.
+            OSError: there is no place for the ring or the trace.
+        """
+        core = read_core(scheduler)
+        directory, number = Path(plan.ring_dir), self._next
+        with contextlib.suppress(Exception):
+            _prune(directory)
+        facts = {"session": plan.session, "key": plan.key, "core_level": plan.level, "parent": plan.pid}
+        recorder = CoreRecorder(number, core, directory, plan.ring_slots, facts)
+        try:
+            pid = os.getpid()
+            Path(plan.stem).parent.mkdir(mode=0o700, exist_ok=True)
+            spool = Spool(lambda part: iter([plan.path(pid, number, part)]), plan.limit, self.faults.fault)
+            spool.add(recorder)
+            recorder.follow(core, self._failed, self._open_ledger(recorder, plan))
+        except Exception:
+            recorder.close()
+            raise
+        if multiprocessing.parent_process() is not None and not self._next:
+            multiprocessing.util.Finalize(self, self.disarm, exitpriority=10)  # such a process does not run `atexit`
+        self._next += 1
+        self._recorders[number], self._spools[number] = recorder, spool
+        self._numbers[id(scheduler)] = number
+        weakref.finalize(scheduler, self._gone, id(scheduler), number).atexit = False
+
+    def _open_ledger(self, recorder: CoreRecorder, plan: CorePlan) -> LedgerRing | None:
+        """The ring and the trace of the ledger of blocks, if one is wanted."""
+        if plan.level != "blocks":
+            return None
+        number, pid = recorder.number, os.getpid()
+        facts = {"serial": recorder.serial, "session": plan.session}
+        ledger = LedgerRing(number, Path(plan.ring_dir), LEDGER_SLOTS, facts)
+        spool = Spool(lambda part: iter([plan.path(pid, number, part, "blocks")]), plan.limit, self.faults.fault)
+        spool.add(ledger)
+        self._ledgers[number] = ledger, spool
+        return ledger
+
+    def _failed(self, error: BaseException) -> None:
+        self.faults.fault("counting inside the engine core", error, "this engine core is not recorded any further")
+
+    def end(self, number: int) -> None:
+        """Stop recording an engine core, and complete its trace."""
+        recorder, spool = self._recorders.pop(number, None), self._spools.pop(number, None)
+        if recorder is None or spool is None:
+            return
+        with contextlib.suppress(Exception):
+            recorder.stop()
+        recorded: list[tuple[CoreRecorder | LedgerRing, Spool]] = [(recorder, spool)]
+        if number in self._ledgers:
+            recorded.append(self._ledgers.pop(number))
+        for one, its_spool in recorded:
+            its_spool.close()
+            one.close()
+            if not its_spool.unwritten[number]:
+                with contextlib.suppress(OSError):
+                    one.ring.path.unlink()  # everything is in the trace
+
+    def _gone(self, scheduler_id: int, number: int) -> None:
+        """The scheduler was deleted. Finalizers call it, so it must not wait."""
+        self._numbers.pop(scheduler_id, None)
+        for spool in [self._spools.get(number), self._ledgers.get(number, (None, None))[1]]:
+            if spool is not None:
+                spool.retire(number)
+
+    def drain(self) -> None:
+        """Bring the traces of this process up to now."""
+        for spool in [*self._spools.values(), *(spool for _, spool in self._ledgers.values())]:
+            spool.drain()
+
+    def in_child(self) -> None:
+        """After a fork the engine cores are the parent's; those that this process makes are its own."""
+        self._recorders.clear()
+        self._spools.clear()
+        self._ledgers.clear()
+        self._numbers.clear()
+        self._next = 0
+
+
+def _prune(directory: Path) -> None:
+    """Remove the rings of engine cores whose processes are gone, but the newest: their traces hold all but the end."""
+    dead = []
+    for path in directory.iterdir():
+        match = _RING_NAME.fullmatch(path.name)
+        if match and not is_alive(int(match[1]), int(match[2])):
+            dead.append(path)
+    for path in sorted(dead, key=lambda p: p.stat().st_mtime)[:-4]:
+        path.unlink()
+
+
+#: The one of this process.
+process = CoreProcess()
+
+forks.call_in_child(process.in_child)

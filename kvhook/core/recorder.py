@@ -1,0 +1,110 @@
+"""Records one engine core into one ring."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvhook.core.ledger import Ledger, LedgerRing
+from kvhook.core.pool import PoolAccount
+from kvhook.core.steps import StepAccount
+from kvhook.core.taps import Taps
+from kvhook.core.writer import Writer, core_layout
+from kvhook.recording.recorder import NEEDS_CRC, process_facts
+from kvhook.ring.place import process_start
+from kvhook.ring.writer import RingWriter
+
+if TYPE_CHECKING:
+    from kvhook.adapters.core import Core
+
+#: Rings of engine cores do not lie among those that `kvhook ls` shows: they go by another name.
+CORE_RING_SUFFIX = ".core"
+#: The name of this stream in headers: which kinds of records a file holds.
+STREAM = "core"
+
+#: Every core's ring of a process has a number of its own.
+_serials = itertools.count()
+
+
+class CoreRecorder:
+    """The ring of one engine core, and what is told of it.
+
+    The counting itself (`follow`) hangs on the core's own objects, and goes with them.
+
+    Args:
+        number: number of the core in this process, from 0.
+        core: what was found on its scheduler.
+        directory: where the ring goes.
+        slots: its capacity, a power of two.
+        facts: what else is to be said of it.
+
+    Raises:
+        OSError: the ring cannot be made.
+    """
+
+    def __init__(self, number: int, core: Core, directory: Path, slots: int, facts: dict[str, Any]) -> None:
+        self.number = number
+        self.key = bytes.fromhex(facts.pop("key", "")) or secrets.token_bytes(16)
+        self.meta: dict[str, Any] = {
+            "engine": number,
+            "stream": STREAM,
+            **process_facts(),
+            **core.facts,
+            **facts,
+            "absent": {"core_step": dict(core.absent)},
+        }
+        pid = os.getpid()
+        for serial in _serials:
+            self.serial = serial
+            path = directory / f"{pid}-{process_start(pid)}-{serial}{CORE_RING_SUFFIX}"
+            self.meta["ring"] = str(path)
+            with contextlib.suppress(FileExistsError):
+                self.ring = RingWriter(path, core_layout(), slots, self.meta, crc=NEEDS_CRC)
+                break
+        self._account: Callable[[], StepAccount | None] = lambda: None
+
+    def follow(self, core: Core, failed: Callable[[BaseException], None], ledger: LedgerRing | None = None) -> None:
+        """Begin to count.
+
+        Args:
+            core: what was found on the scheduler.
+            failed: is told of an error, after which nothing is counted any more.
+            ledger: where the ledger of blocks goes, if one is wanted.
+
+        Raises:
+            AttributeError: an object of the core does not let its methods be replaced; nothing has been changed.
+        """
+        publish = self.ring.publish
+
+        def give_up(error: BaseException) -> None:
+            taps.take_out()
+            failed(error)
+
+        taps = Taps()
+        writer = Writer(self.ring.layout, publish, self.number, self.key)
+        account = StepAccount(core, PoolAccount(core, give_up), writer, taps, give_up)
+        if ledger is not None:
+            ring = ledger.ring
+            account.ledger = Ledger(core, ring.layout, ring.publish, self.number, self.key, account.number_of, give_up)
+        try:
+            account.tap()
+        except Exception:
+            taps.take_out()
+            raise
+        self._account = weakref.ref(account)
+
+    def stop(self) -> None:
+        """Take the counting out of the engine core, if that is still there."""
+        account = self._account()
+        if account is not None:
+            account.stop()
+
+    def close(self) -> None:
+        """Mark the ring closed. Closing twice is fine."""
+        self.ring.close()

@@ -1,0 +1,408 @@
+"""The engine core's steps: what each call of ``Scheduler.schedule`` did, and what came of it.
+
+A step begins with ``schedule`` and ends with the ``update_from_output`` that is given its result; with asynchronous
+scheduling or a pipeline the next step begins in between. Its record is written when it ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvhook.core.limits import limited_by
+from kvhook.core.lives import Life
+from kvhook.core.lookups import Lookups
+from kvhook.core.pool import PoolAccount
+
+if TYPE_CHECKING:
+    from kvhook.adapters.core import Core
+    from kvhook.core.ledger import Ledger
+    from kvhook.core.taps import Taps
+    from kvhook.core.writer import Writer
+
+clock = time.monotonic_ns
+
+
+class _Scheduled(NamedTuple):
+    """A step that has been scheduled and has not ended yet."""
+
+    output: Any
+    step: int
+    t_schedule: int
+    t_scheduled: int
+    #: the columns that were known when it had been scheduled, from num_scheduled_tokens to num_waiting...
+    batch: tuple[int, ...]
+    states: tuple[int, ...]
+    #: requests whose prefill ended in it
+    begun: list[Life]
+    own_ns: int
+
+
+class StepAccount:
+    """Follows one scheduler, and hands each step, request, preemption and look-up to a writer."""
+
+    def __init__(
+        self, core: Core, pool: PoolAccount, writer: Writer, taps: Taps, failed: Callable[[BaseException], None]
+    ) -> None:
+        self.core, self.pool, self.writer, self._taps, self._failed = core, pool, writer, taps, failed
+        self.lookups = Lookups(core, pool, self.life_of)
+        #: what writes down every block's events, where that is wanted; set before `tap`
+        self.ledger: Ledger | None = None
+        self._sched, self._reads, self._states = core.sched, core.reads, core.reads["states"]
+        self._block_size: int = core.facts["block_size"]
+        self._tokens_known = "num_kv_tokens" not in core.absent
+        self._pending: deque[_Scheduled] = deque()
+        self._lives: dict[str, Life] = {}
+        #: requests whose prefill is under way; those that were preempted and wait
+        self._prefilling: dict[str, Life] = {}
+        self._preempted: dict[str, Life] = {}
+        self._finished: list[tuple[Life, int, int]] = []
+        self._step = self._requests = 0
+        self._num_preempted = self._num_finished = 0
+        self._stats_made = 0
+        self._inside = False
+        self._own_ns = -1
+        for request in list(core.sched.requests.values()):  # it has been at work already
+            self._know(request, -1)
+
+    def tap(self) -> None:
+        """Put the counting in place."""
+        sched, taps = self._sched, self._taps
+        self.pool.tap(taps)
+        if self.ledger is not None:
+            self.ledger.tap(taps)
+        self.lookups.tap(taps, self._failed)
+        taps.put(sched, "schedule", self._on_schedule)
+        taps.put(sched, "update_from_output", self._on_update)
+        taps.put(sched, "make_stats", self._on_make_stats)
+        taps.put(sched, "add_request", self._on_add_request)
+        taps.put(sched, "_free_request", self._on_free_request)
+        if self.core.preempt == "free":
+            taps.put(self.core.manager, "free", self._on_manager_free)
+        else:
+            taps.put(sched, self.core.preempt, self._on_preempt)
+
+    def life_of(self, request: Any) -> Life:
+        """What is known of a request."""
+        return self._lives.get(request.request_id) or self._know(request, -1)
+
+    def number_of(self, request: Any) -> int:
+        """The number of a request; -1 if it has ended, which it may have before it gives back its blocks."""
+        life = self._lives.get(request.request_id)
+        return -1 if life is None else life.number
+
+    def stop(self) -> None:
+        """Take the counting out, and write what is known and has not been written."""
+        self._taps.take_out()
+        self._write_finished()
+        if self.ledger is not None:
+            self.ledger.flush()
+
+    def _know(self, request: Any, now: int) -> Life:
+        life = self._lives[request.request_id] = Life(self._requests, request, self._step, now)
+        self._requests += 1
+        return life
+
+    # ---- schedule ------------------------------------------------------------------------------------------------
+
+    def _on_schedule(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def schedule(*args: Any, **kwargs: Any) -> Any:
+            start = clock()
+            preempted = self._num_preempted
+            self.lookups.begin()
+            output = original(*args, **kwargs)
+            try:
+                self.lookups.end()
+                self._scheduled(output, start, clock(), preempted)
+            except Exception as error:
+                self._failed(error)
+            return output
+
+        return schedule
+
+    def _scheduled(self, output: Any, start: int, end: int, preempted: int) -> None:
+        tokens: dict[str, int] = output.num_scheduled_tokens
+        new = resumed = 0
+        self.pool.blame(lambda: self._new_holders(output))
+        for data in output.scheduled_new_reqs:
+            life = self._lives.get(data.req_id) or self._know(self._sched.requests[data.req_id], -1)
+            if data.req_id not in self._preempted:
+                new += life.first_scheduled_step < 0
+                self._admit(data.req_id, life, tokens.get(data.req_id, 0), start)
+        if self._preempted:
+            for request_id in [r for r in self._preempted if r in tokens]:
+                life = self._preempted.pop(request_id)
+                life.preempted_ns += start - life.preempted_at
+                resumed += 1
+                self._admit(request_id, life, tokens[request_id], start, again=1)
+        prefill, recomputed, prefill_reqs, cut, begun = self._prefill(output, tokens)
+        drafts = output.scheduled_spec_decode_tokens
+        spec = sum(map(len, drafts.values())) if drafts else 0
+        total: int = output.total_num_scheduled_tokens
+        budget, waiting, skipped, running, free = self._states()
+        limit = limited_by(
+            self.core,
+            self.lookups,
+            running=running,
+            scheduled=len(tokens),
+            total=total,
+            budget=budget,
+            waiting=waiting,
+            cut=cut,
+            preempted=self._num_preempted - preempted,
+        )
+        batch = (
+            total,
+            prefill,
+            recomputed,
+            total - prefill - recomputed - spec,
+            spec,
+            budget,
+            len(tokens),
+            prefill_reqs,
+            new,
+            resumed,
+        )
+        states = (
+            running,
+            waiting,
+            skipped,
+            limit,
+            self.pool.total,
+            self.pool.total - free,
+            self.pool.cached,
+            free - self.pool.cached,
+            self._held_tokens() if self._tokens_known else -1,
+        )
+        own = clock() - end
+        self._pending.append(_Scheduled(output, self._step, start, end, batch, states, begun, own))
+        self._step += 1
+        self.pool.step = self._step
+        if self.ledger is not None:
+            self.ledger.step = self._step
+
+    def _admit(self, request_id: str, life: Life, tokens: int, now: int, again: int = 0) -> None:
+        """A request is scheduled for the first time, or again after a preemption."""
+        self._prefilling[request_id] = life
+        if life.first_scheduled_step < 0:
+            life.first_scheduled_step, life.t_first_scheduled = self._step, now
+            life.cached = self._reads["computed"](life.request) - tokens
+        if life.tries:
+            self.lookups.admitted(life)
+            self.writer.lookup(self._step, life, again)
+            life.tries = 0
+
+    def _prefill(self, output: Any, tokens: dict[str, int]) -> tuple[int, int, int, int, list[Life]]:
+        """Tokens of requests whose prefill is under way: of which kind, of how many requests, how many of these have
+        some of it left, and those whose first token comes next."""
+        prefill = recomputed = requests = cut = 0
+        begun: list[Life] = []
+        done: list[str] = []
+        drafts = output.scheduled_spec_decode_tokens
+        for request_id, life in self._prefilling.items():
+            count = tokens.get(request_id, 0)
+            if not count:
+                continue
+            requests += 1
+            request = life.request
+            end = self._reads["computed"](request)
+            begin = end - count
+            if drafts:
+                end -= len(drafts.get(request_id, ()))
+            again = max(0, min(end, life.high) - begin)
+            first = max(0, min(end, request.num_prompt_tokens) - max(begin, life.high))
+            recomputed += again
+            prefill += first
+            life.recomputed += again
+            life.prefilled += first
+            if end < request.num_tokens:
+                cut += 1
+            else:
+                done.append(request_id)
+                if life.first_token_step < 0:
+                    life.first_token_step = self._step
+                    begun.append(life)
+        for request_id in done:
+            del self._prefilling[request_id]
+        return prefill, recomputed, requests, cut, begun
+
+    def _new_holders(self, output: Any) -> dict[int, int]:
+        """Block number -> number of the request that got it in this step."""
+        holders: dict[int, int] = {}
+        for request_id, blocks in self.core.reads["new_blocks"](output):
+            life = self._lives.get(request_id)
+            if blocks and life is not None:
+                for group in blocks:
+                    holders.update(dict.fromkeys(group, life.number))
+        return holders
+
+    def _held_tokens(self) -> int:
+        """Tokens in the blocks in use. A block that several requests hold counts once: it is always a full one."""
+        held = 0
+        for request in self._sched.running:
+            held += request.num_computed_tokens
+        return held - self.pool.shared * self._block_size
+
+    # ---- update_from_output ----------------------------------------------------------------------------------------
+
+    def _on_update(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def update_from_output(*args: Any, **kwargs: Any) -> Any:
+            start = clock()
+            made = self._stats_made
+            self._inside = True
+            try:
+                result = original(*args, **kwargs)
+            finally:
+                self._inside = False
+            end = clock()
+            try:
+                output = args[0] if args else kwargs["scheduler_output"]
+                self._updated(output, start, end, self._stats_made - 1 if self._stats_made > made else -1)
+            except Exception as error:
+                self._failed(error)
+            return result
+
+        return update_from_output
+
+    def _updated(self, output: Any, start: int, end: int, stats: int) -> None:
+        while self._pending and self._pending[0].output is not output:
+            # vLLM drops the result of a schedule that came out empty
+            early = self._pending.popleft()
+            self._write(early, -1, early.t_scheduled, -1)
+        if self._pending:
+            self._write(self._pending.popleft(), start, end, stats)
+        self._write_finished()
+        if self.ledger is not None:
+            self.ledger.flush()
+        self._own_ns += clock() - end
+
+    def _write(self, step: _Scheduled, start: int, end: int, stats: int) -> None:
+        for life in step.begun:
+            life.t_first_token = end
+        allocated, freed, reused, revived, evicted, resets = self.pool.take()
+        lookups, looked_up, found = self.lookups.take()
+        running, waiting, skipped, limit, total, peak, cached, empty, held = step.states
+        self.writer.step(
+            (
+                step.step,
+                stats,
+                step.t_schedule,
+                step.t_scheduled,
+                start,
+                end,
+                *step.batch,
+                self._num_preempted,
+                self._num_finished,
+                running,
+                waiting,
+                skipped,
+                limit,
+                total,
+                allocated,
+                freed,
+                reused,
+                revived,
+                evicted,
+                peak,
+                cached,
+                empty,
+                self.pool.total - self.pool.free,
+                held,
+                lookups,
+                looked_up,
+                found,
+                1 if resets else 0,
+                self._own_ns,
+            )
+        )
+        self._num_preempted = self._num_finished = 0
+        self._own_ns = step.own_ns
+
+    def _write_finished(self) -> None:
+        for life, now, reason in self._finished:
+            self.writer.request(life, self._step - 1, now, reason)
+        self._finished.clear()
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    def _on_make_stats(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def make_stats(*args: Any, **kwargs: Any) -> Any:
+            stats = original(*args, **kwargs)
+            if stats is not None:
+                self._stats_made += 1
+            return stats
+
+        return make_stats
+
+    def _on_add_request(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_request(request: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(request, *args, **kwargs)
+            try:
+                if request.request_id not in self._lives:
+                    self._know(request, clock())
+            except Exception as error:
+                self._failed(error)
+            return result
+
+        return add_request
+
+    def _on_free_request(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def _free_request(request: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                self._ended(request)
+            except Exception as error:
+                self._failed(error)
+            try:
+                return original(request, *args, **kwargs)
+            finally:
+                self._lives.pop(request.request_id, None)
+
+        return _free_request
+
+    def _ended(self, request: Any) -> None:
+        life = self._lives.get(request.request_id)
+        if life is None:
+            return
+        self._prefilling.pop(request.request_id, None)
+        if self._preempted.pop(request.request_id, None) is not None:
+            life.preempted_ns += clock() - life.preempted_at
+        self._num_finished += 1
+        reason = request.get_finished_reason()
+        self._finished.append((life, clock(), -1 if reason is None else int(reason)))
+        if not self._inside:
+            self._write_finished()
+
+    def _on_preempt(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def _preempt_request(request: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._watch_preemption(original, request, args, kwargs)
+
+        return _preempt_request
+
+    def _on_manager_free(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def free(request: Any, *args: Any, **kwargs: Any) -> Any:
+            # a running request that gives back its blocks is being preempted: one that ends is not running any more
+            if request.status.name == "RUNNING":
+                return self._watch_preemption(original, request, args, kwargs)
+            return original(request, *args, **kwargs)
+
+        return free
+
+    def _watch_preemption(
+        self, original: Callable[..., Any], request: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        lost, freed = request.num_computed_tokens, self.pool.freed
+        result = original(request, *args, **kwargs)
+        try:
+            life = self.life_of(request)
+            life.preempted_at = clock()
+            life.preemptions += 1
+            life.high = max(life.high, lost)
+            self._prefilling.pop(request.request_id, None)
+            self._preempted[request.request_id] = life
+            self._num_preempted += 1
+            self.writer.preemption(self._step, life, lost, self.pool.freed - freed)
+        except Exception as error:
+            self._failed(error)
+        return result

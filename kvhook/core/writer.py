@@ -1,0 +1,109 @@
+"""Packs the records of an engine core."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvhook.core.lives import Life, read_id, request_key
+from kvhook.core_schema import CORE_KINDS, CORE_REQUEST, CORE_STEP, LOOKUP, PREEMPTION
+from kvhook.ring.layout import Layout, make_layout
+
+if TYPE_CHECKING:
+    from kvhook.ring.writer import Publish
+
+
+def core_layout() -> Layout:
+    """The slots of an engine core. All have the same columns: what a vLLM cannot give is blank in them."""
+    return make_layout({}, CORE_KINDS)
+
+
+class Writer:
+    """Packs records and publishes them; it knows their numbers and nothing of vLLM."""
+
+    def __init__(self, layout: Layout, publish: Publish, engine: int, key: bytes) -> None:
+        self._publish, self._engine, self._key = publish, engine, key
+        self._pack_step = layout.struct_of("core_step").pack
+        self._pack_request = layout.struct_of("core_request").pack
+        self._pack_preemption = layout.struct_of("preemption").pack
+        self._pack_lookup = layout.struct_of("lookup").pack
+        self._n = 0
+
+    def step(self, columns: tuple[int, ...]) -> None:
+        """A step: the columns of `CORE_STEP_FIELDS`, in order."""
+        n = self._n
+        self._n = self._publish(n, self._pack_step(n, CORE_STEP, self._engine, *columns))
+
+    def request(self, life: Life, step: int, now: int, reason: int) -> None:
+        """A request that has ended."""
+        n, request = self._n, life.request
+        answered = life.t_first_token >= 0 and request.num_output_tokens > 0  # a pooling request is not
+        name, sample = read_id(request.request_id)
+        record = self._pack_request(
+            n,
+            CORE_REQUEST,
+            self._engine,
+            life.number,
+            _number(name),
+            sample,
+            request_key(self._key, name),
+            reason,
+            life.arrived_step,
+            life.first_scheduled_step,
+            life.first_token_step if answered else -1,
+            step,
+            life.t_arrived,
+            life.t_first_scheduled,
+            life.t_first_token if answered else -1,
+            now,
+            request.num_prompt_tokens,
+            request.num_output_tokens,
+            max(life.cached, 0),
+            life.prefilled,
+            life.recomputed,
+            life.preemptions,
+            life.preempted_ns,
+        )
+        self._n = self._publish(n, record)
+
+    def preemption(self, step: int, life: Life, lost: int, freed: int) -> None:
+        """A request lost its blocks."""
+        n = self._n
+        name, _ = read_id(life.request.request_id)
+        record = self._pack_preemption(
+            n,
+            PREEMPTION,
+            self._engine,
+            step,
+            life.number,
+            _number(name),
+            life.preempted_at,
+            life.preemptions,
+            lost,
+            freed,
+            life.request.num_output_tokens,
+        )
+        self._n = self._publish(n, record)
+
+    def lookup(self, step: int, life: Life, resumed: int) -> None:
+        """A request was scheduled with what it had found in the prefix cache."""
+        n = self._n
+        name, _ = read_id(life.request.request_id)
+        record = self._pack_lookup(
+            n,
+            LOOKUP,
+            self._engine,
+            step,
+            life.number,
+            _number(name),
+            life.t_looked_up,
+            resumed,
+            life.tries,
+            life.looked_up,
+            life.found,
+            *life.miss,
+        )
+        self._n = self._publish(n, record)
+
+
+def _number(name: str) -> int:
+    return int(name) if name.isdecimal() and len(name) < 19 else -1

@@ -1,0 +1,116 @@
+"""The engine core's side of a session: what is to be recorded there, and what has been."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvhook import forks
+from kvhook.core.lives import request_key
+from kvhook.core.plan import CorePlan
+from kvhook.core.process import process
+from kvhook.discovery.cleaning import HISTORY_PREFIX
+from kvhook.records.core import CoreRecords, files_of, open_cores
+from kvhook.ring.place import history_root, process_start
+
+if TYPE_CHECKING:
+    from kvhook.options import Options
+
+_OFF = "kvhook was installed with core='off'"
+_NONE_YET = "no engine core has been made since kvhook.install()"
+_FORKED = (
+    "this process was forked off after kvhook.install(): engine cores that live in this very process are not recorded. "
+    "kvhook.install() in here records them"
+)
+_NO_PLUGIN = (
+    "vLLM does not load kvhook in engine cores of their own process, because kvhook is not installed as a package: "
+    "pip install kvhook (pip install -e . for a checkout). With VLLM_ENABLE_V1_MULTIPROCESSING=0 the engine core is in "
+    "this process, and is recorded without that"
+)
+_PLUGIN_OFF = (
+    "VLLM_PLUGINS is set and does not name kvhook, so that vLLM does not load it in engine cores of their own process: "
+    "add kvhook to it"
+)
+
+
+class CoreSide:
+    """What one session has to do with engine cores.
+
+    Args:
+        options: of the session.
+        ring_dir: where rings go.
+    """
+
+    def __init__(self, options: Options, ring_dir: Path) -> None:
+        self._options, self._ring_dir = options, ring_dir
+        self._made_in = forks.generation
+        self._key = secrets.token_bytes(16)
+        self._plan: CorePlan | None = None
+        self._closed = False
+
+    def arm(self) -> None:
+        """Record the engine cores that are made from now on, if they are to be recorded."""
+        options = self._options
+        if options.core == "off":
+            return
+        trace = options.trace_path
+        stem = trace.with_suffix("") if trace is not None else self._folder() / "history"
+        self._plan = CorePlan(
+            level=options.core,
+            ring_dir=os.path.abspath(self._ring_dir),
+            ring_slots=max(64, options.ring_capacity // 2),
+            stem=os.path.abspath(stem),
+            limit=options.history_bytes,
+            session=self._session,
+            key=self._key.hex(),
+            pid=os.getpid(),
+        )
+        self._plan.publish()
+        process.arm(self._plan)
+
+    def disarm(self) -> None:
+        """Take kvhook out of the engine cores of this process; those in other processes end by themselves."""
+        if self._plan is not None and not self._closed and self._made_in == forks.generation:
+            self._closed = True
+            self._plan.withdraw()
+            process.disarm()
+
+    def records(self, name: str) -> CoreRecords:
+        """The engine cores of this session so far."""
+        if self._made_in != forks.generation:
+            return open_cores([], name, _FORKED)
+        if self._plan is None:
+            return open_cores([], name, _OFF)
+        process.drain()
+        return open_cores(files_of(Path(self._plan.stem)), name, process.absent or _why_none(), self._session)
+
+    def request_key(self, request_id: str) -> int:
+        """The ``request_key`` of a request id in this session."""
+        return request_key(self._key, request_id)
+
+    def remove_history(self) -> None:
+        """Delete the temporary files."""
+        if self._options.trace is None and self._made_in == forks.generation:
+            shutil.rmtree(self._folder(), ignore_errors=True)
+
+    @property
+    def _session(self) -> str:
+        return self._key.hex()[:12]
+
+    def _folder(self) -> Path:
+        """Where temporary files go; the first engine core makes it."""
+        pid = os.getpid()
+        return history_root() / f"{HISTORY_PREFIX}{pid}-{process_start(pid)}-core{self._session}"
+
+
+def _why_none() -> str:
+    """Why no engine core has left anything, as far as can be told from here."""
+    wanted = os.environ.get("VLLM_PLUGINS")
+    if wanted is not None and "kvhook" not in wanted.split(","):
+        return f"{_NONE_YET}; or: {_PLUGIN_OFF}"
+    plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
+    return _NONE_YET if any(p.name == "kvhook" for p in plugins) else f"{_NONE_YET}; or: {_NO_PLUGIN}"

@@ -1,0 +1,235 @@
+"""The tables of engine cores: their steps, requests, preemptions and look-ups, as arrays.
+
+An engine core has a ring and trace files of its own, beside those of the front end, because it may run in another
+process. What its trace does not hold yet is read from the ring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvhook.core_schema import (
+    BLOCK_EVENT_FIELDS,
+    BLOCK_EVENTS,
+    BLOCKS,
+    BLOCKS_KINDS,
+    CORE_ENUMS,
+    CORE_KINDS,
+)
+from kvhook.errors import KvhookError, TraceFormatError
+from kvhook.records.columns import Table
+from kvhook.records.engines import Engines
+from kvhook.records.sources import ArraySlots, FileSlots, LaterSlots, SlotSource, usable
+from kvhook.ring.layout import FIELDS_AT
+from kvhook.ring.reader import RingReader
+from kvhook.ring.slots import fields_of, slot_head
+from kvhook.ring.trace_file import TRACE_SUFFIX
+
+if TYPE_CHECKING:
+    from kvhook.ring.layout import Kinds, Layout
+    from kvhook.ring.slots import Slots
+
+#: What the files of engine cores are called by.
+STREAMS_OF_CORES = ("core", "blocks")
+_NAME = re.compile(r"\.(?:core|blocks)(\d{1,9})-(\d{1,10})(?:-(\d{1,9}))?\.kvh$")
+
+#: Why a run has no engine core's records, where nothing better is known.
+NO_CORE = (
+    "no engine core was recorded: kvhook was installed with core='off', after the engine was made, or the engine core "
+    "ran where kvhook could not follow it"
+)
+
+
+class CoreRecords:
+    """What the engine cores of one run did.
+
+    Args:
+        cores: the sources of each core, oldest first.
+        ledgers: the same for their ledgers of blocks, in the same order; empty ones where there is none.
+        name: what to call the run in errors.
+        absent: why there is none, if there is none.
+
+    Attributes:
+        facts: what is known of each core: its block size, number of KV blocks, process and so on.
+        absent: column -> why it is not known.
+        lost: records of all kinds that are not there.
+    """
+
+    def __init__(
+        self,
+        cores: Sequence[Sequence[SlotSource]],
+        name: str,
+        absent: str = "",
+        ledgers: Sequence[Sequence[SlotSource]] = (),
+    ) -> None:
+        self.name = name
+        self._ledgers = [list(sources) for sources in ledgers]
+        self._cores = [list(sources) for sources in cores]
+        self.facts: list[dict[str, Any]] = []
+        self.absent: dict[str, str] = {}
+        self.lost = 0
+        self.why_none = "" if self._cores else absent or NO_CORE
+        for sources in self._cores:
+            engines = Engines(kinds=CORE_KINDS)
+            for source in sources:
+                engines.scan(source)
+            self.facts.append(next(iter(engines.facts()), {}))
+            self.lost += sum(engines.lost_and_dropped())
+        for facts in self.facts:
+            for reasons in facts.get("absent", {}).values():
+                self.absent |= reasons
+
+    def __len__(self) -> int:
+        return len(self._cores)
+
+    def steps(self, core: int | None = None) -> Table:
+        """One row per step of an engine core: the columns of `kvhook.core_schema.CORE_STEP_FIELDS`, and ``core``."""
+        return self._gather("core_step", core)
+
+    def requests(self, core: int | None = None) -> Table:
+        """One row per request that has ended: the columns of `kvhook.core_schema.CORE_REQUEST_FIELDS`, and ``core``."""
+        return self._gather("core_request", core)
+
+    def preemptions(self, core: int | None = None) -> Table:
+        """One row per preemption: the columns of `kvhook.core_schema.PREEMPTION_FIELDS`, and ``core``."""
+        return self._gather("preemption", core)
+
+    def lookups(self, core: int | None = None) -> Table:
+        """One row per request that was scheduled with what it had found in the prefix cache: the columns of
+        `kvhook.core_schema.LOOKUP_FIELDS`, and ``core``."""
+        return self._gather("lookup", core)
+
+    def blocks(self, core: int | None = None) -> Table:
+        """One row per event of a KV block, in order: the columns of `kvhook.core_schema.BLOCK_EVENT_FIELDS`, and
+        ``core``. Empty unless kvhook was installed with ``core="blocks"``."""
+        stored = np.dtype([(name, kind) for name, kind, _ in BLOCK_EVENT_FIELDS])
+        types = [("core", "<i8")] + [
+            (n, "U10" if n == "event" else _SEEN_AS.get(k, k)) for n, k, _ in BLOCK_EVENT_FIELDS
+        ]
+        parts = [np.empty(0, types)]
+        for number in range(len(self._ledgers)) if core is None else [core]:
+            for source in self._ledgers[number] if number < len(self._ledgers) else ():
+                columns = source.layout.columns["blocks"]
+                first = FIELDS_AT + 8 * len(columns)
+                most = (source.layout.slot_bytes - first) // stored.itemsize
+                for slots in source.chunks():
+                    slots = slots[usable(slots, BLOCKS_KINDS)]
+                    slots = slots[slot_head(slots)["kind"] == BLOCKS]
+                    count = np.clip(fields_of(slots, columns)["count"], 0, most)
+                    inside = np.arange(most) < count[:, None]
+                    raw = np.ascontiguousarray(slots[:, first : first + most * stored.itemsize]).view(stored)[inside]
+                    part = np.empty(len(raw), types)
+                    part["core"] = number
+                    for name, _, _ in BLOCK_EVENT_FIELDS:
+                        part[name] = _text(raw[name], BLOCK_EVENTS) if name == "event" else raw[name]
+                    parts.append(part)
+        return np.concatenate(parts)
+
+    def _gather(self, kind: str, core: int | None) -> Table:
+        code, fields = CORE_KINDS[kind]
+        columns = [f for f in fields if f.name not in self.absent]
+        types = [("core", "<i8")] + [(f.name, "U20" if f.type == "enum" else f"<{f.type}") for f in columns]
+        parts = [np.empty(0, types)]
+        for number in range(len(self._cores)) if core is None else [core]:
+            for slots, layout in self._slots(number, code):
+                raw = fields_of(slots, layout.columns[kind])
+                part = np.empty(len(slots), types)
+                part["core"] = number
+                for field in columns:
+                    stored = raw[field.name] if field.name in (raw.dtype.names or ()) else np.full(len(slots), -1)
+                    part[field.name] = _text(stored, CORE_ENUMS[field.name]) if field.type == "enum" else stored
+                parts.append(part)
+        return np.concatenate(parts)
+
+    def _slots(self, core: int, code: int) -> Iterator[tuple[Slots, Layout]]:
+        for source in self._cores[core]:
+            for slots in source.chunks():
+                slots = slots[usable(slots, CORE_KINDS)]
+                yield slots[slot_head(slots)["kind"] == code], source.layout
+
+
+def _text(codes: Any, names: Sequence[str]) -> Any:
+    """Codes as text; one that is newer than this kvhook stays a number."""
+    known = np.array(names)
+    fits = (codes >= 0) & (codes < len(known))
+    return np.where(fits, known[np.where(fits, codes, 0)], codes.astype("U20"))
+
+
+#: Numbers of blocks and steps are given signed, so that they can be subtracted.
+_SEEN_AS = {"<u4": "<i8", "<i4": "<i8"}
+
+
+def core_files(trace: Path) -> list[Path]:
+    """The files of engine cores that belong to a trace of the front end, by their names."""
+    return files_of(trace.with_name(trace.name.removesuffix(TRACE_SUFFIX)))
+
+
+def is_of_core(path: Path) -> bool:
+    """Whether a trace file is one of an engine core, by its name."""
+    return _NAME.search(path.name) is not None
+
+
+def files_of(stem: Path) -> list[Path]:
+    """The same by the beginning of their names."""
+    name = glob.escape(stem.name)
+    return sorted(p for stream in STREAMS_OF_CORES for p in stem.parent.glob(f"{name}.{stream}[0-9]*{TRACE_SUFFIX}"))
+
+
+def open_cores(paths: Iterable[Path], name: str, absent: str = "", session: str = "") -> CoreRecords:
+    """Open the files of the engine cores of one run.
+
+    Args:
+        paths: the files, in any order; those that are none are left out.
+        name: what to call the run.
+        absent: why there is none, if there is none.
+        session: only files of this recording; "" for all.
+    """
+    streams: dict[str, dict[str, list[FileSlots]]] = {"core": {}, "blocks": {}}
+    for path in sorted(paths, key=_order):
+        with contextlib.suppress(KvhookError, OSError):
+            file = FileSlots(path)
+            meta = file.header.meta if file.header is not None else {}
+            stream = meta.get("stream")
+            if stream in streams and session in ("", meta.get("session")):
+                streams[stream].setdefault(_core_of(path), []).append(file)
+    cores = streams["core"]
+    ledgers = [streams["blocks"].get(core, []) for core in cores]
+    return CoreRecords(
+        [[*files, *_ring(files, CORE_KINDS)] for files in cores.values()],
+        name,
+        absent,
+        [[*files, *_ring(files, BLOCKS_KINDS)] for files in ledgers],
+    )
+
+
+def _ring(files: list[FileSlots], kinds: Kinds) -> list[SlotSource]:
+    """What is still in the ring that these files are copied from, if it is there."""
+    engines = Engines(kinds=kinds)
+    for file in files:
+        engines.scan(file)
+    facts = next(iter(engines.facts()), {})
+    engine = int(facts.get("engine", 0))
+    last = engines.last_record(engine)
+    try:
+        with RingReader(Path(str(facts["ring"]))) as reader:
+            return [LaterSlots(ArraySlots(reader.now(), reader.header), {engine: last})]
+    except (KvhookError, TraceFormatError, OSError, KeyError):
+        return []
+
+
+def _core_of(path: Path) -> str:
+    """Which core of which process: ``0-4711`` of ``run.core0-4711-2.kvh``."""
+    return "-".join(map(str, _order(path)[:2]))
+
+
+def _order(path: Path) -> tuple[int, int, int]:
+    """Number of the core, its process, and the how-manieth file it is; by the name."""
+    match = _NAME.search(path.name)
+    return (int(match[1]), int(match[2]), int(match[3] or 1)) if match else (0, 0, 0)

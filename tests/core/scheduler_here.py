@@ -1,0 +1,191 @@
+"""vLLM's own scheduler, KV cache manager and block pool, without a model: what the model would say is played.
+
+Everything that kvhook's core recorder looks at is vLLM's code of this environment, whatever its release; thousands of
+steps take seconds, because nothing is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+EOS = 1
+
+
+class Driver:
+    """A scheduler and what drives it: requests come, are scheduled, "computed" and updated, step by step.
+
+    Args:
+        model: folder of a model, of which only the configuration is read.
+        blocks: KV blocks of the pool, the null block included.
+        settings: arguments of vLLM's ``EngineArgs``.
+    """
+
+    def __init__(self, model: str, *, blocks: int, block_size: int = 16, seed: int = 0, **settings: Any) -> None:
+        from vllm.engine.arg_utils import EngineArgs
+
+        arguments = {"enforce_eager": True, "dtype": "bfloat16", "disable_log_stats": False, **settings}
+        config = EngineArgs(model=model, block_size=32, **arguments).create_engine_config()
+        config.cache_config.block_size = block_size
+        config.cache_config.num_gpu_blocks = blocks
+        self.config, self.block_size, self.random = config, block_size, random.Random(seed)
+        self.scheduler = self._make_scheduler(blocks)
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self._hasher = self._make_hasher()
+        self.outputs: list[Any] = []
+        self.made = 0
+
+    def _make_scheduler(self, blocks: int) -> Any:
+        import torch
+        from vllm.v1 import kv_cache_interface as interface
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        spec = interface.FullAttentionSpec(
+            **_fitting(
+                interface.FullAttentionSpec,
+                {
+                    "block_size": self.block_size,
+                    "num_kv_heads": 1,
+                    "head_size": 8,
+                    "dtype": torch.float32,
+                    "use_mla": False,
+                },
+            )
+        )
+        group = interface.KVCacheGroupSpec(["layer"], spec)
+        tensors: dict[str, Any] = (
+            {"kv_cache_tensors": []} if _takes(interface.KVCacheConfig, "kv_cache_tensors") else {"tensors": {}}
+        )
+        cache = interface.KVCacheConfig(num_blocks=blocks, kv_cache_groups=[group], **tensors)
+        name = self.config.scheduler_config.scheduler_cls
+        cls = _scheduler_class(name)
+        more = {"block_size": self.block_size, "hash_block_size": self.block_size}
+        return cls(
+            vllm_config=self.config,
+            kv_cache_config=cache,
+            structured_output_manager=StructuredOutputManager(self.config),
+            log_stats=True,
+            **{n: v for n, v in more.items() if _takes(cls, n)},
+        )
+
+    def _make_hasher(self) -> Any:
+        from vllm.v1.core import kv_cache_utils as utils
+
+        if not hasattr(utils, "get_request_block_hasher"):
+            return None
+        try:
+            from vllm.utils.hashing import get_hash_fn_by_name
+        except ImportError:
+            from vllm.utils import get_hash_fn_by_name  # type: ignore[attr-defined,no-redef]
+        hash_fn = get_hash_fn_by_name("sha256")
+        utils.init_none_hash(hash_fn)
+        return utils.get_request_block_hasher(self.block_size, hash_fn)
+
+    def add(self, prompt: list[int], max_tokens: int = 8, name: str | None = None, **params: Any) -> Any:
+        """A request comes to the scheduler; gives vLLM's object."""
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        own = {k: params.pop(k) for k in ("cache_salt", "priority") if k in params}
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)
+        if hasattr(sampling, "update_from_generation_config"):
+            sampling.update_from_generation_config({}, EOS)
+        arguments = {
+            "request_id": name if name is not None else str(self.made),
+            "prompt_token_ids": list(prompt),
+            "multi_modal_inputs": None,
+            "multi_modal_hashes": None,
+            "multi_modal_placeholders": None,
+            "multi_modal_kwargs": None,
+            "sampling_params": sampling,
+            "pooling_params": None,
+            "eos_token_id": EOS,
+            "arrival_time": 0.0,
+            "lora_request": None,
+            "block_hasher": self._hasher,
+            **own,
+        }
+        request = Request(**{n: v for n, v in arguments.items() if _takes(Request, n)})
+        self.made += 1
+        self.scheduler.add_request(request)
+        return request
+
+    def schedule(self) -> Any:
+        """``Scheduler.schedule``."""
+        output = self.scheduler.schedule()
+        self.outputs.append(output)
+        return output
+
+    def update(self, output: Any) -> Any:
+        """``Scheduler.update_from_output``, with one random token for each request that gets one."""
+        return self.scheduler.update_from_output(output, self.result_of(output))
+
+    def result_of(self, output: Any) -> Any:
+        """What a model runner would give."""
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        ids = list(output.num_scheduled_tokens)
+        sampled: list[list[int]] = []
+        for request_id in ids:
+            request = self.scheduler.requests.get(request_id)
+            # after schedule, num_computed_tokens counts what is being computed
+            done = request is not None and request.num_computed_tokens >= request.num_tokens
+            sampled.append([self.random.randrange(2, 500)] if done else [])
+        made = {
+            "req_ids": ids,
+            "req_id_to_index": {r: i for i, r in enumerate(ids)},
+            "sampled_token_ids": sampled,
+            "spec_token_ids": None,
+            "logprobs": None,
+            "prompt_logprobs_dict": {},
+            "pooler_output": [],
+        }
+        return ModelRunnerOutput(**{n: v for n, v in made.items() if n in _fields(ModelRunnerOutput)})
+
+    def step(self) -> Any:
+        """One step; gives what was scheduled."""
+        output = self.schedule()
+        self.update(output)
+        return output
+
+    def run(self, most: int = 100_000) -> Iterator[Any]:
+        """Steps until nothing is left to be done."""
+        for _ in range(most):
+            if not self.scheduler.has_unfinished_requests():
+                return
+            yield self.step()
+        raise AssertionError("the scheduler does not come to an end")
+
+    def abort(self, *names: str) -> None:
+        """Requests are aborted from outside."""
+        from vllm.v1.request import RequestStatus
+
+        self.scheduler.finish_requests(list(names), RequestStatus.FINISHED_ABORTED)
+
+
+def _scheduler_class(name: Any) -> Callable[..., Any]:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    return name if isinstance(name, type) else Scheduler
+
+
+def _takes(call: Any, name: str) -> bool:
+    return name in inspect.signature(call).parameters
+
+
+def _fields(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+def _fitting(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {n: v for n, v in arguments.items() if n in _fields(cls)}
