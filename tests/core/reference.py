@@ -7,6 +7,7 @@ found, cached, given back and evicted, who is preempted, and why a look-up found
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -210,7 +211,8 @@ class Model:
             request.cached = index + 1
 
     def _give_back(self, request: Request) -> None:
-        empty, cached = [], []
+        empty: list[Any] = []
+        cached: list[Any] = []
         for block in reversed(request.blocks):
             self.refs[block] -= 1
             if not self.refs[block]:
@@ -242,7 +244,7 @@ def play(driver: Any, model: Model, arrivals: dict[int, list[tuple[list[int], in
     for step in range(100_000):
         for prompt, most in arrivals.get(step, ()):
             theirs = driver.add(prompt, max_tokens=most)
-            mine = Request(len(requests), lambda theirs=theirs: list(theirs.all_token_ids))
+            mine = Request(len(requests), functools.partial(_tokens_of, theirs))
             requests[theirs.request_id] = (theirs, mine)
             model.waiting.append(mine)
         if not driver.scheduler.has_unfinished_requests() and step > max(arrivals):
@@ -255,3 +257,7 @@ def play(driver: Any, model: Model, arrivals: dict[int, list[tuple[list[int], in
             if theirs.is_finished() and (mine in model.running or mine in model.waiting):
                 model.finish(mine)
     raise AssertionError("no end")
+
+
+def _tokens_of(request: Any) -> list[int]:
+    return list(request.all_token_ids)

@@ -86,7 +86,7 @@ class Driver:
         try:
             from vllm.utils.hashing import get_hash_fn_by_name
         except ImportError:
-            from vllm.utils import get_hash_fn_by_name  # type: ignore[attr-defined,no-redef]
+            from vllm.utils import get_hash_fn_by_name  # type: ignore[attr-defined,no-redef,unused-ignore]
         hash_fn = get_hash_fn_by_name("sha256")
         utils.init_none_hash(hash_fn)
         return utils.get_request_block_hasher(self.block_size, hash_fn)
@@ -96,11 +96,11 @@ class Driver:
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
-        own = {k: params.pop(k) for k in ("cache_salt", "priority") if k in params}
+        own: dict[str, Any] = {k: params.pop(k) for k in ("cache_salt", "priority") if k in params}
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)
         if hasattr(sampling, "update_from_generation_config"):
             sampling.update_from_generation_config({}, EOS)
-        arguments = {
+        arguments: dict[str, Any] = {
             "request_id": name if name is not None else str(self.made),
             "prompt_token_ids": list(prompt),
             "multi_modal_inputs": None,
