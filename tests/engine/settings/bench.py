@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import kvhook
+from kvhook.window import Window, position
 from tests.engine.settings import cases, release
 from tests.engine.settings.cases import Case, Settings
 from tests.engine.settings.core_view import Request, Step, View
@@ -59,6 +60,8 @@ class Ran:
     latencies: dict[str, int]
     #: by how much the numbers of the session's summary rose
     summed: dict[str, int]
+    #: the summary of this case alone
+    summary: Any
     prediction: Prediction
     asynchronous: bool
 
@@ -154,7 +157,7 @@ class Bench:
 
     def _run(self, case: Case, on: Opened) -> Ran:
         session, view = on.session, on.view
-        first, rows = len(session.steps()), len(session.requests())
+        first, rows, before = len(session.steps()), len(session.requests()), position(session.trace())
         latencies, summary = on.latencies(), on.summed()
         # each case begins with an empty cache, so that it is the same whatever was run before
         on.llm.llm_engine.reset_prefix_cache()
@@ -178,6 +181,7 @@ class Bench:
             faults=session.faults,
             latencies={name: count - latencies[name] for name, count in on.latencies().items()},
             summed={name: count - summary.get(name, 0) for name, count in on.summed().items()},
+            summary=Window(session.trace(), before).summary(),
             prediction=prediction,
             asynchronous=view.asynchronous,
         )
