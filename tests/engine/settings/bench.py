@@ -13,6 +13,7 @@ import numpy as np
 
 import kvhook
 from kvhook.window import Window, position
+from tests.engine import vllm_here
 from tests.engine.settings import cases, release
 from tests.engine.settings.cases import Case, Settings
 from tests.engine.settings.core_view import Request, Step, View
@@ -210,7 +211,7 @@ def forced(settings: Settings) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if settings.kind == "overlapped":
             stack.enter_context(_asynchronous())
-        stack.enter_context(_after_numba())
+        stack.enter_context(vllm_here.after_numba())
         yield
 
 
@@ -230,24 +231,3 @@ def _asynchronous() -> Iterator[None]:
         yield
     finally:
         CpuPlatform.check_and_update_config = original
-
-
-@contextlib.contextmanager
-def _after_numba() -> Iterator[None]:
-    """vLLM 0.32 asks every object of every module for its ``vars()``. The n-gram drafter imports numba, which has one
-    that answers with something else than a dictionary: no engine could be made after one with that drafter."""
-    try:
-        from vllm.triton_utils import dispatcher  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        yield
-        return
-
-    def only_dictionaries(value: Any) -> dict[str, Any]:
-        found = vars(value)
-        return found if isinstance(found, dict) else {}
-
-    dispatcher.vars = only_dictionaries
-    try:
-        yield
-    finally:
-        del dispatcher.vars
