@@ -89,7 +89,8 @@ def make_llm(engine_environment: dict[str, str], model: str) -> MakeLLM:
 
     def make(**options: Any) -> Any:
         gc.collect()  # what is to go goes now, not in the middle of the next engine's work
-        return LLM(model=model, **vllm_here.options() | options)
+        with vllm_here.after_numba():
+            return LLM(model=model, **vllm_here.options() | options)
 
     return make
 

@@ -6,8 +6,10 @@ Read from the contracts (`tests/contracts`), that is from vLLM's code, never fro
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,3 +123,24 @@ def options() -> dict[str, Any]:
     small = {name: value for name, value in SMALL.items() if name != "use_tqdm_on_load"}
     blocks = {"block_size": 16, "num_gpu_blocks_override": BLOCKS * BLOCK_SIZE // 16}
     return small | blocks | {"enable_prefix_caching": False, "enable_chunked_prefill": False}
+
+
+@contextlib.contextmanager
+def after_numba() -> Iterator[None]:
+    """vLLM 0.32 asks every object of every module for its ``vars()``. The n-gram drafter imports numba, which has one
+    that answers with something else than a dictionary: no engine could be made after one with that drafter."""
+    try:
+        from vllm.triton_utils import dispatcher  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        yield
+        return
+
+    def only_dictionaries(value: Any) -> dict[str, Any]:
+        found = vars(value)
+        return found if isinstance(found, dict) else {}
+
+    dispatcher.vars = only_dictionaries
+    try:
+        yield
+    finally:
+        del dispatcher.vars

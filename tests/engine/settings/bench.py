@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import kvhook
+from kvhook.window import Window, position
+from tests.engine import vllm_here
 from tests.engine.settings import cases, release
 from tests.engine.settings.cases import Case, Settings
 from tests.engine.settings.core_view import Request, Step, View
@@ -59,6 +61,8 @@ class Ran:
     latencies: dict[str, int]
     #: by how much the numbers of the session's summary rose
     summed: dict[str, int]
+    #: the summary of this case alone
+    summary: Any
     prediction: Prediction
     asynchronous: bool
 
@@ -154,7 +158,7 @@ class Bench:
 
     def _run(self, case: Case, on: Opened) -> Ran:
         session, view = on.session, on.view
-        first, rows = len(session.steps()), len(session.requests())
+        first, rows, before = len(session.steps()), len(session.requests()), position(session.trace())
         latencies, summary = on.latencies(), on.summed()
         # each case begins with an empty cache, so that it is the same whatever was run before
         on.llm.llm_engine.reset_prefix_cache()
@@ -178,6 +182,7 @@ class Bench:
             faults=session.faults,
             latencies={name: count - latencies[name] for name, count in on.latencies().items()},
             summed={name: count - summary.get(name, 0) for name, count in on.summed().items()},
+            summary=Window(session.trace(), before).summary(),
             prediction=prediction,
             asynchronous=view.asynchronous,
         )
@@ -206,7 +211,7 @@ def forced(settings: Settings) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if settings.kind == "overlapped":
             stack.enter_context(_asynchronous())
-        stack.enter_context(_after_numba())
+        stack.enter_context(vllm_here.after_numba())
         yield
 
 
@@ -226,24 +231,3 @@ def _asynchronous() -> Iterator[None]:
         yield
     finally:
         CpuPlatform.check_and_update_config = original
-
-
-@contextlib.contextmanager
-def _after_numba() -> Iterator[None]:
-    """vLLM 0.32 asks every object of every module for its ``vars()``. The n-gram drafter imports numba, which has one
-    that answers with something else than a dictionary: no engine could be made after one with that drafter."""
-    try:
-        from vllm.triton_utils import dispatcher  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        yield
-        return
-
-    def only_dictionaries(value: Any) -> dict[str, Any]:
-        found = vars(value)
-        return found if isinstance(found, dict) else {}
-
-    dispatcher.vars = only_dictionaries
-    try:
-        yield
-    finally:
-        del dispatcher.vars

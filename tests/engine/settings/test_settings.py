@@ -306,6 +306,13 @@ SUMMED = (
 )
 
 
+def test_every_account_of_the_summary_balances_or_is_explained(ran: Ran):
+    accounts = ran.summary.accounts
+    names = {account.name for account in accounts}
+    assert names >= {"blocks in use"}, ran.say(f"accounts: {names}")
+    assert [account for account in accounts if not account.ok] == [], ran.say(str(ran.summary))
+
+
 def test_the_summary_adds_up_what_the_core_made(ran: Ran):
     for name in SUMMED:
         if ran.has(name):
