@@ -19,7 +19,13 @@ left_out: Counter[str] = Counter()
 def can() -> Can:
     if find_spec("vllm") is None:
         return Can()
+    lacks = {}
+    if says("v1/worker/cpu_model_runner.py", "assert self.speculative_config is None"):
+        lacks["drafts"] = "this vLLM has no speculative decoding on a CPU"
+    if not (says("config/scheduler.py", "async_scheduling") or says("config/__init__.py", "async_scheduling")):
+        lacks["overlapped"] = "this vLLM has no asynchronous scheduling"
     return Can(
+        lacks=lacks,
         block_sizes=(32, 64, 96, 128) if says("v1/attention/backends/cpu_attn.py", "MultipleOf(32)") else (16, 32, 128),
         reset_running=says("v1/engine/llm_engine.py", "reset_running_requests"),
     )

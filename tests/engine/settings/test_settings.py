@@ -18,7 +18,7 @@ import pytest
 from tests.engine import vllm_here
 from tests.engine.conftest import MakeLLM
 from tests.engine.settings import cases, core_view, release
-from tests.engine.settings.bench import Bench, Ran
+from tests.engine.settings.bench import Bench, Ran, quick_collections
 from tests.engine.settings.core_view import Output, Request, Step
 from tests.engine.settings.drive import Asked, Sample
 
@@ -27,9 +27,10 @@ PEAKS = ("kv_cache_usage_peak", "num_kv_blocks_peak")
 
 @pytest.fixture(scope="module")
 def bench(make_llm: MakeLLM) -> Iterator[Bench]:
-    bench = Bench(make_llm)
-    yield bench
-    bench.close()
+    with quick_collections():
+        bench = Bench(make_llm)
+        yield bench
+        bench.close()
 
 
 @pytest.fixture(scope="module", params=release.run(cases.seeds()), ids=lambda seed: f"seed-{seed}")
