@@ -50,7 +50,7 @@ docs: setup
 	@echo "The documentation is in build/docs/index.html"
 
 docs-outputs: setup
-	KVHOOK_REWRITE_DOCS=1 $(PY) -m pytest tests/test_documents.py tests/engine/test_documents.py $(ARGS)
+	REWRITE_DOCS=1 $(PY) -m pytest tests/test_documents.py tests/engine/test_documents.py $(ARGS)
 
 package: setup
 	$(PY) tests/packaging/build_and_install.py

@@ -13,7 +13,7 @@ What is done with a fenced block depends on its language:
 ``<!-- skip: next "reason" -->`` before a block keeps it from running. A line ``...`` in an output stands for lines that
 are left out. Times, rates, sizes, process numbers, paths and versions differ between runs and are not compared.
 
-With ``KVHOOK_REWRITE_DOCS=1`` (``make docs-outputs``) an output that differs is replaced by what was printed.
+With ``REWRITE_DOCS=1`` (``make docs-outputs``) an output that differs is replaced by what was printed.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ VARIABLE = (
     (re.compile(r"[\d.,]+ ?[kMG]i?B\b"), "SIZE"),
     (re.compile(r"[\d.,]+ per second"), "RATE"),
     (re.compile(r"[\d.]+ ?% of (?:it|the time)\b"), "SHARE"),
+    (re.compile(r"(made for it: .*; )[\d.]+ %"), r"\1SHARE"),
+    (re.compile(r"(per s in steps)[ \d,.]+"), r"\1 RATES"),
     (re.compile(r"\b\d+ records added"), "RECORDS added"),
     (re.compile(r"\b(process|pid|PID) \d+"), r"\1 NUMBER"),
     (re.compile(r"^ *\d+( +\d+ +(?:alive|dead|closed)\b)"), r"NUMBER\1"),
@@ -87,7 +89,7 @@ def run(page: Path, folder: Path) -> None:
     finally:
         os.chdir(before)
         document.namespace.clear()
-    if wrong and os.environ.get("KVHOOK_REWRITE_DOCS"):
+    if wrong and os.environ.get("REWRITE_DOCS"):
         rewrite(page, wrong)
     elif wrong:
         raise AssertionError("\n\n".join(difference(page, document.text, one) for one in wrong))
@@ -152,6 +154,9 @@ def transcript(text: str) -> Iterator[tuple[str, str]]:
 def execute(command: str) -> tuple[str, int]:
     """What a command prints, both streams, and its exit code. `kvhook` and `python` are those of this Python."""
     python = shlex.quote(sys.executable)
+    if rings := os.environ.get("KVHOOK_DIR"):
+        # what others have recorded on this machine does not belong into the page
+        command = re.sub(r"^kvhook (ls|tail|autopsy|recover|clean)\b", rf"\g<0> --dir {shlex.quote(rings)}", command)
     here = re.sub(r"^kvhook\b", f"{python} -m kvhook", command)
     here = re.sub(r"^python\b", python, here)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "COLUMNS": "100"}

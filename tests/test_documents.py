@@ -57,7 +57,7 @@ def page_of(folder: Path, text: str) -> Path:
 @pytest.fixture
 def small_root(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(documents, "ROOT", fresh)
-    monkeypatch.delenv("KVHOOK_REWRITE_DOCS", raising=False)
+    monkeypatch.delenv("REWRITE_DOCS", raising=False)
     return fresh
 
 
@@ -114,7 +114,7 @@ def test_commands_that_do_not_run_are_checked(line: str, problem: str):
 
 
 def test_outputs_are_replaced_and_what_was_left_out_stays_left_out(small_root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("KVHOOK_REWRITE_DOCS", "1")
+    monkeypatch.setenv("REWRITE_DOCS", "1")
     code = "```python\nprint('one 1')\nprint('two 2')\nprint('three 3')\n```\n"
     page = page_of(small_root, f"{code}\n```text\n...\nfour 4\n```\n\n```console\n$ echo 5\n4\n```\n")
     with pytest.raises(AssertionError, match="no line that is printed begins"):
