@@ -1,4 +1,4 @@
-"""Engine cores in processes of their own, spawned and forked, that end well or are killed: the session reads them all."""
+"""Engine cores in processes of their own, spawned and forked, ending well or killed: the session reads them all."""
 
 from __future__ import annotations
 
