@@ -64,6 +64,24 @@ class Columns(SphinxDirective):
         return self.parse_text_to_nodes(table(("column", "unit", "kind", "vLLM", "level", "meaning"), rows))
 
 
+class CoreColumns(SphinxDirective):
+    """The columns of one kind of record of an engine core."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """One table."""
+        from kvhook.core_schema import BLOCK_EVENT_FIELDS, CORE_KINDS
+
+        kind = self.arguments[0]
+        if kind == "blocks":
+            return self.parse_text_to_nodes(
+                table(("column", "meaning"), [(f"`{name}`", meaning) for name, _, meaning in BLOCK_EVENT_FIELDS])
+            )
+        rows = [(f"`{f.name}`", f.unit, f.role, f.meaning) for f in CORE_KINDS[kind][1]]
+        return self.parse_text_to_nodes(table(("column", "unit", "kind", "meaning"), rows))
+
+
 class Facts(SphinxDirective):
     """What ``session.meta`` tells about the run, or about each engine."""
 
@@ -209,6 +227,7 @@ def _look() -> Iterator[tuple[str, Any]]:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.add_directive("kvhook-columns", Columns)
+    app.add_directive("kvhook-core-columns", CoreColumns)
     app.add_directive("kvhook-facts", Facts)
     app.add_directive("kvhook-fields", Fields)
     app.add_directive("kvhook-verbs", Verbs)

@@ -26,6 +26,7 @@ VERBS: dict[str, dict[str, str]] = {
     },
     "read a recorded run": {
         "summary": "kvhook.cli.summary:SummaryCommand",
+        "cache": "kvhook.cli.cache:CacheCommand",
         "export": "kvhook.cli.export:ExportCommand",
     },
     "look at the processes of this machine, running or ended": {

@@ -59,6 +59,8 @@ class CoreProcess:
     def arm(self, plan: CorePlan) -> None:
         """Record the engine cores that are made from now on in this process, and in those forked off from it."""
         self.plan, self.absent = plan, ""
+        if not self._recorders:
+            self._next = 0
         for target in (INIT, SHUTDOWN):
             module = target.path.partition(":")[0]
             if module in sys.modules:
@@ -178,6 +180,7 @@ class CoreProcess:
         recorder, spool = self._recorders.pop(number, None), self._spools.pop(number, None)
         if recorder is None or spool is None:
             return
+        self._numbers = {scheduler: n for scheduler, n in self._numbers.items() if n != number}
         with contextlib.suppress(Exception):
             recorder.stop()
         recorded: list[tuple[CoreRecorder | LedgerRing, Spool]] = [(recorder, spool)]
@@ -192,7 +195,8 @@ class CoreProcess:
 
     def _gone(self, scheduler_id: int, number: int) -> None:
         """The scheduler was deleted. Finalizers call it, so it must not wait."""
-        self._numbers.pop(scheduler_id, None)
+        if self._numbers.pop(scheduler_id, None) != number:
+            return  # it was not recorded any more
         for spool in [self._spools.get(number), self._ledgers.get(number, (None, None))[1]]:
             if spool is not None:
                 spool.retire(number)
