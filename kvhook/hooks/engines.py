@@ -10,7 +10,7 @@ from typing import Any
 
 from kvhook.adapters.columns import FINISHED_HOOK, FROM_CORE, SEES_REQUESTS, SEES_SCHEDULE
 from kvhook.adapters.fit import choose
-from kvhook.adapters.publisher import StepFunctions
+from kvhook.adapters.step_functions import Left, StepFunctions
 from kvhook.adapters.requests import AbortedRequest
 from kvhook.adapters.settings import Settings
 from kvhook.adapters.table import Adapter, vllm_version

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvhook import forks
-from kvhook.adapters.publisher import StepFunctions
+from kvhook.adapters.step_functions import StepFunctions
 from kvhook.adapters.requests import AbortedRequest
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from kvhook import forks
-from kvhook.adapters.publisher import PublishStep, Record, StepFunctions
+from kvhook.adapters.step_functions import Left, PublishStep, Record, StepFunctions
 from kvhook.adapters.table import Adapter, Target
 
 log = logging.getLogger("kvhook")

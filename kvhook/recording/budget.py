@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kvhook.adapters.publisher import Counters
+from kvhook.adapters.step_functions import Counters
 from kvhook.adapters.table import Adapter, lookup
 
 clock = time.monotonic_ns

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from kvhook.adapters.publisher import Counters, StepFunctions
+    from kvhook.adapters.step_functions import Counters, Left, StepFunctions
     from kvhook.adapters.table import Adapter
     from kvhook.options import Options
     from kvhook.recording.budget import Level
