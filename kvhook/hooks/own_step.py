@@ -76,7 +76,7 @@ class FirstOutputs:
         self, engine: Any, functions: StepFunctions, count_outputs: CountOutputs, counts: OutputCounts | None
     ) -> None:
         self._functions, self._count_outputs, self._counts = functions, count_outputs, counts
-        self._processor = getattr(engine, "output_processor", None)
+        self._processor: Any = getattr(engine, "output_processor", None)
         #: ``process_outputs`` as it was found, and what is in its place
         self._there: Any = None
         self._method: Any = None
@@ -129,9 +129,7 @@ class FirstOutputs:
     def _change(self) -> StepFunctions | None:
         """From here on outputs are counted; those that were not, belong to the first record of that kind."""
         before, self._before = (self._before, None) if self.watching else (None, None)
-        functions = self._count_outputs(before is not None) if self._counts is not None else None
-        if functions is None:
-            self._counts = None  # not tried again
+        functions = self._count_outputs(before is not None)
         if functions is not None and before is not None:
             functions.take(*before[:-1])
         return functions

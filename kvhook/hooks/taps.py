@@ -36,7 +36,7 @@ class Functions(Protocol):
         """What vLLM's loggers are given."""
 
     @property
-    def take(self) -> Callable[..., None]:
+    def take(self) -> Callable[..., bool]:
         """What the engine core sent."""
 
 
@@ -294,7 +294,13 @@ def tap_own_step(tap: Tap) -> Undo:
     core, counts = core_of(tap.engine), tap.counts
     if counts is None:
         raise LookupError("its outputs cannot be counted")
-    get_output, look, take, failed, num_free = core.get_output, counts.look, tap.functions.take, tap.failed, tap.num_free_blocks
+    get_output, look, take, failed, num_free = (
+        core.get_output,
+        counts.look,
+        tap.functions.take,
+        tap.failed,
+        tap.num_free_blocks,
+    )
 
     def get_output_and_count(*args: Any, **kwargs: Any) -> Any:
         outputs = get_output(*args, **kwargs)

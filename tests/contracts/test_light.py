@@ -311,9 +311,14 @@ def test_with_the_users_stats_on_vllm_makes_and_sees_its_own(release: str, name:
         engine = begin(BY_NAME[name].engine, log_stats=True)
         go(engine)
         assert (engine.log_stats, engine.output_processor.log_stats) == (True, True)
-        assert None not in engine.output_processor.given
+        made = [stats is not None for stats in engine.output_processor.given]
+        # in 0.28 LLMEngine began to make none for a step without outputs
+        assert made == [bool(sent.outputs) or not between(release, "0.28.0") for sent in SCRIPT][: len(made)]
         (logger,) = VllmLogger.made
-        assert [stats.num_running_reqs for stats in logger.seen] == RUNNING
+        # LLMEngine of these does not hand over the stats of such a step
+        drops = name == "v1-light" and between(release, "0.17.0", "0.27.1")
+        seen = [n for n, sent in zip(RUNNING, SCRIPT, strict=True) if sent.outputs or not drops]
+        assert [stats.num_running_reqs for stats in logger.seen] == seen
 
 
 @pytest.mark.parametrize("release", V1_RELEASES)
