@@ -235,7 +235,7 @@ FACT_FIELDS: tuple[FactField, ...] = (
         "records_overrun", "count", "records", "those overwritten in the ring before they were copied to the file"
     ),
     FactField("records_unwritten", "count", "records", "those that could not be written to the file"),
-    FactField("steps_without_times", "text", "", "why steps were recorded that have no times"),
+    FactField("tokens_not_counted", "flag", "", "whether outputs came that nobody counted: tokens are not known then"),
     FactField("recovered", "i8", "records", "records that `kvhook recover` added from the ring"),
     FactField("trace", "text", "", "kvhook.open with several files: the file this engine is from"),
 )

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from kvhook import hooks
 from kvhook.adapters.columns import FINISHED_HOOK
 from kvhook.adapters.fit import adapter_for
-from kvhook.adapters.publisher import Record, StepFunctions
+from kvhook.adapters.step_functions import Record, StepFunctions
 from kvhook.adapters.v1 import ASYNC_LLM, LOGGERS
 from kvhook.errors import KvhookError
 from kvhook.hooks.quiet import do_nothing

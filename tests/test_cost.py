@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvhook.adapters.publisher import Counters
+from kvhook.adapters.step_functions import Counters
 from kvhook.recording import budget as cost
 from kvhook.recording.budget import LADDER, PROBE_EVERY, WINDOW, WINDOWS, Level, OverheadMonitor, StatsProbe
 

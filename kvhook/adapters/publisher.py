@@ -12,7 +12,8 @@ The publisher is generated, because reading 40 attributes in a straight line tak
         def add(): ...
         def abort(request): ...
         def flush(): ...
-        return record, publish, take, add, abort, flush
+        def left(): ...
+        return record, publish, take, add, abort, flush, left
 """
 
 from __future__ import annotations
@@ -22,61 +23,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from kvhook.adapters.columns import ENGINE_INDEX, FROM_CORE, PREFIXES, ColumnPlan
-from kvhook.adapters.requests import AbortedRequest
+from kvhook.adapters.step_functions import Counters, Left, StepFunctions
 from kvhook.adapters.table import Adapter, Source, attributes
 from kvhook.ring.layout import Layout, make_layout
 from kvhook.ring.writer import Publish
 from kvhook.schema import LEVELS, REQUEST, REQUEST_FIELDS, STEP, STEP_FIELDS, VALUE_SERIES, VALUES, blank
 
-#: ``record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)``, in this vLLM's order, takes over the stats
-#: of the current step.
-Record = Callable[..., None]
-#: ``publish(t_start_ns, t_end_ns)`` writes the step, and what belongs to it, into the ring.
-PublishStep = Callable[[int, int], None]
-
-
-class StepFunctions(NamedTuple):
-    """The functions that record one engine. They share their state, and belong to the thread that runs the engine.
-
-    Attributes:
-        record: what vLLM's loggers are given.
-        publish: the step is over: write it into the ring.
-        take: what the engine core sent. If the step before was not published, it is published first, without times.
-        add: a request was added.
-        abort: a request was aborted; its row and its count go out with the next step.
-        flush: publish what waits for a step, without times. Returns whether anything did.
-    """
-
-    record: Record
-    publish: PublishStep
-    take: Callable[..., None]
-    add: Callable[[], None]
-    abort: Callable[[AbortedRequest], None]
-    flush: Callable[[], bool]
-
-    @classmethod
-    def none(cls) -> StepFunctions:
-        """Functions that do nothing, for an engine that is not recorded any more."""
-
-        def nothing(*_: Any, **__: Any) -> None:
-            return None
-
-        return cls(nothing, nothing, nothing, nothing, nothing, lambda: False)
-
-
 #: What `StepFunctions.take` is given by name: the stats, and at level light the counts of the outputs.
 TAKEN = ("scheduler_stats", "iteration_stats")
 #: The publisher times itself in one of so many steps; the next record carries the result.
 MEASURE_EVERY = 8
-
-
-class Counters(NamedTuple):
-    """Where a publisher continues: the numbers of its next record, step, and finished request."""
-
-    n: int = 0
-    step: int = 0
-    request_number: int = 0
-
 
 #: ``on_sample(*counters, t_start_ns, t_end_ns, kvhook_ns)`` is called after each step that was measured; it returns
 #: the ``vllm_stats_ns`` of the next record.
@@ -119,7 +75,7 @@ class Compiled(NamedTuple):
         name = f"<kvhook publisher of engine {engine}>"
         # so that a traceback out of the generated code shows its lines
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(keepends=True), name)
-        scope: dict[str, Any] = {**self.names, "ENGINE": engine}
+        scope: dict[str, Any] = {**self.names, "ENGINE": engine, "Left": Left}
         exec(compile(self.source, name, "exec"), scope)
         pack_values = self.layout.struct_of("values", tail=f"{self.layout.values_per_slot}d").pack
         pack_step, pack_request = (self.layout.struct_of(kind).pack for kind in ("step", "request"))
@@ -174,6 +130,9 @@ class _SourceWriter:
             if attributes(expression)
         }
         self.from_core = bool(plan.facts.get(FROM_CORE))
+        # outputs whose tokens nobody has counted; the counts of level light come with the outputs themselves
+        counts = next((s.name for s in self.roots.values() if "has_iteration_stats" in s.flags), "")
+        self.uncounted = f"num_outputs and {counts} is None" if counts and plan.adapter.level == "full" else ""
         self.lines: list[str] = []
 
     def text(self) -> str:
@@ -181,7 +140,7 @@ class _SourceWriter:
         roots = ", ".join(self.roots)
         arguments = "publish_record, pack_step, pack_request, pack_values, clock, on_sample, orphan"
         self.add(0, f"def bind({arguments}, n, step, request_number):")
-        self.add(1, "pending = engine_index = spent_ns = num_added_reqs = scheduler_stats_logged = 0")
+        self.add(1, "pending = engine_index = spent_ns = num_added_reqs = scheduler_stats_logged = num_outputs = 0")
         self.add(1, "kvhook_ns = vllm_stats_ns = num_free_kv_blocks = -1")
         self.add(1, "aborted = []")
         self.add(1, f"{' = '.join(self.roots)} = None\n")
@@ -209,7 +168,7 @@ class _SourceWriter:
         self.add(3, "kvhook_ns = clock() - t_end_ns + spent_ns")
         self.add(3, "vllm_stats_ns = on_sample(n, step, request_number, t_start_ns, t_end_ns, kvhook_ns)\n")
         self.between_steps()
-        self.add(1, "return record, publish, take, add, abort, flush")
+        self.add(1, "return record, publish, take, add, abort, flush, left")
         return "\n".join(self.lines) + "\n"
 
     def take(self) -> None:
@@ -217,17 +176,22 @@ class _SourceWriter:
         given = [s for s in self.roots.values() if s.argument in TAKEN] if self.from_core else []
         arguments = "".join(f"{s.argument}=None, " for s in given)
         names = "".join(f", {s.name}" for s in given)
-        self.add(1, f"def take({arguments}engine_idx=0, spent=0, num_free=-1):")
-        self.add(2, f"nonlocal pending, engine_index, spent_ns, num_free_kv_blocks{names}")
+        self.add(1, f"def take({arguments}engine_idx=0, spent=0, num_free=-1, outputs=0):")
+        self.add(2, f"nonlocal pending, engine_index, spent_ns, num_free_kv_blocks, num_outputs{names}")
         self.add(2, "if pending:")
+        if self.uncounted:
+            self.add(3, f"if {self.uncounted}:")
+            self.add(4, "return True")
         self.add(3, "flush()")
         self.add(3, "orphan()")
         self.add(2, "pending = 1")
+        self.add(2, "num_outputs = outputs")
         for source in given:
             self.add(2, f"{source.name} = {source.argument}")
         self.add(2, "num_free_kv_blocks = num_free")
         self.add(2, "spent_ns = spent")
-        self.add(2, "engine_index = engine_idx or 0\n")
+        self.add(2, "engine_index = engine_idx or 0")
+        self.add(2, "return False\n")
 
     def record(self) -> None:
         """The function that is given what vLLM's loggers are given. What the engine core sent is not taken twice."""
@@ -261,6 +225,9 @@ class _SourceWriter:
         self.add(2, "now = clock()")
         self.add(2, "publish(now, now)")
         self.add(2, "return True\n")
+        self.add(1, "def left():")
+        uncounted = f"num_outputs if pending and {self.uncounted} else 0" if self.uncounted else "0"
+        self.add(2, f"return Left(n, step, request_number, num_added_reqs, tuple(aborted), {uncounted})\n")
 
     def aborted(self) -> None:
         """One record per aborted request, if this level has requests."""

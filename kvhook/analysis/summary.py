@@ -24,7 +24,7 @@ from kvhook.analysis.lookups import (
 from kvhook.analysis.queue import queue_of_all
 from kvhook.analysis.usage import NOT_SEEN, usage_of
 from kvhook.records.columns import Table, floats, has, step_seconds, texts, total, with_stats
-from kvhook.records.levels import NOT_COUNTED, level_codes, steps_by_level, tokens_are_known
+from kvhook.records.levels import NOBODY_COUNTED, NOT_COUNTED, level_codes, steps_by_level, tokens_are_known
 from kvhook.records.tables import Records
 from kvhook.schema import COUNTED
 
@@ -211,7 +211,8 @@ def _summarize(records: Records, engine: int | None) -> Summary:
     again = total(steps, "prefix_cache_preempted_hits")
     levels = steps_by_level(steps)
     counted: dict[str, int | None] = dict.fromkeys(COUNTED)
-    if tokens_are_known(levels):
+    nobody_counted = any(e.get("tokens_not_counted") for e in engines)
+    if tokens_are_known(levels) and not nobody_counted:
         counted = {name: total(steps, name) for name in COUNTED}
         counted["num_finished_reqs"] = _finished(steps, requests, levels)
     prompt, generated = counted["num_prompt_tokens"], counted["num_generation_tokens"]
@@ -225,7 +226,7 @@ def _summarize(records: Records, engine: int | None) -> Summary:
     vllm = str(meta["vllm"])
     # where records are missing, or releases differ, the sums of look-ups and of prompts do not belong together
     together = queue if not missing and prefix_on and {str(e.get("vllm") or vllm) for e in engines} == {vllm} else None
-    not_recorded = _not_recorded(levels, len(steps))
+    not_recorded = _not_recorded(levels, len(steps), NOBODY_COUNTED if nobody_counted else "")
     if usage.not_seen:
         not_recorded |= dict.fromkeys(_USAGE, NOT_SEEN)
     return Summary(
@@ -354,16 +355,16 @@ def _changes(engine: dict[str, Any]) -> list[dict[str, Any]]:
     return [c for c in levels if isinstance(c, dict) and isinstance(c.get("why"), str)]
 
 
-def _not_recorded(levels: dict[str, int], steps: int) -> dict[str, str]:
+def _not_recorded(levels: dict[str, int], steps: int, lost: str) -> dict[str, str]:
     """Number of the summary -> why it is not known, or of which steps only, because of the level."""
     full = levels.get("full", 0)
     out = {}
     if full < steps:
         why = f"of {full:,} of {steps:,} steps only: the others are" if full else "this run is"
         out = dict.fromkeys(_ONLY_FULL, f"{why} recorded at level light, without single requests and their clocks")
-    if not tokens_are_known(levels):
+    if lost or not tokens_are_known(levels):
         sums = (*(c for c in COUNTED if c in _FIELDS), "prompt_tokens_per_second", "generation_tokens_per_second")
-        out |= dict.fromkeys(sums, NOT_COUNTED)
+        out |= dict.fromkeys(sums, lost or NOT_COUNTED)
     return out
 
 

@@ -2,6 +2,7 @@
 
 - `registry`: the state of the hooks, in one object
 - `taps`: how kvhook gets at the stats of one engine; `quiet`: engines whose user left vLLM's stats off
+- `own_step`: engines that are driven by another step than vLLM's own
 - `engines`: how an engine begins and ends to be recorded
 - `wrappers`: what happens at each patched call, the step among them
 - `patching`: which names are replaced, all or none, and how they are put back
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvhook.hooks.engines import clock, step_down, watch
+from kvhook.hooks.engines import clock, count_outputs, step_down, watch
 from kvhook.hooks.event_loop import EventLoopRecorder
 from kvhook.hooks.existing import engines_alive
 from kvhook.hooks.patching import arm, disarm, patched
@@ -28,12 +29,17 @@ __all__ = [
     "armed_level",
     "being_built",
     "clock",
+    "count_outputs",
     "disarm",
     "engines_alive",
+    "engines_seen",
+    "existed_before",
     "flush",
     "is_recorded",
+    "is_vllms_step",
+    "note_engines_before",
     "patched",
-    "requests_waiting",
+    "requests_seen",
     "step_down",
     "unknown_engines",
     "watch",
@@ -58,9 +64,31 @@ def is_recorded(engine: Any) -> bool:
     return id(engine) in registry.engines
 
 
-def requests_waiting() -> list[int]:
-    """How many requests were added to each engine that is recorded."""
-    return [known.added for known in registry.engines.values()]
+def is_vllms_step(step: Any) -> bool:
+    """Whether a method is an engine's ``step`` as vLLM has it, with kvhook's wrapper."""
+    return any(p.attribute == "step" and step in (p.wrapper, getattr(p.parent, "step", None)) for p in registry.patches)
+
+
+def engines_seen() -> int:
+    """How many engines were recorded, or would be if they sent any stats, since kvhook was installed."""
+    return registry.engines_seen
+
+
+def requests_seen() -> int:
+    """How many requests were added to them."""
+    return registry.requests_seen
+
+
+def note_engines_before() -> list[Any]:
+    """The engines that exist and are not recorded, at the moment at which kvhook is installed."""
+    before = [each for each in engines_alive() if not is_recorded(each)]
+    registry.before = {id(each) for each in before}
+    return before
+
+
+def existed_before(engine: Any) -> bool:
+    """Whether an engine existed before kvhook was installed."""
+    return id(engine) in registry.before
 
 
 def unknown_engines() -> list[str]:

@@ -10,12 +10,13 @@ from typing import Any
 
 from kvhook.adapters.columns import FINISHED_HOOK, FROM_CORE, SEES_REQUESTS, SEES_SCHEDULE
 from kvhook.adapters.fit import choose
-from kvhook.adapters.publisher import StepFunctions
 from kvhook.adapters.requests import AbortedRequest
 from kvhook.adapters.settings import Settings
+from kvhook.adapters.step_functions import Counters, StepFunctions
 from kvhook.adapters.table import Adapter, vllm_version
 from kvhook.errors import StatsOffError
 from kvhook.hooks.event_loop import EventLoopRecorder
+from kvhook.hooks.own_step import FirstOutputs, OutputCounts
 from kvhook.hooks.quiet import do_nothing, make_no_stats
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER, RecordedEngine, registry
 from kvhook.hooks.requests import request_methods, sees_requests
@@ -67,6 +68,8 @@ def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> boo
     else:
         functions = _event_loop_recorder(engine, adapter, facts | {"timed_steps": False})
     known = registry.engines[key] = RecordedEngine(do_nothing)
+    registry.engines_seen += 1
+    registry.before.discard(key)
     try:
         _put_in(engine, adapter, functions, facts, blocks)
         if not stats_were_on and adapter.level == "full":
@@ -94,21 +97,63 @@ def step_down(engine: Any, every: int, functions_of: Callable[[Adapter], StepFun
     Raises:
         LookupError: vLLM's classes are not where the adapter says; nothing has been changed.
     """
-    key, full = id(engine), registry.adapter_of(engine)
-    known = registry.engines.get(key)
-    if full is None or known is None:
-        return False
-    adapter, _, missing = choose(full.engine, "light")
-    if missing or adapter.level != "light":
+    adapter = _light_adapter(engine)
+    if adapter is None:
         return False
     core_of(engine)  # raises before anything is changed
-    functions = functions_of(adapter)
+    _go_on(engine, adapter, functions_of(adapter), every)
+    return True
+
+
+def count_outputs(
+    engine: Any, exact: bool, functions_of: Callable[[Adapter, Counters], StepFunctions]
+) -> StepFunctions | None:
+    """Record an engine by its outputs from now on, because its own step makes no iteration stats.
+
+    Args:
+        engine: an engine that is recorded.
+        exact: whether what waits to be published is counted after all. If not, it is published as it is.
+        functions_of: returns the functions that record with an adapter of level light.
+
+    Returns:
+        These functions, or None if that cannot be done with this engine.
+
+    Raises:
+        LookupError: vLLM's classes are not where the adapter says; nothing has been changed.
+    """
+    adapter, known = _light_adapter(engine), registry.engines.get(id(engine))
+    if adapter is None or known is None or known.functions is None or known.counts is None:
+        return None
+    core_of(engine)
+    if not exact:
+        known.functions.flush()
+    left = known.functions.left()
+    functions = functions_of(adapter, left.counters)
+    for _ in range(left.added):
+        functions.add()
+    for request in left.aborted:
+        functions.abort(request)
+    _go_on(engine, adapter._replace(tap="own_step"), functions)
+    return functions
+
+
+def _light_adapter(engine: Any) -> Adapter | None:
+    """The tables by which an engine that is recorded in full can be recorded at level light."""
+    full = registry.adapter_of(engine)
+    if full is None or id(engine) not in registry.engines:
+        return None
+    adapter, _, missing = choose(full.engine, "light")
+    return None if missing or adapter.level != "light" else adapter
+
+
+def _go_on(engine: Any, adapter: Adapter, functions: StepFunctions, every: int = 1) -> None:
+    """Let other functions record an engine from its next outputs on."""
+    known, full = registry.engines[id(engine)], registry.adapter_of(engine)
     known.remove_tap()
-    if known.stats_off:
+    if known.stats_off and full is not None:
         make_no_stats(engine, full.holder)
     _put_in(engine, adapter, functions, {FROM_CORE: True}, _free_blocks(engine, adapter), every)
-    registry.steps[key] = functions.publish
-    return True
+    registry.steps[id(engine)] = functions.publish
 
 
 def forget(engine_id: int) -> None:
@@ -135,8 +180,15 @@ def _put_in(
 ) -> None:
     """Put into an engine everything that records it, and remember how that is taken out again."""
     key, known = id(engine), registry.engines[id(engine)]
+    first = None
     known.flush = functions.flush
     known.thread = threading.get_ident()
+    if not isinstance(functions, EventLoopRecorder):
+        known.functions = functions
+        if adapter.level == "full" and has_core_output(engine, adapter):
+            known.counts = _output_counts(engine)
+            first = FirstOutputs(engine, functions, _ask_owner(engine), known.counts)
+            known.flush = first.flush
 
     def failed(error: Exception) -> None:
         registry.steps.pop(key, None)
@@ -148,11 +200,11 @@ def _put_in(
 
     came = functions.outputs_came if isinstance(functions, EventLoopRecorder) else do_nothing
     num_free = blocks.take if blocks is not None else no_blocks
-    tap = Tap(engine, adapter, functions, registry.records, failed, every, facts, num_free, came)
+    tap = Tap(engine, adapter, functions, registry.records, failed, every, facts, num_free, came, first, known.counts)
 
     def add() -> None:
         known.thread = threading.get_ident()
-        known.added += 1
+        registry.requests_seen += 1
         functions.add()
 
     def abort(request: AbortedRequest) -> None:
@@ -170,6 +222,26 @@ def _put_in(
         remove_methods()
 
     known.remove_tap = remove
+
+
+def _output_counts(engine: Any) -> OutputCounts | None:
+    """What counts an engine's outputs; None where they cannot be counted."""
+    try:
+        core = core_of(engine)
+    except LookupError:
+        return None
+    return OutputCounts(core.processor, core.counter)
+
+
+def _ask_owner(engine: Any) -> Callable[[bool], StepFunctions | None]:
+    """What changes an engine to being counted, see `Owner.count_outputs`."""
+    alive = weakref.ref(engine)  # what is kept in the engine must not keep it alive
+
+    def change(exact: bool) -> StepFunctions | None:
+        engine, owner = alive(), registry.owner
+        return None if engine is None or owner is None else owner.count_outputs(engine, exact)
+
+    return change
 
 
 def _free_blocks(engine: Any, adapter: Adapter) -> FreeBlocks | None:
@@ -211,4 +283,9 @@ def _event_loop_recorder(engine: Any, adapter: Adapter, facts: dict[str, Any]) -
             return None
         return owner.open_engine(engine, adapter, facts | {"engine_index": rank})
 
-    return EventLoopRecorder(open_rank, registry.fault)
+    def not_counted() -> None:
+        engine, owner = alive(), registry.owner
+        if engine is not None and owner is not None:
+            owner.not_counted(engine)
+
+    return EventLoopRecorder(open_rank, registry.fault, not_counted)

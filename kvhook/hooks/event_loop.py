@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from kvhook import forks
-from kvhook.adapters.publisher import StepFunctions
 from kvhook.adapters.requests import AbortedRequest
+from kvhook.adapters.step_functions import StepFunctions
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER
 
 clock = time.monotonic_ns
@@ -25,10 +25,11 @@ class EventLoopRecorder:
     Args:
         open_rank: returns the functions of an engine core; called when its first stats come.
         fault: is called with errors; none is raised.
+        not_counted: is called when outputs came that nobody counted.
     """
 
-    def __init__(self, open_rank: OpenRank, fault: Fault) -> None:
-        self._open_rank, self._fault = open_rank, fault
+    def __init__(self, open_rank: OpenRank, fault: Fault, not_counted: Callable[[], None] = lambda: None) -> None:
+        self._open_rank, self._fault, self._not_counted = open_rank, fault, not_counted
         self._ranks: dict[int, StepFunctions | None] = {}
         self._made_in = forks.generation
         self._added = 0
@@ -43,12 +44,13 @@ class EventLoopRecorder:
 
     def take(
         self, scheduler_stats: Any = None, iteration_stats: Any = None, engine_idx: int | None = None, spent: int = 0
-    ) -> None:
+    ) -> bool:
         """What the engine core sent, where vLLM's loggers are not asked (level light)."""
         self._publish(
             engine_idx or 0,
             lambda functions, rank: functions.take(scheduler_stats, iteration_stats, engine_idx=rank, spent=spent),
         )
+        return False
 
     def outputs_came(self, outputs: Any) -> None:
         """The engine core sent outputs. If nobody recorded the stats of those before, they are published now."""
@@ -57,6 +59,8 @@ class EventLoopRecorder:
         if stats is not None:
             self.record(scheduler_stats=stats, engine_idx=getattr(before, "engine_index", 0))
             self._outputs = outputs
+            if before.outputs:
+                self._not_counted()
 
     def add(self) -> None:
         """A request was added."""
@@ -74,7 +78,7 @@ class EventLoopRecorder:
         self._hand_over_requests(functions)
         return functions.flush()
 
-    def _publish(self, rank: int, give: Callable[[StepFunctions, int], None]) -> None:
+    def _publish(self, rank: int, give: Callable[[StepFunctions, int], object]) -> None:
         if self._made_in != forks.generation:
             return
         try:

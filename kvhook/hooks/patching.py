@@ -27,9 +27,7 @@ def arm(owner: Owner, level: str = "full") -> None:
         owner: is informed about new engines.
         level: how much is to be recorded, a key of `kvhook.adapters.BY_LEVEL`.
     """
-    registry.owner, registry.level = owner, level
-    registry.warned.clear()
-    registry.unknown.clear()
+    registry.begin(owner, level)
     for trigger in dict.fromkeys(a.trigger for a in BY_LEVEL[level]):
         if trigger in sys.modules:
             registry.imported.add(trigger)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvhook.adapters.publisher import Record
+from kvhook.adapters.step_functions import Record
 
 
 def do_nothing(*_: Any, **__: Any) -> None:

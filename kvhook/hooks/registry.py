@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from kvhook import forks
-from kvhook.adapters.publisher import PublishStep, Record, StepFunctions
+from kvhook.adapters.step_functions import PublishStep, Record, StepFunctions
 from kvhook.adapters.table import Adapter, Target
+from kvhook.hooks.own_step import OutputCounts
 
 log = logging.getLogger("kvhook")
 
@@ -31,6 +32,20 @@ class Owner(Protocol):
 
     def open_engine(self, engine: Any, adapter: Adapter, facts: dict[str, Any]) -> StepFunctions | None:
         """A new engine was built. Returns the functions that record it, or None if it is not to be recorded."""
+
+    def count_outputs(self, engine: Any, exact: bool) -> StepFunctions | None:
+        """Nobody makes iteration stats of this engine's steps: outputs are to be counted from now on.
+
+        Args:
+            engine: an engine that is recorded.
+            exact: whether the outputs that came so far can still be counted.
+
+        Returns:
+            The functions that record it now, or None if its outputs cannot be counted.
+        """
+
+    def not_counted(self, engine: Any) -> None:
+        """Outputs of an engine were recorded whose tokens nobody counted."""
 
     def close_engine(self, engine_id: int) -> None:
         """The engine is gone. Called from finalizers, so it must not wait for a lock."""
@@ -78,14 +93,16 @@ class RecordedEngine:
         flush: publishes what waits for the engine's next step.
         thread: the thread that began to record it, or last added a request; only from there, and when the engine is
             gone, is it flushed.
-        added: requests that were added to it.
+        functions: the functions that record it; None on an event loop, where each rank has its own.
+        counts: counts its outputs, in case nobody else does.
     """
 
     remove_tap: Callable[[], None]
     stats_off: bool = False
     flush: Callable[[], bool] = lambda: False
     thread: int = 0
-    added: int = 0
+    functions: StepFunctions | None = None
+    counts: OutputCounts | None = None
 
 
 @dataclass(slots=True)
@@ -104,6 +121,9 @@ class Registry:
         imported: modules of adapters whose import has ended.
         warned: the warnings that were given in this session.
         unknown: where engines were made that are none of vLLM's own.
+        before: id() of engines that existed before kvhook was installed.
+        engines_seen: engines that have been recorded in this session.
+        requests_seen: requests that were added to them.
     """
 
     steps: dict[int, PublishStep] = field(default_factory=dict)
@@ -117,6 +137,9 @@ class Registry:
     imported: set[str] = field(default_factory=set)
     warned: set[str] = field(default_factory=set)
     unknown: list[str] = field(default_factory=list)
+    before: set[int] = field(default_factory=set)
+    engines_seen: int = 0
+    requests_seen: int = 0
 
     def adapter_of(self, engine: Any) -> Adapter | None:
         """The adapter whose targets are patched for an engine's class; None if there is none."""
@@ -156,6 +179,13 @@ class Registry:
         except Exception as error:
             self.fault("publishing what came after the last step", error, "it is lost")
 
+    def begin(self, owner: Owner, level: str) -> None:
+        """A session begins; nothing has been seen in it."""
+        self.owner, self.level = owner, level
+        self.warned.clear()
+        self.unknown.clear()
+        self.engines_seen = self.requests_seen = 0
+
     def clear(self) -> None:
         """Forget all engines, without touching them."""
         self.steps.clear()
@@ -187,6 +217,8 @@ def _in_child() -> None:
     The patches stay, and so does the owner: engines that the child makes are recorded into files of its own.
     """
     registry.clear()
+    registry.unknown.clear()
+    registry.engines_seen = registry.requests_seen = 0
 
 
 forks.call_in_child(_in_child)

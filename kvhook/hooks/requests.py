@@ -43,7 +43,7 @@ def request_methods(engine: Any, adapter: Adapter, add: Add, abort: Abort, faile
         (processor, "add_request", _count_added(processor, add, failed)),
         (processor, "abort_requests", _abort_v1(processor, abort, failed)),
     ]
-    if hasattr(processor, "_update_stats_from_finished"):
+    if adapter.level == "full" and hasattr(processor, "_update_stats_from_finished"):
         replaced.append((processor, "_update_stats_from_finished", _mark_finished(processor, failed)))
     return replaced
 

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from kvhook.adapters.light import Counter, Counts, make_counter
-from kvhook.adapters.publisher import MEASURE_EVERY, Record
+from kvhook.adapters.publisher import MEASURE_EVERY
+from kvhook.adapters.step_functions import Record
 from kvhook.adapters.table import Adapter, lookup, release, vllm_version
+from kvhook.hooks.own_step import FirstOutputs, OutputCounts
 from kvhook.hooks.quiet import OnlyLogger, QuietManager, do_nothing
 
 Undo = Callable[[], None]
@@ -34,7 +36,7 @@ class Functions(Protocol):
         """What vLLM's loggers are given."""
 
     @property
-    def take(self) -> Callable[..., None]:
+    def take(self) -> Callable[..., bool]:
         """What the engine core sent."""
 
 
@@ -44,7 +46,8 @@ class Tap(NamedTuple):
     ``records`` is where the patched methods look for their `record`: id of the object that the stats pass -> record.
     ``failed`` is called with an error of kvhook's. ``every``: outputs are counted in one of so many steps (`tap_core`
     alone). ``num_free_blocks`` returns the fewest free KV blocks after a schedule since it was last called, -1 where
-    that is not known. ``outputs_came`` is called with the engine core's outputs, on an event loop.
+    that is not known. ``outputs_came`` is called with the engine core's outputs, on an event loop. ``first`` looks at
+    the first outputs at level full, and ``counts`` counts outputs (`tap_own_step`).
     """
 
     engine: Any
@@ -56,6 +59,8 @@ class Tap(NamedTuple):
     facts: Mapping[str, Any] = {}
     num_free_blocks: Callable[[], int] = no_blocks
     outputs_came: Callable[[Any], None] = do_nothing
+    first: FirstOutputs | None = None
+    counts: OutputCounts | None = None
 
     @property
     def record(self) -> Record:
@@ -68,7 +73,7 @@ def tap_manager(tap: Tap) -> Undo:
     manager = getattr(tap.engine, tap.adapter.holder)
     if manager is None:
         raise LookupError(f"it has no {tap.adapter.holder}")
-    take_out = take_from_core(tap) if has_core_output(tap.engine, tap.adapter) else do_nothing
+    take_out = take_from_core(tap) if tap.first is not None or not tap.adapter.timed else do_nothing
     if isinstance(manager, QuietManager):
         manager.hand_over_to(tap.record)
         remove_record: Undo = functools.partial(manager.hand_over_to, do_nothing)
@@ -95,7 +100,8 @@ def take_from_core(tap: Tap) -> Undo:
     """
     client, take, failed = tap.engine.engine_core, tap.functions.take, tap.failed
     get_output = getattr(client, tap.adapter.core_output)
-    if not tap.adapter.timed:
+    first = tap.first
+    if first is None:
         return replace((client, tap.adapter.core_output, _announce_outputs(get_output, tap)))
     num_free = tap.num_free_blocks
     fill_in = _empty_stats(tap)
@@ -103,15 +109,24 @@ def take_from_core(tap: Tap) -> Undo:
     def get_output_and_take(*args: Any, **kwargs: Any) -> Any:
         outputs = get_output(*args, **kwargs)
         try:
-            stats = outputs.scheduler_stats
-            take(stats, None, getattr(outputs, "engine_index", 0), 0, num_free())
+            stats, free = outputs.scheduler_stats, num_free()
+            rank = getattr(outputs, "engine_index", 0)
+            if first.watching or take(stats, None, rank, 0, free, len(outputs.outputs)):
+                first.take(outputs, free)
             if stats is None and fill_in is not None:
                 outputs.scheduler_stats = fill_in()
         except Exception as error:
             failed(error)
         return outputs
 
-    return replace((client, tap.adapter.core_output, get_output_and_take))
+    first.begin()
+    take_out = replace((client, tap.adapter.core_output, get_output_and_take))
+
+    def undo() -> None:
+        first.stop()
+        take_out()
+
+    return undo
 
 
 def _announce_outputs(get_output: Callable[..., Any], tap: Tap) -> Callable[..., Any]:
@@ -179,13 +194,11 @@ def tap_outputs(tap: Tap) -> Undo:
     client, processor, record = tap.engine.engine_core, tap.engine.output_processor, tap.record
     get_output, process_outputs = client.get_output, processor.process_outputs
     make_stats = lookup(next(s.path for s in tap.adapter.sources if s.argument == "iteration_stats"))
-    take, num_free = tap.functions.take, tap.num_free_blocks
     latest: Any = None
 
     def get_output_and_keep(*args: Any, **kwargs: Any) -> Any:
         nonlocal latest
         latest = outputs = get_output(*args, **kwargs)
-        take(outputs.scheduler_stats, None, 0, 0, num_free())
         return outputs
 
     def process_outputs_with_stats(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -203,8 +216,10 @@ def tap_outputs(tap: Tap) -> Undo:
     take_out = replace(
         (client, "get_output", get_output_and_keep), (processor, "process_outputs", process_outputs_with_stats)
     )
+    take_out_first = take_from_core(tap)
 
     def undo() -> None:
+        take_out_first()
         take_out()
         processor.log_stats = log_stats
 
@@ -274,6 +289,33 @@ def tap_core(tap: Tap) -> Undo:
     return replace((core.client, "get_output", get_output_and_count))
 
 
+def tap_own_step(tap: Tap) -> Undo:
+    """Count the outputs of an engine whose ``step`` is not vLLM's, and may not even process them."""
+    core, counts = core_of(tap.engine), tap.counts
+    if counts is None:
+        raise LookupError("its outputs cannot be counted")
+    get_output, look, take, failed, num_free = (
+        core.get_output,
+        counts.look,
+        tap.functions.take,
+        tap.failed,
+        tap.num_free_blocks,
+    )
+
+    def get_output_and_count(*args: Any, **kwargs: Any) -> Any:
+        outputs = get_output(*args, **kwargs)
+        try:
+            take(outputs.scheduler_stats, look(outputs), getattr(outputs, "engine_index", 0), 0, num_free())
+        except Exception as error:
+            failed(error)
+        return outputs
+
+    return replace(
+        (core.client, "get_output", get_output_and_count),
+        (core.processor, "process_outputs", counts.around(core.process_outputs)),
+    )
+
+
 def _tap_core_on_event_loop(tap: Tap) -> Undo:
     """The same for AsyncLLM, whose output handler processes the outputs of a step in several parts. A step is over when
     the handler asks for the next outputs."""
@@ -323,6 +365,7 @@ TAPS: dict[str, Callable[[Tap], Undo]] = {
     "lists": tap_lists,
     "outputs": tap_outputs,
     "core": tap_core,
+    "own_step": tap_own_step,
 }
 
 

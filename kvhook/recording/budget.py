@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kvhook.adapters.publisher import Counters
+from kvhook.adapters.step_functions import Counters
 from kvhook.adapters.table import Adapter, lookup
 
 clock = time.monotonic_ns
@@ -69,12 +69,18 @@ class OverheadMonitor:
                 self._stats_ns = stats_ns
             if self._samples % PROBE_EVERY == 1:
                 self.probe.arm()
-        if self._max_overhead is not None:
+        if self._max_overhead is not None and t_end_ns > t_start_ns:  # else there is no step time to have a share of
             self._cost += kvhook_ns + self._call_ns + self._stats_ns
             self._time += t_end_ns - t_start_ns
             if not self._samples % WINDOW:
                 self._end_window(Counters(n, step, request_number))
         return stats_ns
+
+    def at_light(self) -> None:
+        """The engine is recorded at level light from now on, for another reason than its cost."""
+        self.stop()
+        self.probe, self._stats_ns = None, 0
+        self._rest = LADDER[2:]
 
     def stop(self) -> None:
         """Take out of the engine what waits for its next step."""

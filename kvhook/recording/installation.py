@@ -192,7 +192,7 @@ def _warn_if_slow() -> None:
 
 def _warn_of_engines(session: Session) -> None:
     """Say so if engines exist already: they were made before `install`, and are not recorded."""
-    kinds = [each for each in hooks.engines_alive() if not hooks.is_recorded(each)]
+    kinds = hooks.note_engines_before()
     session.unrecorded_engines = len(kinds)
     if kinds:
         log.warning(

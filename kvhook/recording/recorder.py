@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from kvhook import __version__
-from kvhook.adapters.publisher import Compiled, Counters, OnSample, StepFunctions, compile_publisher, no_sample
+from kvhook.adapters.publisher import Compiled, OnSample, compile_publisher, no_sample
+from kvhook.adapters.step_functions import Counters, StepFunctions
 from kvhook.adapters.table import Adapter, vllm_version
 from kvhook.discovery.cleaning import prune
 from kvhook.hooks.quiet import do_nothing

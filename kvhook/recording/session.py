@@ -19,7 +19,6 @@ from kvhook import forks, hooks
 from kvhook.adapters.columns import STATS_FOR_KVHOOK
 from kvhook.adapters.config import engine_facts
 from kvhook.adapters.publisher import no_sample
-from kvhook.discovery.children import files_of_children
 from kvhook.discovery.cleaning import HISTORY_PREFIX, prune_histories
 from kvhook.errors import KvhookError
 from kvhook.faults import Faults
@@ -27,9 +26,11 @@ from kvhook.recording import own_files
 from kvhook.recording.budget import OverheadMonitor, probe_of
 from kvhook.recording.core_side import CoreSide
 from kvhook.recording.overhead import call_overhead_ns
+from kvhook.recording.own_steps import OwnSteps
 from kvhook.recording.plan import plan_engine
 from kvhook.recording.recorder import Recorder
 from kvhook.recording.spool import Spool
+from kvhook.recording.why_no_steps import not_recorded, why_no_steps
 from kvhook.ring.place import find_directory, history_root, process_start
 from kvhook.ring.trace_file import TRACE_SUFFIX
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from kvhook.adapters.publisher import Counters, StepFunctions
+    from kvhook.adapters.step_functions import Counters, StepFunctions
     from kvhook.adapters.table import Adapter
     from kvhook.options import Options
     from kvhook.recording.budget import Level
@@ -46,11 +47,6 @@ if TYPE_CHECKING:
     from kvhook.trace import Trace
 
 log = logging.getLogger("kvhook")
-
-ORPHANS = (
-    "{} sends stats, but vLLM's own LLMEngine.step is not called: it is driven by {}. Its steps are recorded as the "
-    "stats come, without step times"
-)
 
 #: A slot with every column of the schema takes less than this; used to try out the ring's directory.
 _MOST_SLOT_BYTES = 512
@@ -96,8 +92,6 @@ class Session:
         #: id(engine) -> its recorders: one for each engine core (data-parallel rank)
         self._recorders_of: dict[int, list[Recorder]] = {}
         self._monitors: list[OverheadMonitor] = []
-        #: numbers of the engines whose stats came without a step
-        self._orphans: set[int] = set()
         self._next_number = 0
         #: engines that existed before kvhook was installed
         self.unrecorded_engines = 0
@@ -106,6 +100,7 @@ class Session:
         self._history_dir: Path | None = None
         self._core_side = CoreSide(options, self._ring_dir)
         self._spool = Spool(self._next_files, options.history_bytes, self._faults.fault)
+        self._own_steps = OwnSteps(self._spool.write_meta_again)
         self._call_overhead_ns = 0
 
     # ---- reading ---------------------------------------------------------------------------------------------------
@@ -146,7 +141,7 @@ class Session:
             "hook_call_ns": self._call_overhead_ns,
         }
         if not any(self._spool.published.values()):
-            more["why_no_steps"] = self._why_no_steps()
+            more["why_no_steps"] = self.why_no_steps()
         try:
             paths, opened, counts = self._spool.open()
         except OSError as error:
@@ -255,6 +250,8 @@ class Session:
                 return
             self.disarm_core()
             self._spool.close()
+            if not any(self._spool.published.values()) and (why := not_recorded()):
+                log.warning("kvhook: nothing was recorded: %s", why)
             for recorder in self._recorders.values():
                 recorder.close()
             self._closed = True
@@ -338,18 +335,42 @@ class Session:
 
     def _orphan_of(self, engine: Any, number: int) -> Callable[[], None]:
         """What is called when an engine's stats had to be published without a step."""
-        kind, step = type(engine).__qualname__, getattr(type(engine), "step", None)
-        where = f"{getattr(step, '__module__', '?')}.{getattr(step, '__qualname__', 'step')}"
+        alive = weakref.ref(engine)
 
         def orphan() -> None:
-            if number not in self._orphans:
-                self._orphans.add(number)
-                recorder = self._recorders[number]
-                recorder.meta["steps_without_times"] = ORPHANS.format(kind, where)
-                self._spool.write_meta_again(number)
-                log.warning("kvhook: %s", recorder.meta["steps_without_times"])
+            self._own_steps.without_times(alive(), self._recorders[number])
 
         return orphan
+
+    def count_outputs(self, engine: Any, exact: bool) -> StepFunctions | None:
+        """Nobody makes iteration stats of an engine's steps; see `kvhook.hooks.Owner`."""
+        recorder = next(iter(self._recorders_of.get(id(engine), ())), None)
+        if recorder is None:
+            return None
+        lost = not exact and bool(recorder.functions.left().uncounted)
+        begun = 0
+
+        def go_on(adapter: Adapter, counters: Counters) -> StepFunctions:
+            nonlocal begun
+            begun = counters.step
+            return recorder.go_on(adapter, "light", counters)
+
+        functions: StepFunctions | None = None
+        try:
+            functions = hooks.count_outputs(engine, exact, go_on)
+        except Exception as error:
+            self.fault("counting the outputs of an engine", error, "the tokens of this engine are not known")
+        if lost or functions is None:
+            self._own_steps.not_counted(recorder)
+        if functions is not None:
+            self._monitors[recorder.number].at_light()
+            self._own_steps.counted(engine, recorder, begun)
+        return functions
+
+    def not_counted(self, engine: Any) -> None:
+        """Outputs came that nobody counted; see `kvhook.hooks.Owner`."""
+        for recorder in self._recorders_of.get(id(engine), ())[:1]:
+            self._own_steps.not_counted(recorder)
 
     def _step_down_of(self, engine: Any, number: int) -> Callable[[Level, Counters, float], bool]:
         """What changes an engine to a level that costs less. The engine's thread calls it between two steps."""
@@ -388,30 +409,12 @@ class Session:
         """Something in kvhook failed; see `kvhook.hooks.Owner`."""
         self._faults.fault(where, error, then)
 
-    def _why_no_steps(self) -> str:
+    def why_no_steps(self) -> str:
         """What to tell a user who sees no steps."""
         if self._faults.counts:
             where, error = next(iter(self._faults.first_errors.items()))
             return f"{where} failed ({error}); kvhook doctor says whether this vLLM can be recorded"
-        if self._recorders:
-            waiting = sum(hooks.requests_waiting())
-            if waiting:
-                return (
-                    f"{waiting} requests were added to an engine, but neither its step() nor the outputs of its core "
-                    "were seen: a framework drives it in a way that kvhook does not know"
-                )
-            return "an engine is being recorded: call llm.generate(...)"
-        if self.unrecorded_engines:
-            return "the engine was made before kvhook.install(): make it afterwards, or call kvhook.attach(llm)"
-        if hooks.unknown_engines():
-            return f"an engine was made that kvhook does not know ({', '.join(hooks.unknown_engines())})"
-        children = files_of_children(self._ring_dir, self.options.trace_path)
-        if children:
-            return (
-                f"no engine was made in this process; {len(children)} of its child processes recorded engines: "
-                f"kvhook ls, or kvhook.open({str(children[0])!r})"
-            )
-        return "no engine has been made in this process since kvhook.install()"
+        return why_no_steps(self.unrecorded_engines, self._ring_dir, self.options.trace_path)
 
     # ---- files -----------------------------------------------------------------------------------------------------
 

@@ -60,7 +60,9 @@ def _lines(s: Summary) -> Iterator[str]:
         yield _row("pooling", "no tokens are generated")
     else:
         generated = f"{count(s.num_generation_tokens)} tokens, {rate(s.generation_tokens_per_second)}"
-        yield _row("generated", "not known" if s.num_generation_tokens is None else generated)
+        why = s.not_recorded.get("num_generation_tokens", "")
+        unknown = f"not known{f': {why}' if why else ''}"
+        yield _row("generated", unknown if s.num_generation_tokens is None else generated)
     if s.num_drafts:
         yield _row("speculative", _drafts(s))
     if s.max_loras:

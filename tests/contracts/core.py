@@ -13,6 +13,7 @@ Their classes, fields and signatures are those of the release, and what a test l
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -46,12 +47,14 @@ class Prompt(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What the core says of a request in a step: tokens, and how often it had been preempted before them."""
+    """What the core says of a request in a step: tokens, and how often it had been preempted before them. It may have
+    aborted the request itself."""
 
     request: str
     tokens: int = 1
     preempted: int = 0
     finished: bool = False
+    aborted: bool = False
 
 
 class Sent(NamedTuple):
@@ -61,6 +64,9 @@ class Sent(NamedTuple):
     #: requests that run; None if it sends no scheduler's stats
     running: int | None = 0
     rank: int = 0
+    #: tokens looked up in the prefix cache since the last stats (before 0.9: blocks), and found
+    looked_up: int = 0
+    found: int = 0
 
 
 class NoMore(Exception):
@@ -135,7 +141,8 @@ def _message(client: Any, sent: Sent) -> Any:
             events = first + [kinds.PREEMPTED, kinds.SCHEDULED] * said.preempted
             more["events"] = [module["EngineCoreEvent"](type=kind, timestamp=TIMESTAMP) for kind in events] or None
         client.begun.add(said.request)
-        reason = module["FinishReason"].LENGTH if said.finished else None
+        reasons = module["FinishReason"]
+        reason = reasons.ABORT if said.aborted else reasons.LENGTH if said.finished else None
         outputs.append(
             module["EngineCoreOutput"](
                 request_id=said.request, new_token_ids=[7] * said.tokens, finish_reason=reason, **more
@@ -145,6 +152,7 @@ def _message(client: Any, sent: Sent) -> Any:
     sched = None
     if client.log_stats and sent.running is not None:
         sched = stats["SchedulerStats"](num_running_reqs=sent.running)
+        sched.prefix_cache_stats.queries, sched.prefix_cache_stats.hits = sent.looked_up, sent.found
     return module["EngineCoreOutputs"](outputs=outputs, scheduler_stats=sched, timestamp=TIMESTAMP, **rank)
 
 
@@ -160,6 +168,36 @@ def _processor(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> Non
 
     def start(processor: Any, log_stats: bool) -> None:
         processor.log_stats, processor.request_states, processor.given = log_stats, {}, []
+        processor.parent_requests = {}
+
+    def add_request(given: dict[str, Any]) -> None:
+        processor, request, parent = given["self"], given["request"], given["parent_req"]
+        state = vars(sys.modules[PROCESSOR])["RequestState"]()
+        state.request_id, state.parent_req, state.request_index = request.request_id, parent, given["request_index"]
+        if has_external_ids(processor):
+            state.external_req_id = request.external_req_id
+        prompt = request.prompt
+        state.prompt_len, state.is_prefilling = prompt.computed + prompt.cached, True
+        state.prompt, state.generated, state.stop_after = prompt, 0, prompt.stop_after
+        state.stats = vars(sys.modules[STATS])["RequestStateStats"]() if processor.log_stats else None
+        processor.request_states[request.request_id] = state
+        if parent is not None:
+            processor.parent_requests[parent.request_id] = parent
+
+    def abort_requests(given: dict[str, Any]) -> list[str]:
+        processor, gone = given["self"], []
+        for name in list(given["request_ids"]):
+            of_that = [name]
+            if not given.get("internal", True):  # the user's ids, from 0.14
+                of_that = [n for n, state in processor.request_states.items() if state.external_req_id == name]
+            for request_id in of_that:
+                if processor.request_states.pop(request_id, None) is not None:
+                    gone.append(request_id)
+                elif request_id in processor.parent_requests:
+                    children = list(processor.parent_requests.pop(request_id).child_requests)
+                    internal = {"internal": True} if "internal" in given else {}
+                    gone += processor.abort_requests(children, **internal) or []
+        return gone
 
     def process_outputs(given: dict[str, Any]) -> Processed:
         processor, stats = given["self"], given["iteration_stats"]
@@ -172,6 +210,8 @@ def _processor(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> Non
             processor._update_stats_from_output(state, output, given["engine_core_timestamp"], stats)
             state.is_prefilling = False
             state.generated += len(output.new_token_ids)
+            if state.stats is not None:
+                state.stats.num_generation_tokens += len(output.new_token_ids)
             stopped = state.stop_after and state.generated >= state.stop_after
             done.request_outputs.append(output.request_id)
             if output.finish_reason is not None or stopped:
@@ -193,13 +233,24 @@ def _processor(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> Non
 
     def from_finished(given: dict[str, Any]) -> None:
         if given["iteration_stats"] is not None:
+            reason = given["finish_reason"]
+            kinds = vars(sys.modules[CORE])["FinishReason"]
             one = vars(sys.modules[STATS])["FinishedRequestStats"]()
+            one.finish_reason = kinds.STOP if reason is None else reason
+            one.num_generation_tokens = given["req_state"].generated
             given["iteration_stats"].finished_requests.append(one)
 
     cls.__init__ = start
     behaviour._put(facts, cls, "process_outputs", process_outputs)
+    behaviour._put(facts, cls, "add_request", add_request)
+    behaviour._put(facts, cls, "abort_requests", abort_requests)
     behaviour._put(facts, cls, "_update_stats_from_output", from_output)
     behaviour._put(facts, cls, "_update_stats_from_finished", from_finished)
+
+
+def has_external_ids(processor: Any) -> bool:
+    """Whether requests have ids of their own inside this vLLM, beside the user's: from 0.14."""
+    return "internal" in inspect.signature(type(processor).abort_requests).parameters
 
 
 def _ttft(stats: Any, output: Any, state: Any) -> None:
@@ -242,19 +293,28 @@ def _engines(
             log_stats=engine.log_stats,
         )
 
+    key = version_key(facts.release)
+    #: for which steps LLMEngine hands stats over to its loggers
+    asserts = version_key("0.9.0") <= key <= version_key("0.11.0")
+    drops = version_key("0.17.0") <= key <= version_key("0.27.1")
+    none_without_outputs = key >= version_key("0.28.0")
+
     def step(given: dict[str, Any]) -> list[str]:
         engine = given["self"]
         outputs = engine.engine_core.get_output()
         if holder is None:
             done = engine.output_processor.process_outputs(outputs.outputs)
         else:
-            stats = vars(modules[STATS])["IterationStats"]() if engine.log_stats else None
+            made = engine.log_stats and (outputs.outputs or not none_without_outputs)
+            stats = vars(modules[STATS])["IterationStats"]() if made else None
             done = engine.output_processor.process_outputs(
                 outputs.outputs, engine_core_timestamp=outputs.timestamp, iteration_stats=stats
             )
         engine.engine_core.abort_requests(done.reqs_to_abort)
         logger = getattr(engine, holder) if holder else None
-        if logger is not None and (outputs.scheduler_stats is not None or holder == "stat_logger"):
+        if logger is not None and asserts:
+            assert outputs.scheduler_stats is not None
+        if logger is not None and outputs.scheduler_stats is not None and (outputs.outputs or not drops):
             logger.record(scheduler_stats=outputs.scheduler_stats, iteration_stats=stats)
         return done.request_outputs
 
@@ -293,6 +353,7 @@ def _engines(
 
     behaviour._put(facts, sync, "__init__", build_sync)
     behaviour._put(facts, sync, "step", step)
+    sync.abort_request = on_loop.abort = abort_request
     behaviour._put(facts, sync, "get_metrics", get_metrics) if holder else None
     behaviour._put(facts, on_loop, "__init__", build_on_loop)
     on_loop.handle_outputs = handle_outputs
@@ -303,12 +364,27 @@ def get_metrics(given: dict[str, Any]) -> list[Any]:
     return []
 
 
-def add(engine: Any, request: str, prompt: Prompt, *, aborted: bool = False) -> None:
-    """Add a request; of an ``aborted`` one the core still sends, and the front end knows no more."""
-    engine.engine_core.prompts[request] = prompt
-    if aborted:
-        return
-    state = vars(sys.modules[PROCESSOR])["RequestState"]()
-    state.prompt_len, state.is_prefilling = prompt.computed + prompt.cached, True
-    state.prompt, state.generated, state.stop_after = prompt, 0, prompt.stop_after
-    engine.output_processor.request_states[request] = state
+def abort_request(engine: Any, request_ids: list[str]) -> None:
+    """What the engines do with requests that are aborted: first the front end forgets them, then the core."""
+    internal = {"internal": False} if has_external_ids(engine.output_processor) else {}
+    engine.engine_core.abort_requests(engine.output_processor.abort_requests(request_ids, **internal))
+
+
+def add(engine: Any, request: str, prompt: Prompt, *, aborted: bool = False, n: int = 1) -> list[str]:
+    """Add a request with ``n`` samples; of an ``aborted`` one the core still sends, and the front end knows no more.
+
+    Returns:
+        The ids inside vLLM, one for each sample.
+    """
+    processor = engine.output_processor
+    # from 0.14 on the id inside has something behind it
+    inside = f"{request}-1f" if has_external_ids(processor) and n > 1 else request
+    ids = [f"{index}_{inside}" for index in range(n)] if n > 1 else [inside]
+    parent = types.SimpleNamespace(request_id=inside, child_requests=set(ids), n=n) if n > 1 else None
+    for index, one in enumerate(ids):
+        engine.engine_core.prompts[one] = prompt
+        if not aborted:
+            given = types.SimpleNamespace(request_id=one, external_req_id=request, prompt=prompt)
+            text = {"prompt": None} if "prompt" in inspect.signature(type(processor).add_request).parameters else {}
+            processor.add_request(request=given, parent_req=parent, request_index=index, **text)
+    return ids

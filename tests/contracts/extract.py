@@ -102,8 +102,8 @@ MODULES: Mapping[str, Wanted] = {
     "vllm.v1.engine.llm_engine": _ENGINE,
     "vllm.v1.engine.output_processor": Wanted(
         classes="OutputProcessor|RequestState",
-        methods="process_outputs|_update_stats_from_output|_update_stats_from_finished",
-        attributes="request_states|is_prefilling|prompt_len|log_stats|stats",
+        methods="process_outputs|add_request|abort_requests|_update_stats_from_output|_update_stats_from_finished",
+        attributes="request_states|is_prefilling|prompt_len|log_stats|stats|parent_req|request_index|external_req_id",
     ),
     "vllm.v1.metrics.loggers": _LOGGERS,
     "vllm.v1.metrics.perf": Wanted(classes="PerfStats"),

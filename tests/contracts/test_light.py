@@ -311,9 +311,14 @@ def test_with_the_users_stats_on_vllm_makes_and_sees_its_own(release: str, name:
         engine = begin(BY_NAME[name].engine, log_stats=True)
         go(engine)
         assert (engine.log_stats, engine.output_processor.log_stats) == (True, True)
-        assert None not in engine.output_processor.given
+        made = [stats is not None for stats in engine.output_processor.given]
+        # in 0.28 LLMEngine began to make none for a step without outputs
+        assert made == [bool(sent.outputs) or not between(release, "0.28.0") for sent in SCRIPT][: len(made)]
         (logger,) = VllmLogger.made
-        assert [stats.num_running_reqs for stats in logger.seen] == RUNNING
+        # LLMEngine of these does not hand over the stats of such a step
+        drops = name == "v1-light" and between(release, "0.17.0", "0.27.1")
+        seen = [n for n, sent in zip(RUNNING, SCRIPT, strict=True) if sent.outputs or not drops]
+        assert [stats.num_running_reqs for stats in logger.seen] == seen
 
 
 @pytest.mark.parametrize("release", V1_RELEASES)
@@ -453,7 +458,9 @@ def test_uninstall_in_mid_life_takes_out_what_was_put_into_the_engine(release: s
     with stubs(engines_of(release)), kvhook.install(level="light", ring_slots=64) as session:
         engine = begin(BY_NAME[name].engine, script=SCRIPT[:2])
         put_in = {n for o in (engine.engine_core, engine.output_processor) for n, v in vars(o).items() if callable(v)}
-        assert put_in == ({"get_output"} if BY_NAME[name].timed else {"get_output_async", "process_outputs"})
+        requests = {"add_request", "abort_requests"}
+        tap = {"get_output"} if BY_NAME[name].timed else {"get_output_async", "process_outputs"}
+        assert put_in == tap | requests
         go(engine)
         kvhook.uninstall()
         left = [n for o in (engine.engine_core, engine.output_processor) for n, v in vars(o).items() if callable(v)]
@@ -574,10 +581,12 @@ def test_an_engine_at_level_full_can_go_on_at_level_light(
         assert steps["step"].tolist() == list(range(6))
         # the user's own stats go on; those that only kvhook had turned on are made no more
         own = log_stats and not between(release, "0.8.0", "0.8.5.post1")
-        assert [stats is not None for stats in engine.output_processor.given[at_full:]] == [own] * 5
+        made = [own and (bool(sent.outputs) or not between(release, "0.28.0")) for sent in SCRIPT[1:]]
+        assert [stats is not None for stats in engine.output_processor.given[at_full:]] == made
         assert engine.output_processor.log_stats is own
         assert engine.engine_core.log_stats is True
-        assert [len(logger.seen) for logger in VllmLogger.made] == ([6] if own else [])
+        seen = 5 if between(release, "0.17.0", "0.27.1") else 6
+        assert [len(logger.seen) for logger in VllmLogger.made] == ([seen] if own else [])
         if not log_stats and between(release, "0.9.0"):
             with pytest.raises(AssertionError, match="Stat logging disabled"):
                 engine.get_metrics()

@@ -1,20 +1,22 @@
 # What kvhook runs in every step of V1's LLMEngine at level light, vLLM 0.32.0. Generated: python -m tests.golden --write
 
 def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample, orphan, n, step, request_number):
-    pending = engine_index = spent_ns = num_added_reqs = scheduler_stats_logged = 0
+    pending = engine_index = spent_ns = num_added_reqs = scheduler_stats_logged = num_outputs = 0
     kvhook_ns = vllm_stats_ns = num_free_kv_blocks = -1
     aborted = []
     sched = counts = None
 
-    def take(engine_idx=0, spent=0, num_free=-1):
-        nonlocal pending, engine_index, spent_ns, num_free_kv_blocks
+    def take(engine_idx=0, spent=0, num_free=-1, outputs=0):
+        nonlocal pending, engine_index, spent_ns, num_free_kv_blocks, num_outputs
         if pending:
             flush()
             orphan()
         pending = 1
+        num_outputs = outputs
         num_free_kv_blocks = num_free
         spent_ns = spent
         engine_index = engine_idx or 0
+        return False
 
     def record(scheduler_stats=None, iteration_stats=None, engine_idx=None, spent=0, **_):
         nonlocal pending, engine_index, spent_ns, scheduler_stats_logged, sched, counts
@@ -106,4 +108,7 @@ def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample,
         publish(now, now)
         return True
 
-    return record, publish, take, add, abort, flush
+    def left():
+        return Left(n, step, request_number, num_added_reqs, tuple(aborted), 0)
+
+    return record, publish, take, add, abort, flush, left

@@ -1,0 +1,135 @@
+"""Engines that are driven by another ``step`` than vLLM's own.
+
+A framework may copy ``LLMEngine.step``, or call the engine core itself. Then nobody makes vLLM's iteration stats, and
+the tokens of a step would be unknown. They are counted from the engine core's outputs instead, as at level light.
+
+It shows only when the second outputs come, and the first have not been counted by then. So that those are not lost,
+the first outputs of each engine are counted as well, by `FirstOutputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvhook.adapters.light import Counter, Counts
+from kvhook.adapters.step_functions import StepFunctions
+
+#: Changes an engine to counting. Is told whether all outputs so far can still be counted; returns the functions that
+#: record it from then on, or None if it cannot be done.
+CountOutputs = Callable[[bool], "StepFunctions | None"]
+
+
+class OutputCounts:
+    """Counts what the engine core sends, whoever asks for it and whoever processes it.
+
+    Args:
+        processor: the engine's output processor.
+        count: the counter that fits this vLLM (`kvhook.adapters.light.make_counter`).
+    """
+
+    def __init__(self, processor: Any, count: Counter) -> None:
+        self._processor, self._count = processor, count
+        self._latest: Counts | None = None
+        self._processed = False
+
+    def look(self, outputs: Any) -> Counts | None:
+        """What there is to count in outputs that have just come, before they are processed; None if nothing."""
+        self._latest, self._processed = None, False
+        if not outputs.outputs:
+            return None
+        states, counts = self._processor.request_states, Counts()
+        self._count(outputs.outputs, states, counts)
+        # as the engine core sees it; corrected if the outputs are processed: a stop string is found there
+        ended = [each for each in outputs.outputs if each.finish_reason is not None and each.request_id in states]
+        counts.num_finished_reqs = len(ended)
+        self._latest = counts
+        return counts
+
+    def around(self, process_outputs: Callable[..., Any]) -> Callable[..., Any]:
+        """``process_outputs``, with the requests counted that it finishes."""
+
+        def process_outputs_and_count(*args: Any, **kwargs: Any) -> Any:
+            before = len(self._processor.request_states)
+            result = process_outputs(*args, **kwargs)
+            counts = self._latest
+            if counts is not None:
+                finished = before - len(self._processor.request_states)
+                counts.num_finished_reqs = finished + (counts.num_finished_reqs if self._processed else 0)
+                self._processed = True
+            return result
+
+        return process_outputs_and_count
+
+
+class FirstOutputs:
+    """Looks at the first outputs of an engine, until it is known that vLLM's own step counts them.
+
+    Args:
+        engine: the engine.
+        functions: what records the engine so far.
+        count_outputs: changes it to counting.
+        counts: counts its outputs; None where that cannot be done.
+    """
+
+    def __init__(
+        self, engine: Any, functions: StepFunctions, count_outputs: CountOutputs, counts: OutputCounts | None
+    ) -> None:
+        self._functions, self._count_outputs, self._counts = functions, count_outputs, counts
+        self._processor: Any = getattr(engine, "output_processor", None)
+        #: ``process_outputs`` as it was found, and what is in its place
+        self._there: Any = None
+        self._method: Any = None
+        #: what was taken of the outputs before: arguments of `StepFunctions.take`
+        self._before: tuple[Any, ...] | None = None
+        self.watching = False
+
+    def begin(self) -> None:
+        """Look from now on. Comes last when an engine is tapped: `stop` must find its own function in place."""
+        if self._counts is not None:
+            self._there = vars(self._processor).get("process_outputs")
+            self._method = self._counts.around(self._processor.process_outputs)
+            self._processor.process_outputs = self._method
+            self.watching = True
+
+    def take(self, outputs: Any, num_free: int) -> None:
+        """In place of `StepFunctions.take`, for outputs that have just come."""
+        stats, rank = outputs.scheduler_stats, getattr(outputs, "engine_index", 0)
+        size, counts = len(outputs.outputs), self._counts
+        if self._functions.take(stats, None, rank, 0, num_free, size):
+            functions = self._change()
+            if functions is not None and counts is not None:
+                functions.take(stats, counts.look(outputs), rank, 0, num_free)
+                return
+            self._functions.flush()
+            self._functions.take(stats, None, rank, 0, num_free, size)
+        elif self._before is not None and self._before[-1]:
+            self.stop()
+        if self.watching and counts is not None:
+            self._before = (stats, counts.look(outputs), rank, 0, num_free, size)
+
+    def flush(self) -> bool:
+        """In place of `StepFunctions.flush`: what waits may be outputs that nobody has counted."""
+        if self.watching and self._functions.left().uncounted:
+            functions = self._change()
+            if functions is not None:
+                return functions.flush()
+        return self._functions.flush()
+
+    def stop(self) -> None:
+        """Look no further; put back what was there, if nobody has put something over it."""
+        if not self.watching or vars(self._processor).get("process_outputs") is not self._method:
+            return  # tried again with the next outputs: what measures single steps is there for one step
+        if self._there is None:
+            del self._processor.process_outputs
+        else:
+            self._processor.process_outputs = self._there
+        self.watching, self._before = False, None
+
+    def _change(self) -> StepFunctions | None:
+        """From here on outputs are counted; those that were not, belong to the first record of that kind."""
+        before, self._before = (self._before, None) if self.watching else (None, None)
+        functions = self._count_outputs(before is not None)
+        if functions is not None and before is not None:
+            functions.take(*before[:-1])
+        return functions
