@@ -72,14 +72,21 @@ def queue_of_all(steps: Table, requests: Table, engines: Iterable[int]) -> Queue
 
 
 def _ended_by_the_front_end(steps: Table, requests: Table) -> _Ints:
-    """For each step, how many requests the front end may have ended in it or in the one before.
+    """For each step, how many requests the front end may have ended in it or in the two before. With asynchronous
+    scheduling the scheduler's stats are made two batches ahead of what the front end has seen.
 
-    Of those that stopped it is not known whether a stop string in the front end or a token in the core ended them.
+    Of those that stopped it is not known whether a stop string in the front end or a token in the core ended them. At
+    level light it is not known either which requests stopped.
     """
-    stopped = requests[texts(requests, "finish_reason") == "stop"] if has(requests, "finish_reason") else requests[:0]
-    at = np.searchsorted(steps["step"], stopped["step"]) if len(stopped) else np.empty(0, np.int64)
-    count = np.bincount(at[at < len(steps)], minlength=len(steps)).astype(np.int64)
-    if has(steps, "num_aborted_reqs"):
-        count = count + steps["num_aborted_reqs"]
-    count[1:] += count[:-1].copy()
-    return count
+    if has(requests, "finish_reason"):
+        stopped = requests[texts(requests, "finish_reason") == "stop"]
+        at = np.searchsorted(steps["step"], stopped["step"]) if len(stopped) else np.empty(0, np.int64)
+        count = np.bincount(at[at < len(steps)], minlength=len(steps)).astype(np.int64)
+        if has(steps, "num_aborted_reqs"):
+            count = count + steps["num_aborted_reqs"]
+    else:
+        count = steps["num_finished_reqs"].astype(np.int64)
+    late = count.copy()
+    for back in (1, 2):
+        late[back:] += count[:-back]
+    return late

@@ -34,7 +34,7 @@ def results(engine_environment: dict[str, str], model: str, tmp_path_factory: py
         [sys.executable, Path(__file__).with_name("own_process.py"), model, folder / "results.json", *numbers],
         env={
             **engine_environment,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "KVHOOK_DIR": str(folder / "rings"),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         },
