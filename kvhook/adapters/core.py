@@ -10,7 +10,7 @@ waiting requests            ``waiting``; from 0.18 also ``skipped_waiting``; fro
 the deferred part of them   from 0.18 ``skipped_waiting``, from 0.31 ``deferred_waiting`` (they stay in the queues)
 a preemption                up to 0.11 inside ``schedule``, seen where the blocks are freed; from 0.12
                             ``_preempt_request``
-hashes of a request         up to 0.10.1 ``KVCacheManager.req_to_block_hashes``; from 0.10.2 ``Request.block_hashes``
+hashes of a request         up to 0.10.0 ``KVCacheManager.req_to_block_hashes``; from 0.10.1 ``Request.block_hashes``
 hash of a cached block      0.9.0 a tuple; 0.9.1 to 0.10.1 a tuple in a tuple; from 0.10.2 bytes with the group's
                             number behind them
 blocks that are touched     0.9.0 a list; 0.9.1 to 0.13 a tuple of lists, one for each group; from 0.14 a list
@@ -230,7 +230,7 @@ def _facts(sched: Any, found: dict[str, Any]) -> dict[str, Any]:
     facts = {name: _plain(read_path(config, path)) for name, path in FACTS.items()}
     pool = found["pool"]
     facts["num_gpu_blocks"] = int(pool.num_gpu_blocks)
-    facts["num_kv_blocks"] = int(pool.num_gpu_blocks) - 1
+    facts["num_kv_blocks"] = int(pool.num_gpu_blocks) - (getattr(pool, "null_block", None) is not None)
     facts["enable_prefix_caching"] = bool(getattr(pool, "enable_caching", facts["enable_prefix_caching"]))
     # with context parallelism a block holds more tokens than the setting says
     facts["block_size"] = int(getattr(sched, "block_size", 0) or facts["block_size"])
