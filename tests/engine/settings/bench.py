@@ -59,6 +59,8 @@ class Ran:
     latencies: dict[str, int]
     #: by how much the numbers of the session's summary rose
     summed: dict[str, int]
+    #: of the whole session up to here
+    accounts: list[Any]
     prediction: Prediction
     asynchronous: bool
 
@@ -178,6 +180,7 @@ class Bench:
             absent=engine["absent"],
             faults=session.faults,
             latencies={name: count - latencies[name] for name, count in on.latencies().items()},
+            accounts=session.summary().accounts,
             summed={name: count - summary.get(name, 0) for name, count in on.summed().items()},
             prediction=prediction,
             asynchronous=view.asynchronous,
