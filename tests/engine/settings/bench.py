@@ -63,6 +63,8 @@ class Ran:
     summed: dict[str, int]
     #: the summary of this case alone
     summary: Any
+    #: of the whole session up to here
+    accounts: list[Any]
     prediction: Prediction
     asynchronous: bool
 
@@ -182,6 +184,7 @@ class Bench:
             absent=engine["absent"],
             faults=session.faults,
             latencies={name: count - latencies[name] for name, count in on.latencies().items()},
+            accounts=session.summary().accounts,
             summed={name: count - summary.get(name, 0) for name, count in on.summed().items()},
             summary=Window(session.trace(), before).summary(),
             prediction=prediction,

@@ -63,9 +63,8 @@ def everything(ran: Ran) -> list[tuple[Asked, Sample, Request]]:
     """What was asked for, what came back and what the core had, for each sample; requests that never came to be sent
     are left out."""
     sent = sorted((asked for asked in ran.asked if asked.id), key=lambda asked: int(asked.id))
-    nothing = Sample(0, 0, [], "", False, None)
     return [
-        (asked, asked.samples.get(i, nothing), request)
+        (asked, asked.samples.get(i, Sample(0, i, [], "", False, None)), request)
         for (asked, i), request in zip([(a, i) for a in sent for i in range(a.n)], ran.requests, strict=True)
     ]
 
@@ -181,6 +180,7 @@ def ends(ran: Ran) -> list[dict[str, Any]]:
         found.append(
             {
                 "request_id": int(asked.id),
+                "sample_index": sample.index,
                 "finish_reason": reason,
                 "num_prompt_tokens": len(request.prompt),
                 "num_generation_tokens": len(request.tokens),
@@ -192,14 +192,19 @@ def ends(ran: Ran) -> list[dict[str, Any]]:
     return found
 
 
-def test_finished_and_aborted_requests_are_counted(ran: Ran):
-    ran.same("num_finished_reqs", int(ran.steps["num_finished_reqs"].sum()), len(ends(ran)))
+def test_added_finished_and_aborted_requests_are_counted(ran: Ran):
+    known = ends(ran)
+    if ran.has("num_added_reqs"):
+        ran.same("num_added_reqs", int(ran.steps["num_added_reqs"].sum()), len(known))
+    ran.same("num_finished_reqs", int(ran.steps["num_finished_reqs"].sum()), len(known))
+    if ran.has("num_aborted_reqs"):
+        aborted = sum(end["finish_reason"] == "abort" for end in known)
+        ran.same("num_aborted_reqs", int(ran.steps["num_aborted_reqs"].sum()), aborted)
 
 
-def test_each_request_has_a_row_with_its_reason(ran: Ran):
+def test_each_sample_of_each_request_has_a_row_with_its_reason(ran: Ran):
     if ran.full:
-        reasons = Counter(ran.rows["finish_reason"].tolist())
-        ran.same("finish_reason", reasons, Counter(end["finish_reason"] for end in ends(ran)))
+        ran.same("finish_reason", rows_of(ran, "finish_reason"), known_of(ran, "finish_reason"))
 
 
 @pytest.mark.parametrize(
@@ -208,13 +213,21 @@ def test_each_request_has_a_row_with_its_reason(ran: Ran):
 def test_rows_of_requests_say_what_came_back(ran: Ran, column: str):
     if not ran.full or not ran.has(column, kind="request"):
         return
-    names = ["request_id"] if ran.has("request_id", kind="request") else []
-    names += ["finish_reason", column]
+    known = known_of(ran, column)
     # an aborted request may be gone before its first output told what it found
-    unknown = {end["request_id"] for end in ends(ran) if end[column] is None}
-    rows = [tuple(row[name].item() for name in names) for row in ran.rows]
-    known = [tuple(end[name] for name in names) for end in ends(ran) if end[column] is not None]
-    ran.same(column, sorted(row for row in rows if row[0] not in unknown), sorted(known))
+    unknown = {row[:2] for row in known if row[2] is None}
+    rows = rows_of(ran, column)
+    ran.same(column, [row for row in rows if row[:2] not in unknown], [row for row in known if row[:2] not in unknown])
+    ran.same(f"{column} that is not known", {row[2] for row in rows if row[:2] in unknown} - {-1}, set())
+
+
+def rows_of(ran: Ran, column: str) -> list[tuple[int, int, Any]]:
+    """A column of the requests, by their id and the number of the sample."""
+    return sorted((int(row["request_id"]), int(row["sample_index"]), row[column].item()) for row in ran.rows)
+
+
+def known_of(ran: Ran, column: str) -> list[tuple[int, int, Any]]:
+    return sorted((end["request_id"], end["sample_index"], end[column]) for end in ends(ran))
 
 
 # Latencies
@@ -322,3 +335,7 @@ def test_the_summary_adds_up_what_the_core_made(ran: Ran):
     ran.same("steps_without_stats", ran.summed["steps_without_stats"], sum(not step.stats for step in ran.core))
     tokens = sum(len(output.tokens) for step in ran.core for output in step.outputs)
     ran.same("num_generation_tokens", ran.summed["num_generation_tokens"], tokens)
+
+
+def test_the_accounts_of_the_summary_balance(ran: Ran):
+    ran.same("accounts", [account for account in ran.accounts if not account.ok], [])
