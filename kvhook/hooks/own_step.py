@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvhook.adapters.light import Counter, Counts
+from kvhook.adapters.requests import aborted_v1
 from kvhook.adapters.step_functions import StepFunctions
 
 #: Changes an engine to counting. Is told whether all outputs so far can still be counted; returns the functions that
@@ -107,6 +108,15 @@ class FirstOutputs:
             self.stop()
         if self.watching and counts is not None:
             self._before = (stats, counts.look(outputs), rank, 0, num_free, size)
+
+    def ended(self, outputs: Any) -> None:
+        """The engine core sent outputs without stats: it ended requests itself (sleep, shutdown, a request that it
+        refuses). LLMEngine gives what it makes of them to no logger."""
+        states = self._processor.request_states
+        for output in outputs.outputs:
+            state = states.get(output.request_id)
+            if state is not None and output.finish_reason is not None:
+                self._functions.abort(aborted_v1(state)._replace(finish_reason=int(output.finish_reason)))
 
     def flush(self) -> bool:
         """In place of `StepFunctions.flush`: what waits may be outputs that nobody has counted."""

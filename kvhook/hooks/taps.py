@@ -115,6 +115,8 @@ def take_from_core(tap: Tap) -> Undo:
                 first.take(outputs, free)
             if stats is None and fill_in is not None:
                 outputs.scheduler_stats = fill_in()
+            elif stats is None and outputs.outputs and tap.adapter.tap == "manager":
+                first.ended(outputs)
         except Exception as error:
             failed(error)
         return outputs

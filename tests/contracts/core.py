@@ -238,6 +238,8 @@ def _processor(facts: ReleaseFacts, modules: dict[str, types.ModuleType]) -> Non
             one = vars(sys.modules[STATS])["FinishedRequestStats"]()
             one.finish_reason = kinds.STOP if reason is None else reason
             one.num_generation_tokens = given["req_state"].generated
+            if hasattr(one, "request_id"):  # from 0.20: the user's
+                one.request_id = given["req_state"].external_req_id
             given["iteration_stats"].finished_requests.append(one)
 
     cls.__init__ = start
