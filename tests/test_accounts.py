@@ -166,6 +166,17 @@ def test_a_stop_string_that_the_scheduler_has_not_heard_of_explains_one_request(
     assert account.explained_by == "the front end ended requests before the scheduler knew"
 
 
+def test_at_level_light_any_request_that_finished_may_be_one_that_the_scheduler_still_has(tmp_path: Path):
+    recording = Recording(tmp_path)
+    recording.step(level=1, num_running_reqs=1, num_added_reqs=1)
+    recording.step(level=1, num_running_reqs=1, num_finished_reqs=1)
+    recording.step(level=1, num_running_reqs=1, num_added_reqs=1)
+    recording.step(**idle(level=1, num_finished_reqs=1))
+    summary = kvhook.open(recording.path).summary()
+    assert (summary.num_reqs_before, summary.num_added_reqs, summary.num_finished_reqs) == (0, 2, 2)
+    assert of(recording)["requests"].ok
+
+
 @pytest.mark.parametrize(("vllm", "ok"), [("0.26.0", True), ("0.27.0", False)])
 def test_repeated_look_ups_explain_hits_only_where_the_release_repeats_them(tmp_path: Path, vllm: str, ok: bool):
     recording = two_requests(tmp_path, vllm=vllm)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvhook.records.columns import Table, floats, has, texts
-from kvhook.records.levels import steps_by_level, tokens_are_known
+from kvhook.records.levels import level_codes, steps_by_level, tokens_are_known
 
 #: So many of the first steps are asked for what was there before them: front end and scheduler may be a step apart.
 _FIRST = 32
@@ -75,17 +75,15 @@ def _ended_by_the_front_end(steps: Table, requests: Table) -> _Ints:
     """For each step, how many requests the front end may have ended in it or in the two before. With asynchronous
     scheduling the scheduler's stats are made two batches ahead of what the front end has seen.
 
-    Of those that stopped it is not known whether a stop string in the front end or a token in the core ended them. At
-    level light it is not known either which requests stopped.
+    Of those that stopped it is not known whether a stop string in the front end or a token in the core ended them;
+    below level full it is not even known which of them stopped.
     """
-    if has(requests, "finish_reason"):
-        stopped = requests[texts(requests, "finish_reason") == "stop"]
-        at = np.searchsorted(steps["step"], stopped["step"]) if len(stopped) else np.empty(0, np.int64)
-        count = np.bincount(at[at < len(steps)], minlength=len(steps)).astype(np.int64)
-        if has(steps, "num_aborted_reqs"):
-            count = count + steps["num_aborted_reqs"]
-    else:
-        count = steps["num_finished_reqs"].astype(np.int64)
+    stopped = requests[texts(requests, "finish_reason") == "stop"] if has(requests, "finish_reason") else requests[:0]
+    at = np.searchsorted(steps["step"], stopped["step"]) if len(stopped) else np.empty(0, np.int64)
+    count = np.bincount(at[at < len(steps)], minlength=len(steps)).astype(np.int64)
+    if has(steps, "num_aborted_reqs"):
+        count = count + steps["num_aborted_reqs"]
+    count = np.where(level_codes(steps) > 0, steps["num_finished_reqs"], count)
     late = count.copy()
     for back in (1, 2):
         late[back:] += count[:-back]

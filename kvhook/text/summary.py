@@ -140,7 +140,8 @@ def _unbalanced(account: Account) -> Iterator[str]:
     of = f" of engine {account.engines[0]}" if account.engines != (0,) else ""
     more = "more" if account.difference > 0 else "less"
     yield _row("NOT BALANCED", f"{account.left_is}{of}: {account.left:,}; {account.right_is}: {account.right:,}")
-    yield _row("", f"{abs(account.difference):,} {account.unit} {more}, which nothing in this run explains")
+    unit = account.unit.removesuffix("s") if abs(account.difference) == 1 else account.unit
+    yield _row("", f"{abs(account.difference):,} {unit} {more}, which nothing in this run explains")
 
 
 def _drafts(s: Summary) -> str:
