@@ -110,7 +110,7 @@ class Driver:
             "sampling_params": sampling,
             "pooling_params": None,
             "eos_token_id": EOS,
-            "arrival_time": 0.0,
+            "arrival_time": float(self.made),
             "lora_request": None,
             "block_hasher": self._hasher,
             **own,
