@@ -35,6 +35,7 @@ MakeLLM = Callable[..., Any]
 #: V0 is another engine, with truths of its own.
 _V1 = (
     "test_truth.py",
+    "test_faults.py",
     "test_harmless.py",
     "test_light.py",
     "test_own_process.py",

@@ -145,7 +145,13 @@ class Entry(NamedTuple):
         elif self.process == OWN_PROCESS:
             names = ["test_own_process.py", "test_light_own_process.py", "settings/test_settings_own_process.py"]
         else:
-            names = ["test_truth.py", "test_harmless.py", "test_light.py", "settings/test_settings.py"]
+            names = [
+                "test_truth.py",
+                "test_faults.py",
+                "test_harmless.py",
+                "test_light.py",
+                "settings/test_settings.py",
+            ]
         return [f"tests/engine/{name}" for name in names]
 
     def environment(self) -> dict[str, str]:
