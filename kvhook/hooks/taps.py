@@ -104,7 +104,7 @@ def take_from_core(tap: Tap) -> Undo:
     if first is None:
         return replace((client, tap.adapter.core_output, _announce_outputs(get_output, tap)))
     num_free = tap.num_free_blocks
-    fill_in = _empty_stats(tap)
+    fill_in, not_logged = _empty_stats(tap), tap.adapter.tap == "manager"
 
     def get_output_and_take(*args: Any, **kwargs: Any) -> Any:
         outputs = get_output(*args, **kwargs)
@@ -115,7 +115,7 @@ def take_from_core(tap: Tap) -> Undo:
                 first.take(outputs, free)
             if stats is None and fill_in is not None:
                 outputs.scheduler_stats = fill_in()
-            elif stats is None and outputs.outputs and tap.adapter.tap == "manager":
+            elif stats is None and outputs.outputs and not_logged:
                 first.ended(outputs)
         except Exception as error:
             failed(error)

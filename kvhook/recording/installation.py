@@ -196,7 +196,7 @@ def _warn_of_engines(session: Session) -> None:
     session.unrecorded_engines = len(kinds)
     if kinds:
         log.warning(
-            "kvhook: %s already (%s) and not recorded: call kvhook.install() before LLM(...), or kvhook.attach(llm)",
+            "kvhook: %s already (%s), not recorded: call kvhook.install() before LLM(...), or kvhook.attach(llm)",
             "an engine exists" if len(kinds) == 1 else f"{len(kinds)} engines exist",
             ", ".join(sorted({type(each).__name__ for each in kinds})),
         )

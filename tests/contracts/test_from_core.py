@@ -11,6 +11,7 @@ import functools
 import gc
 import logging
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -398,6 +399,24 @@ def test_outputs_that_are_read_past_every_hook_are_missed_and_that_is_said(said:
         kvhook.uninstall()
     (warning,) = [text for text in said() if "nothing was recorded" in text]
     assert "3 requests were added" in warning
+
+
+@pytest.mark.parametrize("kind", ["vllm's", "own step"])
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_an_engine_goes_as_soon_as_nobody_holds_it(kind: str, steps: int):
+    """vLLM ends its workers then. What is put into the engine must not wait for the garbage collector."""
+    with stubs(engines_of("0.32.0")), kvhook.install(ring_slots=64):
+        gc.collect()
+        gc.disable()
+        try:
+            engine = driven(subclass("0.32.0") if kind == "own step" else None)
+            for _ in range(steps):
+                engine.step()
+            alive = weakref.ref(engine)
+            del engine
+            assert alive() is None
+        finally:
+            gc.enable()
 
 
 # The event loop
