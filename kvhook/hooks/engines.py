@@ -230,6 +230,8 @@ def _output_counts(engine: Any) -> OutputCounts | None:
         core = core_of(engine)
     except LookupError:
         return None
+    if not hasattr(core.processor, "request_states"):
+        return None
     return OutputCounts(core.processor, core.counter)
 
 

@@ -21,7 +21,8 @@ Failed = Callable[[Exception], None]
 def sees_requests(engine: Any, adapter: Adapter) -> bool:
     """Whether requests can be seen when they are added and when they are aborted."""
     owner, add, abort = _places(engine, adapter)
-    return owner is not None and hasattr(owner, add) and hasattr(owner, abort)
+    needed = (add, abort) if adapter.family == "v0" else (add, abort, "request_states")
+    return owner is not None and all(hasattr(owner, name) for name in needed)
 
 
 def request_methods(engine: Any, adapter: Adapter, add: Add, abort: Abort, failed: Failed) -> Replaced:

@@ -73,7 +73,8 @@ def tap_manager(tap: Tap) -> Undo:
     manager = getattr(tap.engine, tap.adapter.holder)
     if manager is None:
         raise LookupError(f"it has no {tap.adapter.holder}")
-    take_out = take_from_core(tap) if tap.first is not None or not tap.adapter.timed else do_nothing
+    from_core = has_core_output(tap.engine, tap.adapter) and (tap.first is not None or not tap.adapter.timed)
+    take_out = take_from_core(tap) if from_core else do_nothing
     if isinstance(manager, QuietManager):
         manager.hand_over_to(tap.record)
         remove_record: Undo = functools.partial(manager.hand_over_to, do_nothing)
