@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from kvhook.core.limits import limited_by
 from kvhook.core.lives import Life
 from kvhook.core.lookups import Lookups
 from kvhook.core.pool import PoolAccount
+from kvhook.core.scheduled import Scheduled
 
 if TYPE_CHECKING:
     from kvhook.adapters.core import Core
@@ -23,21 +24,6 @@ if TYPE_CHECKING:
     from kvhook.core.writer import Writer
 
 clock = time.monotonic_ns
-
-
-class _Scheduled(NamedTuple):
-    """A step that has been scheduled and has not ended yet."""
-
-    output: Any
-    step: int
-    t_schedule: int
-    t_scheduled: int
-    #: the columns that were known when it had been scheduled, from num_scheduled_tokens to num_waiting...
-    batch: tuple[int, ...]
-    states: tuple[int, ...]
-    #: requests whose prefill ended in it
-    begun: list[Life]
-    own_ns: int
 
 
 class StepAccount:
@@ -53,7 +39,7 @@ class StepAccount:
         self._sched, self._reads, self._states = core.sched, core.reads, core.reads["states"]
         self._block_size: int = core.facts["block_size"]
         self._tokens_known = "num_kv_tokens" not in core.absent
-        self._pending: deque[_Scheduled] = deque()
+        self._pending: deque[Scheduled] = deque()
         self._lives: dict[str, Life] = {}
         #: requests whose prefill is under way; those that were preempted and wait
         self._prefilling: dict[str, Life] = {}
@@ -177,7 +163,7 @@ class StepAccount:
             self._held_tokens() if self._tokens_known else -1,
         )
         own = clock() - end
-        self._pending.append(_Scheduled(output, self._step, start, end, batch, states, begun, own))
+        self._pending.append(Scheduled(output, self._step, start, end, batch, states, begun, own))
         self._step += 1
         self.pool.step = self._step
         if self.ledger is not None:
@@ -278,7 +264,7 @@ class StepAccount:
             self.ledger.flush()
         self._own_ns += clock() - end
 
-    def _write(self, step: _Scheduled, start: int, end: int, stats: int) -> None:
+    def _write(self, step: Scheduled, start: int, end: int, stats: int) -> None:
         for life in step.begun:
             life.t_first_token = end
         allocated, freed, reused, revived, evicted, resets = self.pool.take()
