@@ -140,7 +140,7 @@ class Driver:
             request = self.scheduler.requests.get(request_id)
             # after schedule, num_computed_tokens counts what is being computed
             done = request is not None and request.num_computed_tokens >= request.num_tokens
-            sampled.append([self.random.randrange(2, 500)] if done else [])
+            sampled.append(_Row([self.random.randrange(2, 500)] if done else []))
         made = {
             "req_ids": ids,
             "req_id_to_index": {r: i for i, r in enumerate(ids)},
@@ -171,6 +171,13 @@ class Driver:
         from vllm.v1.request import RequestStatus
 
         self.scheduler.finish_requests(list(names), RequestStatus.FINISHED_ABORTED)
+
+
+class _Row(list[int]):
+    """Tokens of one request: a list, which some releases (0.11.2) take for an array."""
+
+    def tolist(self) -> list[int]:
+        return list(self)
 
 
 def _scheduler_class(name: Any) -> Callable[..., Any]:
