@@ -43,7 +43,7 @@ def work(driver: Any, requests: int = 20) -> None:
 
 
 def test_a_scheduler_built_after_install_is_recorded(build: Build, tmp_path: Path):
-    session = kvhook.install(trace=tmp_path / "run.kvh")
+    session = kvhook.install(trace=tmp_path / "run.kvh", core="steps")
     driver = build()
     work(driver)
     steps = session.core_steps()
@@ -64,7 +64,7 @@ def test_uninstall_takes_everything_out_and_what_was_recorded_can_still_be_read(
     from vllm.v1.engine.core import EngineCore
 
     before = Scheduler.__init__, EngineCore.shutdown
-    session = kvhook.install(trace=tmp_path / "run.kvh")
+    session = kvhook.install(trace=tmp_path / "run.kvh", core="steps")
     assert Scheduler.__init__ is not before[0]
     driver = build()
     work(driver, 5)
@@ -80,7 +80,7 @@ def test_uninstall_takes_everything_out_and_what_was_recorded_can_still_be_read(
 
 
 def test_two_schedulers_are_two_cores(build: Build):
-    session = kvhook.install()
+    session = kvhook.install(core="steps")
     for requests in (3, 7):
         work(build(), requests)
     assert len(session.cores()) == 2
