@@ -41,6 +41,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 VARIABLE = (
     (re.compile(r"/[\w.~-]+(?:/[\w.~-]+)+"), "PATH"),
     (re.compile(r"\b\d+\.\d+\.\d+(?:\.post\d+)?\b"), "VERSION"),
+    (re.compile(r" \(\d+:\d\d:\d\d\)"), ""),  # pytest says longer times in hours and minutes as well
     (re.compile(r"\b\d\d:\d\d:\d\d(?:\.\d+)?"), "CLOCK"),
     (re.compile(r"-?[\d.,]+(?:e-?\d+)? ?(?:ns|us|ms|s|min|h|d)\b"), "TIME"),
     (re.compile(r"[\d.,]+ ?[kMG]i?B\b"), "SIZE"),
