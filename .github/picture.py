@@ -46,8 +46,8 @@ def chosen(lines: list[str]) -> list[str]:
     """The lines that are shown."""
     out: list[str] = []
     live: list[str] = []
-    # off a terminal, what is under way is printed twice: when it begins, and how long it took
-    for line in [*(line for line in lines if not line.endswith(" ...")), ""]:
+    # how long vLLM takes to load says nothing about the cache
+    for line in [*(line for line in lines if not line.startswith("loading")), ""]:
         if re.match(r"  step +\d+  KV ", line):
             live.append(line)
             continue
