@@ -16,6 +16,9 @@ from kvhook.window import Window, position
 from tests.engine.conftest import MakeLLM
 from tests.workloads import BLOCK_SIZE, USABLE, tokens
 
+# of the n-gram drafter
+pytestmark = pytest.mark.filterwarnings("ignore:.*reflected list.*")
+
 SAMPLES, PROMPT = 4, 100
 #: Whole blocks of a prompt, but never its last token.
 CACHED = BLOCK_SIZE * ((PROMPT - 1) // BLOCK_SIZE)
@@ -82,7 +85,7 @@ def shown(make_llm: MakeLLM) -> Shown:
 
         kinds = ["full_attention", "sliding_attention"]
         layers = {"layer_types": [kinds[n % 2] for n in range(LAYERS)], "sliding_window": 2 * BLOCK_SIZE}
-        llm = make_llm(hf_overrides=layers)
+        llm = make_llm(hf_overrides=layers, max_model_len=512)
         send(llm, [tokens(rng, PROMPT)], max_tokens=3)
         hybrid, capacity = session.summary(3), llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
         del llm
