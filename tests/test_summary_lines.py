@@ -63,7 +63,7 @@ def test_records_without_times_are_left_out_of_step_times(tmp_path: Path):
     s = summary(recording)
     assert (s.steps, s.steps_without_times, s.step_time.count) == (3, 1, 2)
     assert s.step_time.mean == pytest.approx(0.020)
-    assert says("1 of the steps have no times", s)
+    assert says("left out here: 1 of the steps, which have no times", s)
 
 
 def test_a_run_without_any_times_says_why(tmp_path: Path):

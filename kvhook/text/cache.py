@@ -47,7 +47,9 @@ def _usage(s: Summary, size: str) -> str:
     inside = s.kv_cache_usage_peak_in_step
     if inside is not None and inside > 0 == s.kv_cache_usage_peak:
         return f"peak {percent(inside)} inside a step, 0.0 % at the end of each{size}"
-    higher = f" ({percent(inside)} inside a step)" if inside is not None and inside > s.kv_cache_usage_peak else ""
+    # both are shares of the same blocks, but vLLM's own is rounded in another way
+    is_higher = inside is not None and percent(inside) != percent(s.kv_cache_usage_peak)
+    higher = f" ({percent(inside)} inside a step)" if is_higher else ""
     return (
         f"peak {percent(s.kv_cache_usage_peak)}{higher}, p95 {percent(s.kv_cache_usage_p95)}, "
         f"mean {percent(s.kv_cache_usage_mean)}{size}"

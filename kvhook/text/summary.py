@@ -45,13 +45,13 @@ def _lines(s: Summary) -> Iterator[str]:
     if s.step_time.count:
         yield _row("step time", f"p50 {seconds(s.step_time.p50)}, p99 {seconds(s.step_time.p99)}{share}")
         if s.steps_without_times:
-            yield _row("", f"{s.steps_without_times:,} of the steps have no times, and are left out here")
+            yield _row("", f"left out here: {s.steps_without_times:,} of the steps, which have no times")
     else:
         yield _row("step time", f"not known: {s.why_steps_have_no_times or _NO_STEP}")
     for text in _levels(s):
         yield _row("level", text)
     if s.steps_without_stats:
-        yield _row("", f"{s.steps_without_stats:,} steps brought no stats")
+        yield _row("", f"{s.steps_without_stats:,} step{'s' * (s.steps_without_stats > 1)} brought no stats")
     yield ""
     for name, text in cache_lines(s):
         yield _row(name, text)

@@ -143,4 +143,4 @@ def after_numba() -> Iterator[None]:
     try:
         yield
     finally:
-        del dispatcher.vars
+        vars(dispatcher).pop("vars", None)  # it may be entered twice

@@ -320,7 +320,7 @@ SUMMED = (
 )
 
 
-def test_every_account_of_the_summary_balances_or_is_explained(ran: Ran):
+def test_the_accounts_of_a_case_alone_balance_or_are_explained(ran: Ran):
     accounts = ran.summary.accounts
     names = {account.name for account in accounts}
     assert names >= {"blocks in use"}, ran.say(f"accounts: {names}")
