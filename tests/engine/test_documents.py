@@ -28,7 +28,8 @@ def test_what_a_page_shows_is_what_its_code_prints(
 
     def make(model: str, **options: Any) -> Any:
         gc.collect()  # the engine of the page before goes now, see make_llm
-        return real(model=str(tiny), **vllm_here.options() | options)
+        with vllm_here.after_numba():
+            return real(model=str(tiny), **vllm_here.options() | options)
 
     monkeypatch.setattr(vllm, "LLM", make)
     folder = fresh / "project"

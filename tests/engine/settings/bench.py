@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
 import kvhook
 from kvhook.window import Window, position
@@ -27,7 +28,8 @@ COMMON: dict[str, Any] = {
     "seed": 0,
     "use_tqdm_on_load": False,
 }
-if os.environ.get("KVHOOK_ENGINE") == "gpu":
+ON_GPU = os.environ.get("KVHOOK_ENGINE") == "gpu"
+if ON_GPU:
     # an engine takes nearly all of a GPU's memory otherwise, and the next one finds none
     COMMON["gpu_memory_utilization"] = 0.15
 
@@ -129,11 +131,13 @@ class Bench:
     def __init__(self, make_llm: Callable[..., Any]) -> None:
         self.make_llm = make_llm
         self.opened: Opened | None = None
+        self.forced = contextlib.ExitStack()
 
     def close(self) -> None:
         self.opened = None
         kvhook.uninstall()
         gc.collect()
+        self.forced.close()
         _freeze()
 
     def _open(self, settings: Settings) -> Opened:
@@ -141,10 +145,9 @@ class Bench:
             return self.opened
         self.close()
         session = kvhook.install(level=settings.level)
-        with forced(settings):
-            llm = self.make_llm(
-                **COMMON, **settings.options, **of_kind(settings), disable_log_stats=not settings.stats_on
-            )
+        self.forced.enter_context(forced(settings))
+        options = COMMON | settings.options | of_kind(settings)
+        llm = self.make_llm(**options, disable_log_stats=not settings.stats_on)
         view = View(llm.llm_engine)
         self.opened = Opened(settings, session, llm, view, Driver(llm, view.step))
         global _engines
@@ -227,9 +230,9 @@ def of_kind(settings: Settings) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def forced(settings: Settings) -> Iterator[None]:
-    """While an engine is made: what vLLM does not let one have on a CPU, although it works."""
+    """While an engine lives: what vLLM does not let one have on a CPU, although it works."""
     with contextlib.ExitStack() as stack:
-        if settings.kind == "overlapped":
+        if settings.kind == "overlapped" and not ON_GPU:
             stack.enter_context(_asynchronous())
         stack.enter_context(vllm_here.after_numba())
         yield
@@ -237,8 +240,11 @@ def forced(settings: Settings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _asynchronous() -> Iterator[None]:
-    """The CPU's platform switches asynchronous scheduling off: it is switched on again."""
+    """The CPU's platform switches asynchronous scheduling off: it is switched on again. The model runner then copies
+    its outputs on a stream of its own, which a CPU has not got; newer releases do without by themselves."""
+    import torch  # type: ignore[import-not-found, unused-ignore]
     from vllm.platforms.cpu import CpuPlatform  # type: ignore[import-not-found, unused-ignore]
+    from vllm.v1.worker import cpu_model_runner  # type: ignore[import-not-found, unused-ignore]
 
     original = CpuPlatform.__dict__["check_and_update_config"]
 
@@ -246,8 +252,24 @@ def _asynchronous() -> Iterator[None]:
         original.__func__(cls, config)
         config.scheduler_config.async_scheduling = True
 
-    CpuPlatform.check_and_update_config = classmethod(check)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "check_and_update_config", classmethod(check))
+        patch.setattr(cpu_model_runner, "_torch_cuda_wrapper", contextlib.nullcontext, raising=False)
+        patch.setattr(torch.cuda, "current_stream", lambda *_: None)
+        patch.setattr(torch.cuda, "stream", lambda *_: contextlib.nullcontext())
+        for owner, name in ((torch.cuda, "Stream"), (torch.cuda, "Event"), (torch, "Event")):
+            patch.setattr(owner, name, _NoStream)
         yield
-    finally:
-        CpuPlatform.check_and_update_config = original
+
+
+class _NoStream:
+    """A stream, or an event of one, where everything is done as soon as it is asked for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.device = None
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...

@@ -39,10 +39,9 @@ def engine(model: str, number: int) -> list[dict[str, Any]]:
     can = release.can()
     settings = cases.settings(number, can)
     found = []
-    with kvhook.install(level=settings.level) as session:
-        with forced(settings):
-            options = COMMON | settings.options | of_kind(settings)
-            llm = LLM(model=model, **options, disable_log_stats=not settings.stats_on)
+    with forced(settings), kvhook.install(level=settings.level) as session:
+        options = COMMON | settings.options | of_kind(settings)
+        llm = LLM(model=model, **options, disable_log_stats=not settings.stats_on)
         driver = Driver(llm, in_process=False)
         for seed in range(number * cases.PER_ENGINE, (number + 1) * cases.PER_ENGINE):
             steps, rows, calls = len(session.steps()), len(session.requests()), driver.calls
