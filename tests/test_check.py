@@ -20,7 +20,7 @@ from kvhook import check, cli
 from kvhook import faults as guard
 from kvhook.check import FAILED, OK, SKIPPED, Failed, Skipped, expect, inference, run, structure
 from kvhook.check.inference import Inference
-from kvhook.collector import VLLMMetricsCollector, about, answer, names, prometheus, reading, sources
+from kvhook.collector import VLLMMetricsCollector, about, answer, chain, names, prometheus, reading, sources
 from kvhook.collector.reading import Histogram, Reading, Unavailable
 from kvhook.errors import KvhookError
 from tests.conftest import Python
@@ -177,7 +177,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "unavailable": (sources.EngineSource, "read", _zeros),
     "strange_objects": (about, "plain_fact", _raises),
     "errors": (guard.Faults, "fault", lambda *_: None),
-    "fallback": (VLLMMetricsCollector, "_say_once", lambda *_: None),
+    "fallback": (chain.SourceChain, "_warn_once", lambda *_: None),
     "key_metrics": (answer, "KEYS", tuple(k._replace(factor=1) for k in names.KEYS)),
     "no_false_hit_rate": (prometheus, "from_collectors", _last_sample),
     "lifecycle": (VLLMMetricsCollector, "stop_monitoring", _never_stops),

@@ -7,22 +7,22 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvhook import hooks
 from kvhook.adapters.table import read_path
 from kvhook.collector import about, answer, names, saving
+from kvhook.collector.chain import SourceChain
 from kvhook.collector.monitored import MonitoredTimes
 from kvhook.collector.optional import need
 from kvhook.collector.prometheus import as_json
-from kvhook.collector.reading import Reading, Unavailable
+from kvhook.collector.reading import Unavailable
 from kvhook.collector.sampler import Sampler
 from kvhook.collector.scripts import ScriptNames, Simulated
 from kvhook.collector.sources import EngineSource, HookSource, MetricsSource, RegistrySource
 from kvhook.errors import KvhookError
-from kvhook.faults import Faults
 
 if TYPE_CHECKING:
     import os
@@ -68,11 +68,10 @@ class VLLMMetricsCollector(ScriptNames):
         if source not in (None, *names.SOURCES):
             raise KvhookError(f"there is no source {source!r}; there are {', '.join(names.SOURCES)}")
         self._source = source
-        self._look_at(llm if llm is not None else llm_instance)
-        self._faults = Faults()
         self._lock = threading.RLock()
+        self._chain = SourceChain(self._lock)
+        self._look_at(llm if llm is not None else llm_instance)
         self._times = MonitoredTimes()
-        self._said: set[str] = set()
         self._sampler: Sampler | None = None
 
     @property
@@ -116,12 +115,12 @@ class VLLMMetricsCollector(ScriptNames):
         with self._lock:
             if self.monitoring or not self.enable_monitoring:
                 return
-            if names.HOOK in self._sources:
-                with self._contained("starting to record"):
+            if names.HOOK in self._chain.sources:
+                with self._chain.contained("starting to record"):
                     self._hook.begin()
-            reading, _ = self._read()
+            reading, _ = self._chain.read()
             self._times.begin(time.monotonic() if reading is None else reading.t)
-            if reading is not None and not self._sources[reading.source].polled:
+            if reading is not None and not self._chain.sources[reading.source].polled:
                 return
             self._times.keep(reading)
             self._sampler = Sampler(self._sample, self.collection_interval)
@@ -133,7 +132,7 @@ class VLLMMetricsCollector(ScriptNames):
                 return
             sampler, self._sampler = self._sampler, None
             if sampler is not None:
-                self._times.keep(self._read()[0])
+                self._times.keep(self._chain.read()[0])
             self._times.end(time.monotonic())
         if sampler is not None:
             sampler.end()
@@ -162,27 +161,27 @@ class VLLMMetricsCollector(ScriptNames):
             and where nothing can be read ``error`` (why).
         """
         with self._lock:
-            collected, reading = self._collect(self._sources)
+            collected, reading = self._chain.collect()
             self._times.asked(time.monotonic())
             self._times.keep(reading)
             return collected
 
     def collect_hook_stats(self) -> dict[str, Any]:
         """Collect from kvhook's recording alone."""
-        return self._collect({names.HOOK: self._hook})[0]
+        return self._chain.collect({names.HOOK: self._hook})[0]
 
     def collect_internal_stats(self) -> dict[str, Any]:
         """Collect from the engine's own objects alone."""
-        return self._collect({names.INTERNAL: EngineSource(self._engine)})[0]
+        return self._chain.collect({names.INTERNAL: EngineSource(self._engine)})[0]
 
     def collect_prometheus_metrics(self) -> dict[str, Any]:
         """Collect from ``LLM.get_metrics()`` or the Prometheus registry alone."""
-        return self._collect({names.REGISTRY: RegistrySource(self._engine, self._given)})[0]
+        return self._chain.collect({names.REGISTRY: RegistrySource(self._engine, self._given)})[0]
 
     def get_prometheus_metrics(self) -> dict[str, Any]:
         """All of vLLM's Prometheus metrics as they are: name -> number, histogram, or a list of labels and values.
         Empty if there are none; `debug_info` says why."""
-        with self._contained("reading the Prometheus registry"), contextlib.suppress(Unavailable):
+        with self._chain.contained("reading the Prometheus registry"), contextlib.suppress(Unavailable):
             return as_json(RegistrySource(self._engine, self._given).families())
         return {}
 
@@ -200,7 +199,7 @@ class VLLMMetricsCollector(ScriptNames):
             is not known they give None.
         """
         with self._lock:
-            latest, reading = self._collect(self._sources)
+            latest, reading = self._chain.collect()
             self._times.keep(reading)
             method, rows = self._times.rows(reading)
             how = "every engine step" if method == names.HOOK else f"samples {self.collection_interval:g} s apart"
@@ -224,7 +223,7 @@ class VLLMMetricsCollector(ScriptNames):
                 "summary": summary,
                 "trend": self._times.trend(rows),
                 "environment": self.environment(),
-                "errors": self._errors(),
+                "errors": self._chain.errors(),
             }
 
     # ---- history ---------------------------------------------------------------------------------------------------
@@ -274,7 +273,7 @@ class VLLMMetricsCollector(ScriptNames):
         from kvhook.collector.plot import draw
 
         with self._lock:
-            reading, _ = self._read()
+            reading, _ = self._chain.read()
             method, rows = self._times.rows(reading)
             parts = self._times.parts(rows)
         count = sum(len(part.rows) for part in parts)
@@ -302,8 +301,8 @@ class VLLMMetricsCollector(ScriptNames):
     def debug_info(self) -> dict[str, Any]:
         """What a bug report should hold: environment, each source and why it cannot be read, faults, patches."""
         sources = {}
-        for name, source in self._sources.items():
-            collected, reading = self._collect({name: source})
+        for name, source in self._chain.sources.items():
+            collected, reading = self._chain.collect({name: source})
             sources[name] = {
                 "available": reading is not None,
                 "why_not": collected["debug_info"]["not_available"].get(name),
@@ -320,7 +319,7 @@ class VLLMMetricsCollector(ScriptNames):
             "patched": {name: sorted(targets) for name, targets in hooks.patched().items()},
             "session": repr(session) if session is not None else None,
             "faults": dict(session.faults) if session is not None else {},
-            "errors": self._errors(),
+            "errors": self._chain.errors(),
         }
 
     # ---- inside ----------------------------------------------------------------------------------------------------
@@ -337,71 +336,26 @@ class VLLMMetricsCollector(ScriptNames):
             EngineSource(self._engine),
             RegistrySource(self._engine, self._given),
         ]
-        self._sources = {s.name: s for s in sources if self._source in (None, s.name)}
+        self._chain.sources = {s.name: s for s in sources if self._source in (None, s.name)}
 
     def _play(self, source: Simulated) -> None:
         """Answer from this source and no other."""
         with self._lock:
-            self._sources, self._times = {source.name: source}, MonitoredTimes()
-
-    def _collect(self, sources: Mapping[str, MetricsSource]) -> tuple[dict[str, Any], Reading | None]:
-        with self._lock:
-            began = time.perf_counter()
-            reading, reasons = self._read(sources)
-            if reading is None and sources is self._sources:
-                self._say_once(names.UNAVAILABLE, reasons)
-            return answer.collection(reading, reasons, time.time(), time.perf_counter() - began), reading
-
-    def _read(self, sources: Mapping[str, MetricsSource] | None = None) -> tuple[Reading | None, dict[str, str]]:
-        """The first source that can be read, and why those before it could not."""
-        reading, reasons = None, {}
-        for name, source in (self._sources if sources is None else sources).items():
-            try:
-                reading = source.read()
-                break
-            except Unavailable as error:
-                reasons[name] = str(error)
-            except Exception as error:
-                reasons[name] = f"{type(error).__name__}: {error}"
-                self._faults.fault(f"reading {name}", error, "the collector's next source is tried")
-        if reading is not None and len(reasons) and (sources is None or sources is self._sources):
-            self._say_once(reading.source, reasons)
-        return reading, reasons
-
-    def _say_once(self, source: str, reasons: dict[str, str]) -> None:
-        if source not in self._said:
-            self._said.add(source)
-            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            log.warning("kvhook: the collector's source is %s. What comes before it cannot be read: %s", source, why)
+            self._chain.sources, self._times = {source.name: source}, MonitoredTimes()
 
     def _sample(self) -> bool:
         """One tick of the thread; False if no more are needed."""
         with self._lock:
             if self._sampler is None or not self._sampler.is_this_thread or (self._given and self._engine() is None):
                 return False
-            reading, _ = self._read()
+            reading, _ = self._chain.read()
             self._times.keep(reading)
-            return reading is None or self._sources[reading.source].polled
+            return reading is None or self._chain.sources[reading.source].polled
 
     def _history(self) -> tuple[str, History]:
         with self._lock:
-            method, rows = self._times.rows(self._read()[0])
+            method, rows = self._times.rows(self._chain.read()[0])
             return method, rows[self._times.mask(rows)]
-
-    def _errors(self) -> list[dict[str, Any]]:
-        return [
-            {"where": where, "error": self._faults.first_errors[where], "times": times}
-            for where, times in self._faults.counts.items()
-        ]
-
-    @contextlib.contextmanager
-    def _contained(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Unavailable:
-            raise
-        except Exception as error:
-            self._faults.fault(what, error, "the collector goes on without it")
 
 
 def _positive(interval: Any) -> float:

@@ -28,6 +28,7 @@ from kvhook.recording.core_side import CoreSide
 from kvhook.recording.overhead import call_overhead_ns
 from kvhook.recording.own_steps import OwnSteps
 from kvhook.recording.plan import plan_engine
+from kvhook.recording.readings import Readings
 from kvhook.recording.recorder import Recorder
 from kvhook.recording.spool import Spool
 from kvhook.recording.why_no_steps import not_recorded, why_no_steps
@@ -35,15 +36,11 @@ from kvhook.ring.place import find_directory, history_root, process_start
 from kvhook.ring.trace_file import TRACE_SUFFIX
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from kvhook.adapters.step_functions import Counters, StepFunctions
     from kvhook.adapters.table import Adapter
     from kvhook.options import Options
     from kvhook.recording.budget import Level
     from kvhook.records.core import CoreRecords
-    from kvhook.text.summary import PrintedSummary
     from kvhook.trace import Trace
 
 log = logging.getLogger("kvhook")
@@ -55,7 +52,7 @@ _MOST_SLOT_BYTES = 512
 lock = threading.RLock()
 
 
-class Session:
+class Session(Readings):
     """A recording: every engine that is made while it is installed, step by step.
 
     Made by `install`. Everything that reads covers the whole run since then and may be called at any time, also while
@@ -105,29 +102,6 @@ class Session:
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
-    def steps(self, engine: int | None = None, *, complete: bool = False) -> npt.NDArray[np.void]:
-        """One row per engine step so far. For states (usage, requests that run or wait) use ``complete=True``: it
-        leaves out steps in which they are not known. A structured array, see `kvhook.Trace.steps`."""
-        return self.trace().steps(engine, complete=complete)
-
-    def requests(self, engine: int | None = None) -> npt.NDArray[np.void]:
-        """One row per finished request so far: a structured array, see `kvhook.Trace.requests`."""
-        return self.trace().requests(engine)
-
-    def latencies(
-        self, series: str, engine: int | None = None
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-        """Every single TTFT or inter-token latency so far, see `kvhook.Trace.latencies`."""
-        return self.trace().latencies(series, engine)
-
-    def summary(self, engine: int | None = None) -> PrintedSummary:
-        """The run so far in numbers: ``print`` it for people, ``.as_dict()`` for programs."""
-        return self.trace().summary(engine)
-
-    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
-        """Write the run so far to ``path``; the suffix says how (.jsonl, .csv, .kvh). See `kvhook.Trace.dump`."""
-        return self.trace().dump(path, overwrite=overwrite)
-
     def trace(self) -> Trace:
         """The run so far as a `kvhook.Trace`. Later steps are not in it."""
         from kvhook.trace import open_files
@@ -154,29 +128,6 @@ class Session:
                 "this session was closed, or replaced, before this process was forked off: it belongs to the parent. "
                 "kvhook.install() makes a session for this process"
             )
-
-    def core_steps(self, core: int | None = None) -> npt.NDArray[np.void]:
-        """One row per step of an engine core so far, see `kvhook.records.core.CoreRecords.steps`. `cores` says what is
-        known of the engine cores, and why there are none if there are none."""
-        return self.cores().steps(core)
-
-    def core_requests(self, core: int | None = None) -> npt.NDArray[np.void]:
-        """One row per request that has ended, as its engine core saw it: arrived, scheduled, preempted, finished."""
-        return self.cores().requests(core)
-
-    def preemptions(self, core: int | None = None) -> npt.NDArray[np.void]:
-        """One row per preemption so far: who, when, and what it cost."""
-        return self.cores().preemptions(core)
-
-    def lookups(self, core: int | None = None) -> npt.NDArray[np.void]:
-        """One row per look-up in the prefix cache that a request was then scheduled with: what was found, and why not
-        more."""
-        return self.cores().lookups(core)
-
-    def blocks(self, core: int | None = None) -> npt.NDArray[np.void]:
-        """One row per event of a KV block so far, if kvhook was installed with ``core="blocks"``: allocated, hit,
-        cached, freed, evicted."""
-        return self.cores().blocks(core)
 
     def cores(self) -> CoreRecords:
         """The engine cores of this run so far, as `kvhook.records.core.CoreRecords`."""
