@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -89,7 +88,7 @@ def make_llm(engine_environment: dict[str, str], model: str) -> MakeLLM:
     from vllm import LLM  # type: ignore[import-not-found, unused-ignore]
 
     def make(**options: Any) -> Any:
-        gc.collect()  # what is to go goes now, not in the middle of the next engine's work
+        vllm_here.collect_engines()
         with vllm_here.after_numba():
             return LLM(model=model, **vllm_here.options() | options)
 

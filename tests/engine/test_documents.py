@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def test_what_a_page_shows_is_what_its_code_prints(
     tiny.symlink_to(model)
 
     def make(model: str, **options: Any) -> Any:
-        gc.collect()  # the engine of the page before goes now, see make_llm
+        vllm_here.collect_engines()  # that of the page before, see make_llm
         with vllm_here.after_numba():
             return real(model=str(tiny), **vllm_here.options() | options)
 

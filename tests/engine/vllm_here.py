@@ -7,6 +7,7 @@ Read from the contracts (`tests/contracts`), that is from vLLM's code, never fro
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -123,6 +124,13 @@ def options() -> dict[str, Any]:
     small = {name: value for name, value in SMALL.items() if name != "use_tqdm_on_load"}
     blocks = {"block_size": 16, "num_gpu_blocks_override": BLOCKS * BLOCK_SIZE // 16}
     return small | blocks | {"enable_prefix_caching": False, "enable_chunked_prefill": False}
+
+
+def collect_engines() -> None:
+    """Delete the engines that nobody holds any more. Each is full of circles, and vLLM has frozen them (`gc.freeze`) when
+    it made the engine after them: they would be deleted in the middle of a later engine's work."""
+    gc.unfreeze()
+    gc.collect()
 
 
 @contextlib.contextmanager
