@@ -127,7 +127,7 @@ def options() -> dict[str, Any]:
 
 
 def collect_engines() -> None:
-    """Delete the engines that nobody holds any more. Each is full of circles, and vLLM has frozen them (`gc.freeze`) when
+    """Delete the engines that nobody holds any more. Each is full of circles, which vLLM froze (`gc.freeze`) when
     it made the engine after them: they would be deleted in the middle of a later engine's work."""
     gc.unfreeze()
     gc.collect()
