@@ -17,6 +17,7 @@ from typing import Any
 
 ROW = struct.Struct("<qqqd")
 MOST = 100_000
+RUNNING = 12
 
 
 def main(model: str, trace: str, witness: str) -> None:
@@ -54,9 +55,15 @@ def main(model: str, trace: str, witness: str) -> None:
     engine.logger_manager.record = see
     registry.steps[id(engine)] = publish_and_tell
     rng = random.Random(1)
-    for _ in range(1000):
-        prompts: list[Any] = [{"prompt_token_ids": tokens(rng, rng.randrange(20, 120))} for _ in range(12)]
-        llm.generate(prompts, SamplingParams(max_tokens=60, ignore_eos=True), use_tqdm=False)
+    sent = 0
+    while True:
+        # there is never a moment at which nothing runs
+        while engine.get_num_unfinished_requests() < RUNNING:
+            prompt = {"prompt_token_ids": tokens(rng, rng.randrange(20, 120))}
+            params = SamplingParams(max_tokens=rng.randrange(20, 100), ignore_eos=True)
+            engine.add_request(str(sent), prompt, params)
+            sent += 1
+        engine.step()
 
 
 if __name__ == "__main__":
