@@ -4,25 +4,79 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterable, Iterator
+from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 from kvhook.adapters import ADAPTERS
 from kvhook.adapters.table import lookup
 
+#: Of what a program holds, so many objects are looked at: some 0.1 s at most.
+_MOST_OBJECTS = 100_000
+#: From a variable to an engine there are few steps: variable, list, ``LLM``, its ``__dict__``, the engine.
+_MOST_STEPS = 6
+_NO_WAY_THROUGH = (type, ModuleType, FunctionType, BuiltinFunctionType)
+
 
 def engines_alive() -> list[Any]:
-    """The engines of this process, found among the objects that the garbage collector knows.
+    """The engines of this process. Looks only if a module with an engine class has been imported.
 
-    Looks only if a module with an engine class has been imported: then it takes some 0.1 s, once.
+    The garbage collector knows all objects but those that were frozen. V1 freezes them (`gc.freeze`) while it makes an
+    engine with its core in this process; such an engine is looked for among what the program's variables hold.
     """
-    classes = set()
+    classes = _engine_classes()
+    if not classes:
+        return []
+    found = {id(each): each for each in gc.get_referrers(*classes) if type(each) in classes}
+    if gc.get_freeze_count():
+        found |= {id(each): each for each in _held(_variables()) if type(each) in classes}
+    return list(found.values())
+
+
+def _engine_classes() -> set[type]:
+    """The engine classes that have been imported, and all classes made of them."""
+    classes: set[type] = set()
+    new = []
     for adapter in ADAPTERS:
         if adapter.trigger in sys.modules:
             try:
-                classes.add(lookup(adapter.engine))
+                new.append(lookup(adapter.engine))
             except LookupError:
                 continue
-    if not classes:
-        return []
-    # the type's own ancestors are compared: isinstance() would ask proxies for the class of what they stand for
-    return [each for each in gc.get_objects() if not classes.isdisjoint(type(each).__mro__)]
+    while new:
+        each = new.pop()
+        if each not in classes:
+            classes.add(each)
+            new += type.__subclasses__(each)
+    return classes
+
+
+def _variables() -> Iterator[Any]:
+    """The variables of all functions that run, in all threads, and of the modules that these functions are from."""
+    # there is no public way to another thread's frames
+    for frame in sys._current_frames().values():  # noqa: SLF001
+        at: FrameType | None = frame
+        while at is not None:
+            yield at.f_locals
+            if at.f_locals is not at.f_globals:
+                yield at.f_globals
+            at = at.f_back
+    if (main := sys.modules.get("__main__")) is not None:
+        yield vars(main)
+
+
+def _held(roots: Iterable[Any]) -> Iterator[Any]:
+    """What these objects hold, and what that holds in its turn, the nearest first."""
+    seen = set()
+    level = list(roots)
+    for _ in range(_MOST_STEPS):
+        level = [each for each in gc.get_referents(*level) if gc.is_tracked(each)]
+        following = []
+        for each in level:
+            if id(each) not in seen and not issubclass(type(each), _NO_WAY_THROUGH):
+                seen.add(id(each))
+                following.append(each)
+                yield each
+        if len(seen) > _MOST_OBJECTS:
+            return
+        level = following

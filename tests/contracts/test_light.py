@@ -312,8 +312,11 @@ def test_with_the_users_stats_on_vllm_makes_and_sees_its_own(release: str, name:
         go(engine)
         assert (engine.log_stats, engine.output_processor.log_stats) == (True, True)
         made = [stats is not None for stats in engine.output_processor.given]
-        # in 0.28 LLMEngine began to make none for a step without outputs
-        assert made == [bool(sent.outputs) or not between(release, "0.28.0") for sent in SCRIPT][: len(made)]
+        if "async" in name:  # it takes outputs in slices, and makes nothing of a step without outputs
+            assert made
+            assert all(made)
+        else:  # in 0.28 it began to make none for a step without outputs
+            assert made == [bool(sent.outputs) or not between(release, "0.28.0") for sent in SCRIPT]
         (logger,) = VllmLogger.made
         # LLMEngine of these does not hand over the stats of such a step
         drops = name == "v1-light" and between(release, "0.17.0", "0.27.1")
