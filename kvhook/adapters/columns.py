@@ -135,16 +135,19 @@ class ColumnPlan:
         usage = self.steps.get("kv_cache_usage", "")
         root = next((name for name, _ in attributes(usage)), "") if usage else ""
         self.steps["num_kv_blocks"] = str(blocks or -1)
+        of, reserved = self.facts.get("kv_usage_of", blocks), self.facts.get("kv_usage_reserved", 0)
         self.steps |= {"num_kv_blocks_peak": "-1", "kv_cache_usage_peak": "nan"}
         if blocks and self.facts.get(SEES_SCHEDULE):
-            peak, scheduled = f"{blocks} - num_free_kv_blocks", "num_free_kv_blocks >= 0"
-            self.steps["num_kv_blocks_peak"] = f"{peak} if {scheduled} else -1"
-            self.steps["kv_cache_usage_peak"] = f"({peak}) / {blocks} if {scheduled} else nan"
+            scheduled = "num_free_kv_blocks >= 0"
+            self.steps["num_kv_blocks_peak"] = f"{blocks} - num_free_kv_blocks if {scheduled} else -1"
+            # over the same blocks as vLLM's own usage, so that both can be compared
+            self.steps["kv_cache_usage_peak"] = (
+                f"({blocks + reserved} - num_free_kv_blocks) / {of} if {scheduled} else nan"
+            )
         else:
             self.absent["step"] |= dict.fromkeys(("num_kv_blocks_peak", "kv_cache_usage_peak"), NO_SCHEDULE)
         self.steps["num_kv_blocks_used"] = "-1"
         if blocks and root:
-            of, reserved = self.facts.get("kv_usage_of", blocks), self.facts.get("kv_usage_reserved", 0)
             used = f"int(kv_cache_usage * {of} + 0.5){f' - {reserved}' if reserved else ''}"
             self.steps["num_kv_blocks_used"] = f"{used} if {root} is not None else -1"
             return

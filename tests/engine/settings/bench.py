@@ -166,7 +166,9 @@ class Bench:
         session, view = on.session, on.view
         first, rows, before = len(session.steps()), len(session.requests()), position(session.trace())
         latencies, summary = on.latencies(), on.summed()
-        # each case begins with an empty cache, so that it is the same whatever was run before
+        # each case begins with an empty cache, and with nothing counted, so that it is the same whatever was run before
+        if view.steps and not view.steps[-1].stats:
+            view.scheduler.make_stats()
         on.llm.llm_engine.reset_prefix_cache()
         view.begin()
         with view.watching():

@@ -24,6 +24,8 @@ def can() -> Can:
         lacks["drafts"] = "this vLLM has no speculative decoding on a CPU"
     if not (says("config/scheduler.py", "async_scheduling") or says("config/__init__.py", "async_scheduling")):
         lacks["overlapped"] = "this vLLM has no asynchronous scheduling"
+    if not says("v1/request.py", "def __lt__"):
+        lacks["priority"] = "this vLLM fails when two requests of one priority arrive at the same time"
     return Can(
         lacks=lacks,
         block_sizes=(32, 64, 96, 128) if says("v1/attention/backends/cpu_attn.py", "MultipleOf(32)") else (16, 32, 128),
@@ -35,9 +37,11 @@ def run(seeds: Iterable[int]) -> list[int]:
     """Those of the seeds whose cases this release can run; the others are counted."""
     found = []
     for seed in seeds:
-        kind = cases.settings(seed // cases.PER_ENGINE, can()).kind
-        if kind in can().lacks:
-            left_out[f"{kind}: {can().lacks[kind]}"] += 1
+        settings = cases.settings(seed // cases.PER_ENGINE, can())
+        if settings.kind in can().lacks:
+            left_out[f"{settings.kind}: {can().lacks[settings.kind]}"] += 1
+        elif settings.stats_on and asserts_stats():
+            left_out["the user's stats on: LLMEngine.step of this vLLM fails in a step without stats"] += 1
         else:
             found.append(seed)
     return found
@@ -50,6 +54,11 @@ def says(file: str, text: str) -> bool:
     assert found.origin is not None
     path = Path(found.origin).parent / file
     return path.exists() and text in path.read_text(encoding="utf-8")
+
+
+def asserts_stats() -> bool:
+    """Whether ``LLMEngine.step`` raises where stats are on and the engine core made none, with kvhook or without."""
+    return says("v1/engine/llm_engine.py", "assert outputs.scheduler_stats is not None")
 
 
 def unhashed_first() -> bool:
