@@ -233,10 +233,10 @@ def of_kind(settings: Settings) -> dict[str, Any]:
 @contextlib.contextmanager
 def forced(settings: Settings) -> Iterator[None]:
     """While an engine lives: what vLLM does not let one have on a CPU, although it works."""
+    vllm_here.stand_numba()
     with contextlib.ExitStack() as stack:
         if settings.kind == "overlapped" and not ON_GPU:
             stack.enter_context(_asynchronous())
-        stack.enter_context(vllm_here.after_numba())
         yield
 
 
