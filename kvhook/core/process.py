@@ -116,13 +116,12 @@ class CoreProcess:
         return result
 
     def _on_shutdown(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        try:
-            return wrapped(*args, **kwargs)
-        finally:
-            with contextlib.suppress(Exception):
-                number = self._numbers.get(id(getattr(instance, "scheduler", None)))
-                if number is not None:
-                    self.end(number)
+        # before vLLM's own: that waits for the workers, and the front end kills a core that takes too long
+        with contextlib.suppress(Exception):
+            number = self._numbers.get(id(getattr(instance, "scheduler", None)))
+            if number is not None:
+                self.end(number)
+        return wrapped(*args, **kwargs)
 
     def _give_up(self, why: str) -> None:
         if why != self.absent:

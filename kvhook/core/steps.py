@@ -308,7 +308,8 @@ class StepAccount:
 
     def _write_finished(self) -> None:
         for life, now, reason in self._finished:
-            self.writer.request(life, self._step - 1, now, reason)
+            # a request ends inside the update at whose end its last token, perhaps its first, counts as there
+            self.writer.request(life, self._step - 1, max(now, life.t_first_token), reason)
         self._finished.clear()
 
     # ---- requests --------------------------------------------------------------------------------------------------
