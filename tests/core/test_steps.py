@@ -165,7 +165,7 @@ def test_a_failure_of_kvhooks_ends_the_recording_and_not_the_engine(driver: Make
     def broken(*_: Any) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(account, "_held_tokens", broken)
+    monkeypatch.setattr(account, "_states", broken)
     recording.driver.step()
     assert [str(error) for error in recording.faults] == ["no"]
     assert len(list(recording.driver.run())) == 3

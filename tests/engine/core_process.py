@@ -23,7 +23,7 @@ from tests.workloads import SMALL, run, workload
 def main() -> None:
     model, folder = sys.argv[1], Path(sys.argv[2])
     for one in sys.argv[3:]:
-        process, core, *end = one.split(":")
+        _, core, *end = one.split(":")
         results = record(model, folder, one.replace(":", "-"), core, killed=end == ["killed"])
         (folder / f"{one.replace(':', '-')}.json").write_text(json.dumps(results))
 
@@ -32,7 +32,10 @@ def record(model: str, folder: Path, name: str, core: str, *, killed: bool) -> d
     from vllm import LLM  # type: ignore[import-not-found, unused-ignore]
 
     calls = workload()
-    os.environ["NOTED"], os.environ["WAVES"] = str(folder / f"{name}.notes"), ",".join(str(len(c.prompts)) for c in calls)
+    os.environ["NOTED"], os.environ["WAVES"] = (
+        str(folder / f"{name}.notes"),
+        ",".join(str(len(c.prompts)) for c in calls),
+    )
     session = kvhook.install(trace=folder / f"{name}.kvh", core=core) if core != "bare" else None
     llm: Any = LLM(
         model=model, scheduler_cls="tests.engine.noting_scheduler.NotingScheduler", disable_log_stats=False, **SMALL

@@ -1,8 +1,8 @@
 """A scheduler that writes down what it schedules and what its block pool holds: in whatever process the core lives.
 
-It also waits until all requests of a call of ``generate`` have arrived, so that a core in a process of its own schedules
-what one in the front end's process does, however long the requests take to get there. Two variables tell it of both:
-``NOTED`` is the file, ``WAVES`` is how many requests come together, call by call: ``1,8,40``.
+It also waits until all requests of a call of ``generate`` have arrived, so that a core in a process of its own
+schedules what one in the front end's process does, however long the requests take to get there. Two variables tell it
+of both: ``NOTED`` is the file, ``WAVES`` is how many requests come together, call by call: ``1,8,40``.
 """
 
 from __future__ import annotations

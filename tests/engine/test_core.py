@@ -56,7 +56,7 @@ class Runs:
         self._runs: dict[str, Run] = {}
 
     def get(self, name: str) -> Run:
-        """Of ``inside``, ``forked`` and ``spawned``, with ``:bare``, ``:blocks``, ``:steps``, ``:steps:killed``."""
+        """Of ``inside`` and ``forked``, with ``:bare`` or ``:blocks``; and ``spawned:steps:killed``."""
         if name not in self._runs:
             process = name.partition(":")[0]
             names = [name] if process == "spawned" else [f"{process}:bare", f"{process}:blocks"]
@@ -86,7 +86,9 @@ class Runs:
             notes = stem.with_suffix(".notes").read_text().splitlines()
             trace = stem.with_suffix(".kvh")
             results = json.loads(stem.with_suffix(".json").read_text()) | {"log": done.stdout}
-            self._runs[name] = Run(list(map(json.loads, notes)), results, kvhook.open(trace) if trace.exists() else None)
+            self._runs[name] = Run(
+                list(map(json.loads, notes)), results, kvhook.open(trace) if trace.exists() else None
+            )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def runs(engine_environment: dict[str, str], model: str, tmp_path_factory: pytes
     return Runs(engine_environment, model, tmp_path_factory.mktemp("cores"))
 
 
-everywhere = pytest.mark.parametrize("where", ["inside:blocks", "forked:blocks", "spawned:steps"])
+everywhere = pytest.mark.parametrize("where", ["inside:blocks", "forked:blocks", "spawned:steps:killed"])
 
 
 @everywhere
@@ -167,7 +169,7 @@ def test_outputs_and_vllms_schedule_are_the_same_with_and_without(runs: Runs, pr
     assert recorded.results["cached"] == bare.results["cached"] > 0
 
 
-@pytest.mark.parametrize("where", ["forked:blocks", "spawned:steps"])
+@pytest.mark.parametrize("where", ["forked:blocks", "spawned:steps:killed"])
 def test_a_core_of_its_own_process_says_what_one_in_this_process_says(runs: Runs, where: str):
     """The schedule is the same, but for steps in which nothing is scheduled."""
     inside, own = runs.get("inside:blocks"), runs.get(where)
