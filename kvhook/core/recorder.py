@@ -67,7 +67,8 @@ class CoreRecorder:
             with contextlib.suppress(FileExistsError):
                 self.ring = RingWriter(path, core_layout(), slots, self.meta, crc=NEEDS_CRC)
                 break
-        self._account: Callable[[], StepAccount | None] = lambda: None
+        #: gives what counts, while that is there
+        self.account: Callable[[], StepAccount | None] = lambda: None
 
     def follow(self, core: Core, failed: Callable[[BaseException], None], ledger: LedgerRing | None = None) -> None:
         """Begin to count.
@@ -97,11 +98,11 @@ class CoreRecorder:
         except Exception:
             taps.take_out()
             raise
-        self._account = weakref.ref(account)
+        self.account = weakref.ref(account)
 
     def stop(self) -> None:
         """Take the counting out of the engine core, if that is still there."""
-        account = self._account()
+        account = self.account()
         if account is not None:
             account.stop()
 
