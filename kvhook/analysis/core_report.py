@@ -89,8 +89,13 @@ class CoreReport:
     records_lost: int
 
 
-def report(cores: CoreRecords) -> CoreReport:
-    """All numbers of a run."""
+def report(cores: CoreRecords, *, ledger: bool = True) -> CoreReport:
+    """All numbers of a run.
+
+    Args:
+        cores: its engine cores.
+        ledger: whether to read the ledger of blocks too, which may be long.
+    """
     steps, lookups, preemptions, requests = cores.steps(), cores.lookups(), cores.preemptions(), cores.requests()
     facts = cores.facts[0] if cores.facts else {}
     size = int(facts.get("block_size") or 0)
@@ -126,7 +131,7 @@ def report(cores: CoreRecords) -> CoreReport:
         num_kv_blocks_cached_mean=_mean(steps["num_kv_blocks_cached"]),
         num_kv_blocks_empty_mean=_mean(steps["num_kv_blocks_empty"]),
         waste=_waste(steps, size),
-        blocks=_block_times(cores.blocks(), size),
+        blocks=_block_times(cores.blocks(), size) if ledger else None,
         records_lost=cores.lost,
     )
 

@@ -11,11 +11,14 @@ from kvhook.cli.common import add_dir, positive
 from kvhook.discovery.cleaning import history_of
 from kvhook.discovery.rings import ALIVE, CLOSED_RING, DEAD, choose, directories, find_rings, parse_pid
 from kvhook.errors import KvhookError
+from kvhook.ring.place import history_root
 from kvhook.text.bar import shows_blocks
 from kvhook.text.steps import StepLines
 
 if TYPE_CHECKING:
+    from kvhook.records.core import CoreRecords
     from kvhook.ring.layout import Header
+    from kvhook.trace import Trace
 
 
 class AutopsyCommand:
@@ -46,7 +49,6 @@ class AutopsyCommand:
         """Print it."""
         from kvhook.analysis.autopsy import examine
         from kvhook.ring.layout import CLOSED
-        from kvhook.ring.place import history_root
         from kvhook.ring.reader import writer_alive
         from kvhook.text.autopsy import as_text, sentences
         from kvhook.trace import open_trace
@@ -56,7 +58,7 @@ class AutopsyCommand:
         header = trace.header
         assert header is not None
         ended = "closed" if header.state == CLOSED else "alive" if writer_alive(header) else "killed"
-        result = examine(trace, ended, args.steps, args.engine)
+        result = examine(trace, ended, args.steps, args.engine, _cores(trace, header))
         if args.json:
             plain = result.as_dict() | {"changes": sentences(result.changes)}
             print(json.dumps({"path": str(path), "pid": header.pid, **plain}, indent=2))
@@ -79,6 +81,19 @@ class AutopsyCommand:
                 else f"process {ring.pid} still runs: kvhook tail {ring.pid} shows it live"
             )
         return ring.path
+
+
+def _cores(trace: Trace, header: Header) -> CoreRecords:
+    """What the engine cores of the run recorded: beside the trace, or of a ring's process in the temporary history."""
+    from kvhook.discovery.cleaning import histories_of
+    from kvhook.records.core import files_of, open_cores
+
+    found = trace.cores()
+    if len(found):
+        return found
+    folders = histories_of(header.pid, header.process_start, history_root())
+    files = [path for folder in folders for path in files_of(folder / "history")]
+    return open_cores(files, trace.name, found.why_none)
 
 
 def _heading(header: Header, path: Path) -> str:

@@ -28,6 +28,8 @@ clock = time.monotonic_ns
 
 _NONE_WAITING = LIMITS.index("none_waiting")
 _NOBODY: list[Life] = []
+#: Once in so many steps (less one, and a power of two) it is looked up whether the session has been closed: 2 us.
+_LOOK_UP = 255
 
 
 class StepAccount:
@@ -40,6 +42,8 @@ class StepAccount:
         self.lookups = Lookups(core, pool, self.life_of)
         #: what writes down every block's events, where that is wanted; set before `tap`
         self.ledger: Ledger | None = None
+        #: whether nothing is to be recorded any more
+        self.is_over: Callable[[], bool] = lambda: False
         self._sched, self._reads, self._states = core.sched, core.reads, core.reads["states"]
         self._block_size: int = core.facts["block_size"]
         self._tokens_known = "num_kv_tokens" not in core.absent
@@ -53,12 +57,15 @@ class StepAccount:
         self._num_preempted = self._num_finished = 0
         self._stats_made = 0
         self._inside = False
+        #: False once it is stopped: somebody else's wrapper may still be over ours, and call it
+        self.on = True
         self._own_ns = -1
         for request in list(core.sched.requests.values()):  # it has been at work already
             self._know(request, -1)
 
     def tap(self) -> None:
         """Put the counting in place."""
+        self.on = True
         sched, taps = self._sched, self._taps
         self.pool.tap(taps)
         if self.ledger is not None:
@@ -86,6 +93,7 @@ class StepAccount:
     def stop(self) -> None:
         """Take the counting out, and write what is known and has not been written."""
         self._taps.take_out()
+        self.on = False
         self._write_finished()
         if self.ledger is not None:
             self.ledger.flush()
@@ -101,6 +109,8 @@ class StepAccount:
         lookups, scheduled = self.lookups, self._scheduled
 
         def schedule(*args: Any, **kwargs: Any) -> Any:
+            if not self.on:
+                return original(*args, **kwargs)
             start = clock()
             preempted = self._num_preempted
             lookups.attempted, lookups.refused = None, False
@@ -235,6 +245,8 @@ class StepAccount:
 
     def _on_update(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def update_from_output(*args: Any, **kwargs: Any) -> Any:
+            if not self.on:
+                return original(*args, **kwargs)
             start = clock()
             made = self._stats_made
             self._inside = True
@@ -263,6 +275,8 @@ class StepAccount:
             self._write_finished()
         if self.ledger is not None:
             self.ledger.flush()
+        if not self._step & _LOOK_UP and self.is_over():
+            self.stop()
         self._own_ns += clock() - end
 
     def _write(self, step: Scheduled, start: int, end: int, stats: int) -> None:
@@ -351,7 +365,7 @@ class StepAccount:
 
     def _ended(self, request: Any) -> None:
         life = self._lives.get(request.request_id)
-        if life is None:
+        if life is None or not self.on:
             return
         self._prefilling.pop(request.request_id, None)
         if self._preempted.pop(request.request_id, None) is not None:

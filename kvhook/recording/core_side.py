@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import secrets
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvhook import forks
 from kvhook.core.lives import request_key
 from kvhook.core.plan import CorePlan
 from kvhook.core.process import process
 from kvhook.discovery.cleaning import HISTORY_PREFIX
+from kvhook.discovery.recovery import recover, rings_of
+from kvhook.errors import KvhookError
 from kvhook.records.core import CoreRecords, files_of, open_cores
-from kvhook.ring.place import history_root, process_start
+from kvhook.ring.place import MARK_SUFFIX, history_root, process_start
+from kvhook.ring.reader import writer_alive
+from kvhook.ring.trace_file import header_of
 
 if TYPE_CHECKING:
     from kvhook.options import Options
 
 _OFF = "kvhook was installed with core='off'"
+_NOT_ARMED = (
+    "kvhook was not installed: a kvhook.StatLogger by itself records what vLLM gives to its loggers, and nothing "
+    "inside the engine core"
+)
 _NONE_YET = "no engine core has been made since kvhook.install()"
 _FORKED = (
     "this process was forked off after kvhook.install(): engine cores that live in this very process are not recorded. "
@@ -57,7 +66,7 @@ class CoreSide:
         options = self._options
         if options.core == "off":
             return
-        trace = options.trace_path
+        trace, pid = options.trace_path, os.getpid()
         stem = trace.with_suffix("") if trace is not None else self._folder() / "history"
         self._plan = CorePlan(
             level=options.core,
@@ -68,9 +77,15 @@ class CoreSide:
             session=self._session,
             key=self._key.hex(),
             pid=os.getpid(),
+            mark=os.path.abspath(self._ring_dir / f"{pid}-{process_start(pid)}-{self._session}{MARK_SUFFIX}"),
         )
         self._plan.publish()
         process.arm(self._plan)
+
+    def attach(self, scheduler: Any) -> None:
+        """Record an engine core that exists already."""
+        if self._plan is not None and not self._closed:
+            process.attach(scheduler, self._plan)
 
     def disarm(self) -> None:
         """Take kvhook out of the engine cores of this process; those in other processes end by themselves."""
@@ -78,13 +93,33 @@ class CoreSide:
             self._closed = True
             self._plan.withdraw()
             process.disarm()
+            self._complete()
+
+    def _complete(self) -> None:
+        """Bring what killed engine cores left in their rings into their files, and remove the rings.
+
+        vLLM kills a core that takes long to end, so that this is nothing unusual.
+        """
+        assert self._plan is not None
+        for path in files_of(Path(self._plan.stem)):
+            with contextlib.suppress(KvhookError, OSError):
+                header = header_of(path)
+                if header.meta.get("session") == self._session and not writer_alive(header):
+                    recover(path, [self._ring_dir])
+                    for ring in rings_of(header, [self._ring_dir]):
+                        ring.unlink()
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """What failed with engine cores in this process, and how often."""
+        return dict(process.faults.counts) if self._plan is not None and self._made_in == forks.generation else {}
 
     def records(self, name: str) -> CoreRecords:
         """The engine cores of this session so far."""
         if self._made_in != forks.generation:
             return open_cores([], name, _FORKED)
         if self._plan is None:
-            return open_cores([], name, _OFF)
+            return open_cores([], name, _OFF if self._options.core == "off" else _NOT_ARMED)
         process.drain()
         return open_cores(files_of(Path(self._plan.stem)), name, process.absent or _why_none(), self._session)
 

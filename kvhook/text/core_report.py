@@ -23,7 +23,7 @@ _MISSES = {
     "unknown": "reason not known",
 }
 #: A value of LIMITS, for people.
-_LIMITS = {
+LIMITS = {
     "none_waiting": "nobody waited",
     "max_num_seqs": "max_num_seqs",
     "token_budget": "token budget",
@@ -82,7 +82,7 @@ def _again(r: CoreReport) -> Iterator[str]:
 
 def _shares(r: CoreReport) -> str:
     ranked = sorted(r.limited_by.items(), key=lambda item: -item[1])
-    return ", ".join(f"{_LIMITS.get(why, why)} {percent(n / r.num_steps)}" for why, n in ranked[:5])
+    return ", ".join(f"{LIMITS.get(why, why)} {percent(n / r.num_steps)}" for why, n in ranked[:5])
 
 
 def _hits(r: CoreReport) -> Iterator[str]:
