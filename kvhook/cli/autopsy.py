@@ -84,16 +84,20 @@ class AutopsyCommand:
 
 
 def _cores(trace: Trace, header: Header) -> CoreRecords:
-    """What the engine cores of the run recorded: beside the trace, or of a ring's process in the temporary history."""
+    """What the engine cores of the run recorded: beside the trace, in the temporary history of a ring's process, or
+    what is left in the rings beside that ring."""
     from kvhook.discovery.cleaning import histories_of
-    from kvhook.records.core import files_of, open_cores
+    from kvhook.discovery.rings import ring_files
+    from kvhook.records.core import files_of, open_cores, open_rings
 
     found = trace.cores()
-    if len(found):
+    if len(found) or not header.capacity:
         return found
     folders = histories_of(header.pid, header.process_start, history_root())
     files = [path for folder in folders for path in files_of(folder / "history")]
-    return open_cores(files, trace.name, found.why_none)
+    if files:
+        return open_cores(files, trace.name)
+    return open_rings(ring_files([Path(trace.name).parent], ("core",)), trace.name, header.pid)
 
 
 def _heading(header: Header, path: Path) -> str:

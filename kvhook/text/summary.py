@@ -146,7 +146,7 @@ def limits(s: Summary) -> Iterator[str]:
     }
     often = [f"{LIMITS[why]} {percent(share)}" for why, share in sorted(shares.items(), key=_rank) if share >= 0.01]
     if often:
-        yield f"batches were limited by {', '.join(often)} (of the steps)"
+        yield f"the batch was limited by {', '.join(often)} of the steps"
 
 
 def _rank(item: tuple[str, float]) -> float:
