@@ -15,7 +15,7 @@ from kvhook.core.limits import limited_by
 from kvhook.core.lives import Life
 from kvhook.core.lookups import Lookups
 from kvhook.core.pool import PoolAccount
-from kvhook.core.scheduled import Scheduled
+from kvhook.core.scheduled import Scheduled, new_holders
 from kvhook.core_schema import LIMITS
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class StepAccount:
         """Requests came, were preempted or are in their prefill: new ones, resumed ones, and what `_prefill` gives."""
         new = resumed = 0
         if self.pool.just_evicted:
-            self.pool.blame(self._new_holders(output))
+            self.pool.blame(new_holders(self.core.reads["new_blocks"](output), self._lives))
         for data in output.scheduled_new_reqs:
             life = self._lives.get(data.req_id) or self._know(self._sched.requests[data.req_id], -1)
             if data.req_id not in self._preempted:
@@ -230,16 +230,6 @@ class StepAccount:
         for request_id in done:
             del self._prefilling[request_id]
         return prefill, recomputed, requests, cut, begun
-
-    def _new_holders(self, output: Any) -> dict[int, int]:
-        """Block number -> number of the request that got it in this step."""
-        holders: dict[int, int] = {}
-        for request_id, blocks in self.core.reads["new_blocks"](output):
-            life = self._lives.get(request_id)
-            if blocks and life is not None:
-                for group in blocks:
-                    holders.update(dict.fromkeys(group, life.number))
-        return holders
 
     # ---- update_from_output ----------------------------------------------------------------------------------------
 

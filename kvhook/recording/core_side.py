@@ -142,10 +142,16 @@ class CoreSide:
         return history_root() / f"{HISTORY_PREFIX}{pid}-{process_start(pid)}-core{self._session}"
 
 
-def _why_none() -> str:
-    """Why no engine core has left anything, as far as can be told from here."""
+def why_not_in_own_process() -> str:
+    """Why an engine core in a process of its own, if it is spawned, is not recorded; "" if it is."""
     wanted = os.environ.get("VLLM_PLUGINS")
     if wanted is not None and "kvhook" not in wanted.split(","):
-        return f"{_NONE_YET}; or: {_PLUGIN_OFF}"
+        return _PLUGIN_OFF
     plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
-    return _NONE_YET if any(p.name == "kvhook" for p in plugins) else f"{_NONE_YET}; or: {_NO_PLUGIN}"
+    return "" if any(plugin.name == "kvhook" for plugin in plugins) else _NO_PLUGIN
+
+
+def _why_none() -> str:
+    """Why no engine core has left anything, as far as can be told from here."""
+    why = why_not_in_own_process()
+    return f"{_NONE_YET}; or: {why}" if why else _NONE_YET

@@ -122,7 +122,7 @@ def _queue(s: Summary) -> Iterator[str]:
             yield _row("waiting", f"mean {s.num_waiting_reqs_mean:.1f}, peak {s.num_waiting_reqs_peak or 0:,}{each}")
     if s.num_reqs_before:
         yield _row("", f"{_requests(s.num_reqs_before)} in the queue before")
-    yield from (_row("", text) for text in limits(s))
+    yield from (_row("limited by", text) for text in limits(s))
     yield _row("preemptions", count(s.num_preempted_reqs))
     if s.core is not None and s.core.num_preemptions:
         lost, again = s.core.num_lost_tokens, s.core.num_recomputed_tokens
@@ -146,7 +146,7 @@ def limits(s: Summary) -> Iterator[str]:
     }
     often = [f"{LIMITS[why]} {percent(share)}" for why, share in sorted(shares.items(), key=_rank) if share >= 0.01]
     if often:
-        yield f"the batch was limited by {', '.join(often)} of the steps"
+        yield f"{', '.join(often)} of the steps"
 
 
 def _rank(item: tuple[str, float]) -> float:
