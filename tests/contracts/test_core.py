@@ -64,7 +64,7 @@ class Stand:
             vars(module)[text] = Anything()
         for cls, names in self.facts[name].items():
             if cls:
-                vars(module)[cls] = type(cls, (), {text: Anything() for text in names.split()})
+                vars(module)[cls] = type(cls, (), {n: Anything() for n in names.split() if n[:2] != "__"})
         return module
 
     def of(self, path: str) -> Any:
