@@ -11,7 +11,6 @@ from kvhook.cli.common import add_dir, positive
 from kvhook.discovery.cleaning import history_of
 from kvhook.discovery.rings import ALIVE, CLOSED_RING, DEAD, choose, directories, find_rings, parse_pid
 from kvhook.errors import KvhookError
-from kvhook.ring.place import history_root
 from kvhook.text.bar import shows_blocks
 from kvhook.text.steps import StepLines
 
@@ -49,6 +48,7 @@ class AutopsyCommand:
         """Print it."""
         from kvhook.analysis.autopsy import examine
         from kvhook.ring.layout import CLOSED
+        from kvhook.ring.place import history_root
         from kvhook.ring.reader import writer_alive
         from kvhook.text.autopsy import as_text, sentences
         from kvhook.trace import open_trace
@@ -89,6 +89,7 @@ def _cores(trace: Trace, header: Header) -> CoreRecords:
     from kvhook.discovery.cleaning import histories_of
     from kvhook.discovery.rings import ring_files
     from kvhook.records.core import files_of, open_cores, open_rings
+    from kvhook.ring.place import history_root
 
     found = trace.cores()
     if len(found) or not header.capacity:

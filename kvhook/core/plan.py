@@ -10,7 +10,7 @@ import contextlib
 import json
 import multiprocessing
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 #: The variable that holds the plan as JSON. Without it the plug-in does nothing.
@@ -54,15 +54,19 @@ class CorePlan:
         more = f"-{part + 1}" if part else ""
         return Path(f"{self.stem}.{stream}{core}-{process}{more}.kvh")
 
-    def publish(self) -> None:
+    def publish(self) -> CorePlan:
         """Put the plan into the environment, for processes that are spawned from now on.
 
-        Raises:
-            OSError: the mark cannot be made.
+        Returns:
+            The plan; without a mark if none can be made.
         """
         if self.mark:
-            os.close(os.open(self.mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            try:
+                os.close(os.open(self.mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            except OSError:
+                return replace(self, mark="").publish()
         os.environ[VARIABLE] = json.dumps(asdict(self))
+        return self
 
     def withdraw(self) -> None:
         """Take the plan out of the environment, if it is this one, and tell the engine cores that it is over."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from kvhook.discovery.directory import entries, info_of, is_ours, remove_path
 from kvhook.discovery.rings import ALIVE, ALL_STREAMS, FRONT_ENDS, OLD, find_rings, glance, is_elsewhere, ring_files
 from kvhook.errors import KvhookError
-from kvhook.ring.place import MARK_SUFFIX, is_alive
+from kvhook.ring.place import is_alive
 from kvhook.ring.trace_file import header_of
 
 #: Rings of ended processes and closed rings that are kept, and their bytes together; also no more than this share of
@@ -28,7 +28,9 @@ MOST_SHARE = 1 / 8
 
 HISTORY_PREFIX = "kvhook-history-"
 _OF_CORES = re.compile(r"-core[0-9a-f]{12}$")
-_MARK_NAME = re.compile(r"(\d{1,10})-(\d{1,19})-\w+" + re.escape(MARK_SUFFIX))
+#: What a session is marked by, for its engine cores in other processes: see `kvhook.core.plan.CorePlan.mark`.
+MARK_PREFIX = "kvhook-session-"
+_MARK_NAME = re.compile(MARK_PREFIX + r"(\d{1,10})-(\d{1,19})-\w+")
 _HISTORY_NAME = re.compile(HISTORY_PREFIX + r"(\d{1,10})-(\d{1,19})-\w+")
 
 
@@ -80,19 +82,19 @@ def leftovers(places: Iterable[Path], history: Path, now: float | None = None) -
         history: the directory of histories.
         now: the time, in seconds since 1970.
     """
-    now, places = time.time() if now is None else now, list(places)
+    now = time.time() if now is None else now
     rings = [
         Leftover(r.path, r.bytes, max(0.0, now - (r.last or r.started)))
         for r in find_rings(places, ALL_STREAMS)
         if r.state != ALIVE or (r.elsewhere and now - (r.last or r.started) > OLD)
     ]
-    return rings + left_marks(places, now) + left_histories(history, now)
+    return rings + left_marks(history, now) + left_histories(history, now)
 
 
-def left_marks(places: Iterable[Path], now: float) -> list[Leftover]:
+def left_marks(history: Path, now: float) -> list[Leftover]:
     """The marks of sessions whose processes were killed; they are empty files."""
     found = []
-    for path in (path for place in places for path in entries(place)):
+    for path in entries(history):
         match, info = _MARK_NAME.fullmatch(path.name), info_of(path)
         if match and info and is_ours(path, stat.S_ISREG) and not is_alive(int(match[1]), int(match[2])):
             found.append(Leftover(path, info.st_size, max(0.0, now - info.st_mtime)))

@@ -14,11 +14,11 @@ from kvhook import forks
 from kvhook.core.lives import request_key
 from kvhook.core.plan import CorePlan
 from kvhook.core.process import process
-from kvhook.discovery.cleaning import HISTORY_PREFIX
+from kvhook.discovery.cleaning import HISTORY_PREFIX, MARK_PREFIX
 from kvhook.discovery.recovery import recover, rings_of
 from kvhook.errors import KvhookError
 from kvhook.records.core import CoreRecords, files_of, open_cores
-from kvhook.ring.place import MARK_SUFFIX, history_root, process_start
+from kvhook.ring.place import history_root, process_start
 from kvhook.ring.reader import writer_alive
 from kvhook.ring.trace_file import header_of
 
@@ -68,7 +68,7 @@ class CoreSide:
             return
         trace, pid = options.trace_path, os.getpid()
         stem = trace.with_suffix("") if trace is not None else self._folder() / "history"
-        self._plan = CorePlan(
+        plan = CorePlan(
             level=options.core,
             ring_dir=os.path.abspath(self._ring_dir),
             ring_slots=max(64, options.ring_capacity // 2),
@@ -77,9 +77,9 @@ class CoreSide:
             session=self._session,
             key=self._key.hex(),
             pid=os.getpid(),
-            mark=os.path.abspath(self._ring_dir / f"{pid}-{process_start(pid)}-{self._session}{MARK_SUFFIX}"),
+            mark=str(history_root() / f"{MARK_PREFIX}{pid}-{process_start(pid)}-{self._session}"),
         )
-        self._plan.publish()
+        self._plan = plan.publish()
         process.arm(self._plan)
 
     def attach(self, scheduler: Any) -> None:

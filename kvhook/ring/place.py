@@ -16,8 +16,6 @@ from kvhook.errors import RingDirectoryError
 
 ENV_DIR = "KVHOOK_DIR"
 RING_SUFFIX = ".ring"
-#: What a session is marked by that has engine cores in other processes: see `kvhook.core.plan.CorePlan.mark`.
-MARK_SUFFIX = ".session"
 #: What is recorded -> how its rings are called: of the front end, inside the engine core, and the ledger of blocks.
 RING_SUFFIXES = {"": RING_SUFFIX, "core": ".core", "blocks": ".blocks"}
 
