@@ -3,9 +3,9 @@ cost, what is wasted. Pure: arrays in, numbers out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +87,17 @@ class CoreReport:
     waste: float | None
     blocks: BlockTimes | None
     records_lost: int
+
+    def usage_peak(self, engines: Sequence[Mapping[str, Any]]) -> float | None:
+        """The peak as a share of the same blocks as vLLM's own usage, so that both can be compared.
+
+        Args:
+            engines: facts about the engines of the run, of which there must be one.
+        """
+        if len(engines) != 1 or not self.num_kv_blocks:
+            return None
+        of, reserved = (engines[0].get(f"kv_usage_{what}") for what in ("of", "reserved"))
+        return (self.num_kv_blocks_peak + (reserved or 0)) / (of or self.num_kv_blocks)
 
 
 def report(cores: CoreRecords, *, ledger: bool = True) -> CoreReport:

@@ -201,9 +201,9 @@ def summarize(records: Records, engine: int | None = None, cores: CoreRecords | 
         core = report(cores, ledger=False)
         if not core.num_steps:
             return summary
-        peak, blocks = summary.kv_cache_usage_peak_in_step, core.num_kv_blocks
-        if peak is None and blocks and len(cores) == 1:
-            peak = core.num_kv_blocks_peak / blocks
+        peak = summary.kv_cache_usage_peak_in_step
+        if peak is None and len(cores) == 1:
+            peak = core.usage_peak(records.meta["engines"])
         return dataclasses.replace(summary, core=core, kv_cache_usage_peak_in_step=peak)
 
 

@@ -20,7 +20,7 @@ from kvhook.records.core import CoreRecords
 from tests.conftest import ROOT
 from tests.engine import vllm_here
 from tests.engine.conftest import Recorded
-from tests.workloads import workload
+from tests.workloads import USABLE, workload
 
 PROMPTS = [prompt for call in workload() for prompt in call.prompts]
 #: What the scheduler of the tests writes down and kvhook records by the same name.
@@ -188,6 +188,21 @@ def test_a_core_of_its_own_process_says_what_one_in_this_process_says(runs: Runs
         for column in columns:
             both = [getattr(run.cores, table)()[column].tolist() for run in (inside, own)]
             assert both[0] == both[1], (table, column)
+
+
+@everywhere
+def test_the_summary_takes_peak_preemptions_and_limits_from_the_core(runs: Runs, where: str):
+    run = runs.get(where)
+    assert run.trace is not None
+    summary, text = run.trace.summary(), str(run.trace.summary())
+    peak = max(row["num_kv_blocks_peak"] for row in run.notes)
+    assert summary.kv_cache_usage_peak_in_step == pytest.approx(vllm_here.usage(peak, USABLE))
+    assert summary.core is not None
+    assert summary.core.num_preemptions == sum(len(row["preempted"]) for row in run.notes)
+    again = int(run.cores.steps()["num_recomputed_tokens"].sum())
+    assert f"computed tokens thrown away, {again:,} computed again" in text
+    assert "limited by" in text
+    assert "no KV blocks" in text
 
 
 def test_the_ledger_is_the_same_in_both(runs: Runs):
