@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvhook.analysis.accounts import Account, accounts, is_pooling
+from kvhook.analysis.core_report import CoreReport, report
 from kvhook.analysis.distribution import Distribution, distribution
 from kvhook.analysis.lives import EngineLife, lives, most_blocks, span
 from kvhook.analysis.lookups import (
@@ -24,6 +25,7 @@ from kvhook.analysis.lookups import (
 from kvhook.analysis.queue import queue_of_all
 from kvhook.analysis.usage import NOT_SEEN, usage_of
 from kvhook.records.columns import Table, floats, has, step_seconds, texts, total, with_stats
+from kvhook.records.core import CoreRecords
 from kvhook.records.levels import NOBODY_COUNTED, NOT_COUNTED, level_codes, steps_by_level, tokens_are_known
 from kvhook.records.tables import Records
 from kvhook.schema import COUNTED
@@ -73,7 +75,7 @@ class Summary:
     kv_cache_usage_mean: float | None
     kv_cache_usage_p95: float | None
     kv_cache_usage_peak: float | None
-    #: when steps had been scheduled; only where the scheduler is in the same process
+    #: when steps had been scheduled; where the scheduler is in another process, as its engine core recorded it
     kv_cache_usage_peak_in_step: float | None
 
     #: False where prefix caching was off: then there is no hit rate, rather than one of 0
@@ -163,6 +165,8 @@ class Summary:
     faults: dict[str, str]
     #: what to do if there are no steps
     why_no_steps: str
+    #: what was recorded inside the engine cores; None where nothing was. Without the ledger of blocks
+    core: CoreReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries, numbers and None: what ``json.dumps`` takes. NaN becomes None."""
@@ -181,15 +185,26 @@ _ONLY_FULL = (
 _USAGE = ("kv_cache_usage_mean", "kv_cache_usage_p95", "kv_cache_usage_peak", "kv_cache_usage_peak_in_step")
 
 
-def summarize(records: Records, engine: int | None = None) -> Summary:
+def summarize(records: Records, engine: int | None = None, cores: CoreRecords | None = None) -> Summary:
     """Reduce a run to its summary.
 
     Args:
         records: the run.
         engine: only this engine of it; all of them together otherwise.
+        cores: what its engine cores recorded. Which core belongs to which engine is known only of one, so that they
+            count only where the run has one engine, or all are meant.
     """
     with np.errstate(all="ignore"):  # numbers out of a damaged file may be anything
-        return _summarize(records, engine)
+        summary = _summarize(records, engine)
+        if cores is None or not len(cores) or (engine is not None and len(records.meta["engines"]) > 1):
+            return summary
+        core = report(cores, ledger=False)
+        if not core.num_steps:
+            return summary
+        peak = summary.kv_cache_usage_peak_in_step
+        if peak is None and len(cores) == 1:
+            peak = core.usage_peak(records.meta["engines"])
+        return dataclasses.replace(summary, core=core, kv_cache_usage_peak_in_step=peak)
 
 
 def _summarize(records: Records, engine: int | None) -> Summary:

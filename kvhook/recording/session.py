@@ -19,6 +19,7 @@ from kvhook import forks, hooks
 from kvhook.adapters.columns import STATS_FOR_KVHOOK
 from kvhook.adapters.config import engine_facts
 from kvhook.adapters.publisher import no_sample
+from kvhook.adapters.table import read_path
 from kvhook.discovery.cleaning import HISTORY_PREFIX, prune_histories
 from kvhook.errors import KvhookError
 from kvhook.faults import Faults
@@ -120,7 +121,9 @@ class Session(Readings):
             paths, opened, counts = self._spool.open()
         except OSError as error:
             raise KvhookError(f"what was recorded is gone: {error.filename}: {error.strerror}") from None
-        return open_files(paths, self.name, more, counts, opened)
+        trace = open_files(paths, self.name, more, counts, opened)
+        trace.of_session = self.cores
+        return trace
 
     def _check_own(self) -> None:
         if self.belongs_to_parent:
@@ -150,8 +153,9 @@ class Session(Readings):
 
     @property
     def faults(self) -> dict[str, int]:
-        """What failed inside kvhook, and how often. Empty in a healthy run."""
-        return dict(self._faults.counts)
+        """What failed inside kvhook, and how often. Empty in a healthy run. What fails in an engine core of its own
+        process is in `cores().facts`, as ``failed``."""
+        return dict(self._faults.counts) | self._core_side.faults
 
     @property
     def level(self) -> str:
@@ -237,6 +241,13 @@ class Session(Readings):
     def arm_core(self) -> None:
         """Record the engine cores that are made from now on, if they are to be recorded."""
         self._core_side.arm()
+
+    def attach_core(self, engine: Any) -> None:
+        """Record the engine core of an engine that exists already, if it is in this process."""
+        adapter = hooks.adapter_of(engine)
+        scheduler = read_path(engine, adapter.schedulers) if adapter is not None and adapter.schedulers else None
+        if hasattr(scheduler, "kv_cache_manager"):
+            self._core_side.attach(scheduler)
 
     def disarm_core(self) -> None:
         """Take kvhook out of the engine cores."""

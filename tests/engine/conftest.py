@@ -41,6 +41,7 @@ _V1 = (
     "test_light_own_process.py",
     "test_collector.py",
     "test_check.py",
+    "test_core.py",
     "test_shown.py",
     "settings",
     "test_scripts.py",
