@@ -1,0 +1,229 @@
+"""Values that come bit by bit, and exact quantiles of them at any time.
+
+There are two ways to keep them. For a file that is read once, they are kept as they come, and a question goes over them
+with `kvhook.analysis.select`. For a run that goes on and may be asked at any time, they are kept in *runs*: sorted,
+different values with the number of values up to each. A question looks into the runs by bisection, so that it takes
+about as long after ten million values as after a thousand. New values wait until there are enough for a run, and small
+runs are merged into larger ones.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvhook.analysis.distribution import Distribution
+from kvhook.analysis.exact import ExactSum
+from kvhook.analysis.select import Part, select
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+#: Values that wait before they become a run, so many runs are merged into one, and a larger one is left as it is.
+PENDING, FAN, LARGEST = 4096, 16, 1 << 20
+#: Values that are kept as they come are joined to pieces of this size.
+_PIECE = 1 << 18
+#: One of so many values of a run is looked at to find where a quantile is.
+_EVERY = 512
+
+
+class Run(NamedTuple):
+    """Different values in ascending order; how many values there are before the first, up to it, up to the second and
+    so on; and every so-manieth of the values, the last among them."""
+
+    values: Floats
+    up_to: Ints
+    marks: Floats
+
+
+class Values:
+    """Values and how often each occurred. NaN is left out, as are values that occurred no times.
+
+    Args:
+        runs: keep them in runs, to be asked at any time; else as they come.
+    """
+
+    __slots__ = ("_keep_runs", "_pending", "_runs", "_size", "_sum", "_whole", "count", "largest")
+
+    def __init__(self, *, runs: bool = False) -> None:
+        self._keep_runs = runs
+        self._pending: list[Part] = []
+        self._size = self._whole = 0  # of the parts, the first so many have been joined
+        self._runs: list[Run] = []
+        self._sum = ExactSum()
+        #: how many values there are
+        self.count = 0
+        self.largest = -math.inf
+
+    # ---- taking in -------------------------------------------------------------------------------------------------
+
+    def take(self, values: Floats, counts: Ints | None = None) -> None:
+        """Take values in, each of which occurred `counts` times (once, if not given). The arrays are kept."""
+        if not len(values):
+            return
+        keep = values == values
+        if counts is not None:
+            keep &= counts > 0
+        if not keep.all():
+            values, counts = values[keep], None if counts is None else counts[keep]
+            if not len(values):
+                return
+        self.count += len(values) if counts is None else int(counts.sum())
+        self._sum.take(values if counts is None else values * counts)
+        self.largest = max(self.largest, float(values.max()))
+        self._pending.append((values, counts))
+        self._size += len(values)
+        if self._keep_runs and self._size >= PENDING:
+            self._settle()
+        elif self._size >= _PIECE:
+            self._pending, self._size = [*self._pending[: self._whole], _joined(self._pending[self._whole :])], 0
+            self._whole = len(self._pending)
+
+    def add(self, other: Values) -> None:
+        """Add what another one holds, which stays as it is."""
+        self.count += other.count
+        self._sum.add(other._sum)
+        self.largest = max(self.largest, other.largest)
+        self._pending += other._pending
+        self._size += other._size
+        self._runs += other._runs
+
+    def _settle(self) -> None:
+        """Make a run of what waits, and merge runs of one size while there are many."""
+        if self._pending:
+            self._runs.append(_run_of(self._pending))
+        self._pending, self._size = [], 0
+        size = 2 * PENDING
+        while size < LARGEST:
+            small = [i for i, run in enumerate(self._runs) if len(run.values) <= size]
+            if len(small) < FAN:
+                return
+            merged = _merged([self._runs[i] for i in small])
+            self._runs = [run for run in self._runs if len(run.values) > size] + [merged]
+            size *= FAN
+
+    # ---- asking ----------------------------------------------------------------------------------------------------
+
+    @property
+    def sum(self) -> float:
+        """The sum of all values."""
+        return self._sum.value
+
+    def at(self, ranks: list[int]) -> dict[int, float]:
+        """The values that stand at these places, from 0, if all are sorted; there must be so many."""
+        if not self._runs:
+            return select(self._pending, ranks)
+        runs = self._all_runs()
+        marks = np.concatenate([run.marks for run in runs])
+        marks.sort()
+        # for each place the first mark up to which there are more values than the place's number
+        wanted = np.asarray(ranks, np.int64)
+        low, high = np.zeros(len(wanted), np.int64), np.full(len(wanted), len(marks) - 1)
+        while (low < high).any():
+            middle = (low + high) // 2
+            enough = _up_to(runs, marks[middle]) > wanted
+            low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
+        found: dict[int, float] = {}
+        for mark in set(low.tolist()):
+            found |= _behind(runs, marks, mark, wanted[low == mark].tolist())
+        return found
+
+    def _all_runs(self) -> list[Run]:
+        return [*self._runs, _run_of(self._pending)] if self._pending else self._runs
+
+    def quantiles(self, at: tuple[float, ...], shift: float = 0.0) -> list[tuple[float, float, float]]:
+        """For each fraction from 0 to 1 the two neighbours between which the quantile lies, and how far it is from
+        the first to the second (Hyndman and Fan 1996, definition 7); there must be values.
+
+        Args:
+            at: the fractions.
+            shift: is added to the values.
+        """
+        places = [fraction * (self.count - 1) for fraction in at]
+        ranks = sorted({r for p in places for r in (math.floor(p), math.ceil(p))})
+        values = self.at(ranks)
+        return [(values[math.floor(p)] + shift, values[math.ceil(p)] + shift, p - math.floor(p)) for p in places]
+
+    def up_to(self, bounds: Floats) -> list[int]:
+        """How many values there are up to each bound."""
+        counts: list[int] = _up_to(self._all_runs(), bounds).tolist()
+        return counts
+
+    def describe(self) -> Distribution:
+        """Count, mean, quantiles and largest, as `kvhook.analysis.distribution.distribution` gives them."""
+        if not self.count:
+            return Distribution(0, *[math.nan] * 5)
+        p50, p90, p99 = (low + (high - low) * part for low, high, part in self.quantiles((0.5, 0.9, 0.99)))
+        return Distribution(self.count, self.sum / self.count, p50, p90, p99, self.largest)
+
+    def nth(self, fraction: float, shift: float = 0.0) -> float | None:
+        """A single quantile, rounded as ``np.quantile`` does; None without values."""
+        if not self.count:
+            return None
+        ((low, high, part),) = self.quantiles((fraction,), shift)
+        return high - (high - low) * (1 - part) if part >= 0.5 else low + (high - low) * part
+
+    def median(self, shift: float = 0.0) -> float | None:
+        """The median, rounded as ``np.median`` does; None without values."""
+        if not self.count:
+            return None
+        ((low, high, part),) = self.quantiles((0.5,), shift)
+        return (low + high) / 2 if part else low
+
+
+def _joined(parts: list[Part]) -> Part:
+    """Several parts as one."""
+    values = np.concatenate([v for v, _ in parts])
+    if all(counts is None for _, counts in parts):
+        return values, None
+    return values, np.concatenate([np.ones(len(v), np.int64) if c is None else c for v, c in parts])
+
+
+def _run_of(parts: list[Part]) -> Run:
+    values, counts = _joined(parts)
+    if counts is None:
+        values.sort()
+        return _distinct(values, np.arange(1, len(values) + 1))
+    order = np.argsort(values)
+    return _distinct(values[order], np.cumsum(counts[order]))
+
+
+def _merged(runs: list[Run]) -> Run:
+    values = np.concatenate([run.values for run in runs])
+    counts = np.concatenate([np.diff(run.up_to) for run in runs])
+    order = np.argsort(values, kind="stable")  # what is sorted in parts is merged
+    return _distinct(values[order], np.cumsum(counts[order]))
+
+
+def _distinct(values: Floats, up_to: Ints) -> Run:
+    """Sorted values without repetition."""
+    last = np.append(values[1:] != values[:-1], True)
+    if not last.all():
+        values, up_to = values[last], up_to[last]
+    return Run(values, np.concatenate(([0], up_to)), np.append(values[::_EVERY], values[-1]))
+
+
+def _up_to(runs: list[Run], bounds: Floats) -> Ints:
+    """How many values of all runs there are up to each bound."""
+    total = np.zeros(len(bounds), np.int64)
+    for run in runs:
+        total += run.up_to[run.values.searchsorted(bounds, side="right")]
+    return total
+
+
+def _behind(runs: list[Run], marks: Floats, mark: int, ranks: list[int]) -> dict[int, float]:
+    """The values at places that lie behind the mark before this one, and not behind this one."""
+    values, counts, before = [], [], 0
+    for run in runs:
+        begin = int(run.values.searchsorted(marks[mark - 1], side="right")) if mark else 0
+        end = int(run.values.searchsorted(marks[mark], side="right"))
+        before += int(run.up_to[begin])
+        values.append(run.values[begin:end])
+        counts.append(np.diff(run.up_to[begin : end + 1]))
+    some = np.concatenate(values)
+    order = np.argsort(some)
+    at = np.cumsum(np.concatenate(counts)[order]).searchsorted([rank - before for rank in ranks], side="right")
+    return dict(zip(ranks, some[order[at]].tolist(), strict=True))
