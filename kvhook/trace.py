@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvhook.analysis.summary import summarize
+from kvhook.analysis.summarize import summarize
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.export import export
 from kvhook.records.core import CoreRecords, core_files, is_of_core, open_cores

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvhook.analysis.distribution import Distribution
+from kvhook.analysis.distribution import NOTHING, Distribution
 from kvhook.analysis.exact import ExactSum
 from kvhook.analysis.select import Part, select
 
@@ -60,8 +60,15 @@ class Values:
 
     # ---- taking in -------------------------------------------------------------------------------------------------
 
-    def take(self, values: Floats, counts: Ints | None = None) -> None:
-        """Take values in, each of which occurred `counts` times (once, if not given). The arrays are kept."""
+    def take(self, values: Floats, counts: Ints | None = None, each: Floats | None = None) -> None:
+        """Take values in. The arrays are kept.
+
+        Args:
+            values: the values.
+            counts: how often each occurred; once, if not given.
+            each: every single value, where the same values may come in another grouping another time: their sum is
+                then the same to the last digit.
+        """
         if not len(values):
             return
         keep = values == values
@@ -72,7 +79,10 @@ class Values:
             if not len(values):
                 return
         self.count += len(values) if counts is None else int(counts.sum())
-        self._sum.take(values if counts is None else values * counts)
+        if each is not None:
+            self._sum.take(each[each == each])
+        else:
+            self._sum.take(values if counts is None else values * counts)
         self.largest = max(self.largest, float(values.max()))
         self._pending.append((values, counts))
         self._size += len(values)
@@ -111,6 +121,11 @@ class Values:
     def sum(self) -> float:
         """The sum of all values."""
         return self._sum.value
+
+    @property
+    def mean(self) -> float:
+        """Their mean, NaN without values."""
+        return self.sum / self.count if self.count else math.nan
 
     def at(self, ranks: list[int]) -> dict[int, float]:
         """The values that stand at these places, from 0, if all are sorted; there must be so many."""
@@ -155,9 +170,9 @@ class Values:
     def describe(self) -> Distribution:
         """Count, mean, quantiles and largest, as `kvhook.analysis.distribution.distribution` gives them."""
         if not self.count:
-            return Distribution(0, *[math.nan] * 5)
+            return NOTHING
         p50, p90, p99 = (low + (high - low) * part for low, high, part in self.quantiles((0.5, 0.9, 0.99)))
-        return Distribution(self.count, self.sum / self.count, p50, p90, p99, self.largest)
+        return Distribution(self.count, self.mean, p50, p90, p99, self.largest)
 
     def nth(self, fraction: float, shift: float = 0.0) -> float | None:
         """A single quantile, rounded as ``np.quantile`` does; None without values."""

@@ -27,8 +27,12 @@ def usable(slots: Slots, kinds: Kinds = KINDS) -> Bools:
     """Which slots hold a whole record of a kind and an engine that there can be."""
     head = slot_head(slots)
     codes = [code for code, _ in kinds.values()]
-    good: Bools = whole(slots) & np.isin(head["kind"], codes)
-    good &= (head["engine"] >= 0) & (head["engine"] < MAX_ENGINES)
+    good: Bools = whole(slots)
+    kind, engine = head["kind"], head["engine"]
+    known = kind == codes[0]
+    for code in codes[1:]:
+        known |= kind == code
+    good &= known & (engine >= 0) & (engine < MAX_ENGINES)
     return good
 
 

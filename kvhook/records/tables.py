@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,8 +36,6 @@ class Records:
 
     Attributes:
         sources: as given.
-        engines: the facts about each engine, and which of its records are there.
-        meta: the facts about the run, see `kvhook.Trace`.
 
     Raises:
         TraceFormatError: a source lacks a column that every reader needs.
@@ -61,13 +59,39 @@ class Records:
                     raise TraceFormatError(f"{name} holds no usable {kind} records: they have no {min(missing)}")
         self.name = name
         self.sources = sources
-        self.engines = Engines(after)
-        for source in sources:
-            self.engines.scan(source)
-        for engine, known in (facts or {}).items():
-            self.engines.add_facts(engine, known)
-        self.engines.leave_out_idle()
-        self.meta = self._describe() | dict(more or {})
+        self._more, self._more_facts, self._after = dict(more or {}), dict(facts or {}), after
+        self._engines: Engines | None = None
+        self._meta: dict[str, Any] = {}
+
+    @property
+    def engines(self) -> Engines:
+        """The facts about each engine, and which of its records are there."""
+        return self._engines or self.go_over(lambda slots, layout: None)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The facts about the run, see `kvhook.Trace`."""
+        engines = self.engines
+        if not self._meta:
+            self._meta = describe(engines, self) | self._more
+        return self._meta
+
+    def go_over(self, take: Callable[[Slots, Layout], None]) -> Engines:
+        """One pass over the run: calls `take` with usable slots and their layout, in the order of the run.
+
+        What is known of the engines is found on the way, if it has not been found before.
+        """
+        engines = Engines(self._after)
+        for source in self.sources:
+            engines.begin(source)
+            for slots in source.chunks():
+                take(engines.take(slots), source.layout)
+        if self._engines is None:
+            for engine, known in self._more_facts.items():
+                engines.add_facts(engine, known)
+            engines.leave_out_idle()
+            self._engines = engines
+        return self._engines
 
     def steps(self, engine: int | None = None, *, complete: bool = False) -> Table:
         """One row per engine step, in order. For states (usage, requests that run or wait) use ``complete=True``.
@@ -190,7 +214,7 @@ class Records:
             if c.name not in stored:
                 out[c.name] = blanks.get(c.name, 0)
             else:
-                out[c.name] = _text(fields[c.name]) if c.enum else fields[c.name]
+                out[c.name] = reason_texts(fields[c.name]) if c.enum else fields[c.name]
         return out
 
     def _gather(self, kind: str, engine: int | None) -> Table:
@@ -209,29 +233,36 @@ class Records:
             if mine.any():
                 yield slots[mine], layout
 
-    def _describe(self) -> dict[str, Any]:
-        engines = self.engines.facts()
-        first = engines[0] if engines else {}
-        lost, dropped = self.engines.lost_and_dropped()
-        absent = self.engines.absent("request") | self.engines.absent("step")
-        # a name of both kinds of records is absent if neither has it
-        live = {c.name for kind in ("request", "step") for c in self.columns(kind)}
-        clocks = [(s.header.monotonic_ns, s.header.realtime_ns) for s in self.sources if s.header]
-        return {
-            "name": self.name,
-            **{key: first.get(key, "") for key in ("kvhook", "vllm", "python", "adapter")},
-            "engines": engines,
-            "absent": {n: why for n, why in absent.items() if n not in live},
-            "records": self.engines.records,
-            "records_lost": lost,
-            "records_dropped": dropped,
-            "damaged": self.engines.damaged,
-            "monotonic_ns": clocks[0][0] if clocks else 0,
-            "realtime_ns": clocks[0][1] if clocks else 0,
-        }
+
+def describe(engines: Engines, run: Records) -> dict[str, Any]:
+    """The facts about a run.
+
+    Args:
+        engines: what is known of its engines.
+        run: its name, columns and files.
+    """
+    facts = engines.facts()
+    first = facts[0] if facts else {}
+    lost, dropped = engines.lost_and_dropped()
+    absent = engines.absent("request") | engines.absent("step")
+    # a name of both kinds of records is absent if neither has it
+    live = {c.name for kind in ("request", "step") for c in run.columns(kind)}
+    header = next((s.header for s in run.sources if s.header), None)
+    return {
+        "name": run.name,
+        **{key: first.get(key, "") for key in ("kvhook", "vllm", "python", "adapter")},
+        "engines": facts,
+        "absent": {n: why for n, why in absent.items() if n not in live},
+        "records": engines.records,
+        "records_lost": lost,
+        "records_dropped": dropped,
+        "damaged": engines.damaged,
+        "monotonic_ns": header.monotonic_ns if header else 0,
+        "realtime_ns": header.realtime_ns if header else 0,
+    }
 
 
-def _text(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
+def reason_texts(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
     """Finish reasons as text; a code that is newer than this kvhook stays a number."""
     known = np.array(FINISH_REASONS)
     fits = (codes >= 0) & (codes < len(known))
