@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-#: A float is a whole number of so many bits times a power of two.
-_BITS = 53
-#: Each of its halves has so many bits: the sums of both then stay exact in a float for 2^26 values.
+#: The parts of a float in its 64 bits, and how much is to be taken off its exponent to have a whole number times a power
+#: of two.
+_FRACTION, _EXPONENT, _BIAS = 52, 0x7FF, 1075
+#: The bits of a half of that whole number. Sums of such halves stay exact in a float for 2^26 values.
 _HALF = 27
-#: The smallest power of two that occurs, of the halves' unit.
-_LOWEST = -1100
+_SMALLEST = 1 << _BIAS  # 1 in units of the smallest float there is, twice as fine
 
 
 class ExactSum:
@@ -23,29 +23,45 @@ class ExactSum:
     __slots__ = ("_beyond", "_units")
 
     def __init__(self) -> None:
-        self._units = 0  # the sum, in units of 2**_LOWEST
+        self._units = 0  # the sum, in units of 2**-_BIAS
         self._beyond = 0.0
 
-    def take(self, values: npt.NDArray[np.float64]) -> None:
-        """Add values: at most 2^26 of them in one call."""
+    def take(self, values: npt.NDArray[np.float64], counts: npt.NDArray[np.int64] | None = None) -> None:
+        """Add values, each as often as `counts` says: all in all 2^26 of them in one call, or it takes longer."""
         if not len(values):
             return
-        if not np.isfinite(values).all():
-            finite = np.isfinite(values)
-            self._beyond += float(values[~finite].sum())
-            values = values[finite]
-            if not len(values):
-                return
-        fraction, exponent = np.frexp(values)
-        whole = np.ldexp(fraction, _BITS).astype(np.int64)
+        bits = np.ascontiguousarray(values).view(np.int64)
+        exponent = bits >> _FRACTION & _EXPONENT
+        if exponent.max() == _EXPONENT:
+            finite = exponent < _EXPONENT
+            times = 1 if counts is None else counts[~finite]
+            self._beyond += float((values[~finite] * times).sum())
+            self.take(values[finite], None if counts is None else counts[finite])
+            return
+        whole = bits & ((1 << _FRACTION) - 1)
+        whole += (exponent > 0).astype(np.int64) << _FRACTION
+        exponent = np.maximum(exponent, 1)
+        if (bits < 0).any():
+            whole = np.where(bits < 0, -whole, whole)
         high = whole >> _HALF
         low = whole - (high << _HALF)
+        if counts is not None:
+            if int(counts.sum()) >= 1 << 26:
+                self._take_many(whole, exponent, counts)
+                return
+            high, low = high * counts, low * counts
         base = int(exponent.min())
         exponent -= base
-        highs, lows = (np.bincount(exponent, half) for half in (high, low))
-        for shift, (a, b) in enumerate(zip(highs.tolist(), lows.tolist(), strict=True)):
+        highs, lows = (np.bincount(exponent, half).tolist() for half in (high, low))
+        for shift, (a, b) in enumerate(zip(highs, lows, strict=True)):
             if a or b:
-                self._units += ((int(a) << _HALF) + int(b)) << (base + shift - _BITS - _LOWEST)
+                self._units += ((int(a) << _HALF) + int(b)) << (base + shift)
+
+    def _take_many(
+        self, whole: npt.NDArray[np.int64], exponent: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
+    ) -> None:
+        for w, e, c in zip(whole.tolist(), exponent.tolist(), counts.tolist(), strict=True):
+            self._units += (w * c) << e
 
     def add(self, other: ExactSum) -> None:
         """Add another sum."""
@@ -56,6 +72,6 @@ class ExactSum:
     def value(self) -> float:
         """The sum as the nearest float."""
         try:
-            return self._units / (1 << -_LOWEST) + self._beyond
+            return self._units / _SMALLEST + self._beyond
         except OverflowError:
             return float("inf") if self._units > 0 else float("-inf")

@@ -55,7 +55,8 @@ class StepTotals:
         self.hits: Counter[int] = Counter()
         self.logged_known = self.missed_steps = self.missed_queries = self.missed_hits = 0
         # times
-        self.seconds, self.cost, self.made = (Values(runs=runs) for _ in range(3))
+        self.seconds = Values(runs=runs, add_up=False)
+        self.cost, self.made = (Values(runs=runs) for _ in range(2))
         self.latencies = {prefix: Values(runs=runs) for prefix in ("ttft", "itl")}
         self.queues = Queues()
 
@@ -129,7 +130,7 @@ class StepTotals:
         usage, inside = rows.floats("kv_cache_usage")[of], rows.floats("kv_cache_usage_peak")[of]
         self.usage_unknown += int(np.count_nonzero(np.isnan(usage)))
         different, counts = np.unique(usage, return_counts=True)
-        self.usage.take(different, counts, each=usage)
+        self.usage.take(different, counts)
         self.usage_above_0 |= bool(usage.any())
         inside = inside[~np.isnan(inside)]
         if len(inside):
@@ -225,13 +226,16 @@ def _both(a: tuple[int, int] | None, b: tuple[int, int] | None) -> tuple[int, in
 def _take_latencies(rows: Rows, prefix: str, values: Values) -> None:
     """What the step records tell of single latencies by themselves: equal values, and pairs; see the compiler."""
     count = rows.ints(f"{prefix}_count")
-    some = (count > 0) & (count < MAX_LATENCIES)
-    if not some.any():
+    at = ((count > 0) & (count < MAX_LATENCIES)).nonzero()[0]
+    if not len(at):
         return
-    low, high = rows.floats(f"{prefix}_min"), rows.floats(f"{prefix}_max")
-    equal = some & (low == high)
+    count, low, high = count[at], rows.floats(f"{prefix}_min", at), rows.floats(f"{prefix}_max", at)
+    equal = low == high
+    if equal.all():
+        values.take(low, count)
+        return
     values.take(low[equal], count[equal])
-    pair = (count == 2) & (low != high)
+    pair = (count == 2) & ~equal
     if pair.any():
         values.take(low[pair])
         values.take(high[pair])

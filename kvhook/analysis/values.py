@@ -44,11 +44,13 @@ class Values:
 
     Args:
         runs: keep them in runs, to be asked at any time; else as they come.
+        add_up: their sum is wanted.
     """
 
-    __slots__ = ("_keep_runs", "_pending", "_runs", "_size", "_sum", "_whole", "count", "largest")
+    __slots__ = ("_add_up", "_keep_runs", "_pending", "_runs", "_size", "_sum", "_whole", "count", "largest")
 
-    def __init__(self, *, runs: bool = False) -> None:
+    def __init__(self, *, runs: bool = False, add_up: bool = True) -> None:
+        self._add_up = add_up
         self._keep_runs = runs
         self._pending: list[Part] = []
         self._size = self._whole = 0  # of the parts, the first so many have been joined
@@ -60,15 +62,8 @@ class Values:
 
     # ---- taking in -------------------------------------------------------------------------------------------------
 
-    def take(self, values: Floats, counts: Ints | None = None, each: Floats | None = None) -> None:
-        """Take values in. The arrays are kept.
-
-        Args:
-            values: the values.
-            counts: how often each occurred; once, if not given.
-            each: every single value, where the same values may come in another grouping another time: their sum is
-                then the same to the last digit.
-        """
+    def take(self, values: Floats, counts: Ints | None = None) -> None:
+        """Take values in, each of which occurred `counts` times (once, if not given). The arrays are kept."""
         if not len(values):
             return
         keep = values == values
@@ -79,10 +74,8 @@ class Values:
             if not len(values):
                 return
         self.count += len(values) if counts is None else int(counts.sum())
-        if each is not None:
-            self._sum.take(each[each == each])
-        else:
-            self._sum.take(values if counts is None else values * counts)
+        if self._add_up:
+            self._sum.take(values, counts)
         self.largest = max(self.largest, float(values.max()))
         self._pending.append((values, counts))
         self._size += len(values)
@@ -119,7 +112,7 @@ class Values:
 
     @property
     def sum(self) -> float:
-        """The sum of all values."""
+        """The sum of all values, if it was wanted."""
         return self._sum.value
 
     @property
