@@ -35,9 +35,19 @@ def make_trace(path: Path, steps: int, seed: int = 1) -> None:
     rng = np.random.default_rng(seed)
     layout = make_layout({})
     meta = {
-        **{"engine": 0, "kvhook": "0.2.0", "vllm": "0.32.0", "python": "3.11.7", "adapter": "v1", "pid": os.getpid()},
-        **{"model": "made-up", "num_kv_blocks": BLOCKS, "block_size": BLOCK_SIZE, "enable_prefix_caching": True},
-        **{"hook_call_ns": 500, "num_kv_cache_groups": 1, "absent": {"step": {}, "request": {}}},
+        "engine": 0,
+        "kvhook": "0.2.0",
+        "vllm": "0.32.0",
+        "python": "3.11.7",
+        "adapter": "v1",
+        "pid": os.getpid(),
+        "model": "made-up",
+        "num_kv_blocks": BLOCKS,
+        "block_size": BLOCK_SIZE,
+        "enable_prefix_caching": True,
+        "hook_call_ns": 500,
+        "num_kv_cache_groups": 1,
+        "absent": {"step": {}, "request": {}},
     }
     writer = TraceWriter(path, layout, meta)
     writer.append_meta(0, meta)
@@ -65,27 +75,56 @@ def _piece(layout: Layout, rng: np.random.Generator, first: int, count: int, clo
     prompt = np.where(number % 8 == 0, hits + rng.integers(17, 400, count), 0)
     itl = took / 1e9
     columns = {
-        **{"step": number, "t_start_ns": ends - took, "t_end_ns": ends, "has_scheduler_stats": 1},
-        **{"scheduler_stats_logged": 1, "has_iteration_stats": 1, "num_running_reqs": running},
-        **{"num_waiting_reqs": rng.integers(0, 3, count), "num_skipped_waiting_reqs": 0, "num_kv_blocks": BLOCKS},
-        **{"num_kv_blocks_used": used, "num_kv_blocks_peak": used, "num_added_reqs": number % 8 == 0},
-        **{"prefix_cache_requests": number % 8 == 0, "prefix_cache_queries": prompt, "prefix_cache_hits": hits},
-        **{"num_prompt_tokens": prompt, "num_prompt_tokens_computed": prompt - hits, "num_prompt_tokens_cached": hits},
-        **{"num_generation_tokens": running, "num_finished_reqs": finishes, "ttft_count": number % 8 == 0},
-        **{"itl_count": running, "kvhook_ns": np.where(number % 8 == 0, rng.integers(2000, 30000, count), -1)},
-        **{"kv_cache_usage": used / BLOCKS, "kv_cache_usage_peak": used / BLOCKS, "itl_sum": itl * running},
-        **{"itl_min": itl, "itl_max": np.where(odd, itl + 1e-4, itl)},
+        "step": number,
+        "t_start_ns": ends - took,
+        "t_end_ns": ends,
+        "has_scheduler_stats": 1,
+        "scheduler_stats_logged": 1,
+        "has_iteration_stats": 1,
+        "num_running_reqs": running,
+        "num_waiting_reqs": rng.integers(0, 3, count),
+        "num_skipped_waiting_reqs": 0,
+        "num_kv_blocks": BLOCKS,
+        "num_kv_blocks_used": used,
+        "num_kv_blocks_peak": used,
+        "num_added_reqs": number % 8 == 0,
+        "prefix_cache_requests": number % 8 == 0,
+        "prefix_cache_queries": prompt,
+        "prefix_cache_hits": hits,
+        "num_prompt_tokens": prompt,
+        "num_prompt_tokens_computed": prompt - hits,
+        "num_prompt_tokens_cached": hits,
+        "num_generation_tokens": running,
+        "num_finished_reqs": finishes,
+        "ttft_count": number % 8 == 0,
+        "itl_count": running,
+        "kvhook_ns": np.where(number % 8 == 0, rng.integers(2000, 30000, count), -1),
+        "kv_cache_usage": used / BLOCKS,
+        "kv_cache_usage_peak": used / BLOCKS,
+        "itl_sum": itl * running,
+        "itl_min": itl,
+        "itl_max": np.where(odd, itl + 1e-4, itl),
         **{f"ttft_{what}": np.where(number % 8 == 0, 10 * itl, 0.0) for what in ("sum", "min", "max")},
     }
     parts = [_slots(layout, "step", STEP, count, columns)]
     ended = number[finishes]
     request = requests + np.arange(len(ended))
     times = rng.exponential(0.5, (5, len(ended)))
+    names = ("queued_time", "prefill_time", "decode_time", "inference_time", "e2e_latency")
     columns = {
-        **{"request": request, "request_id": request, "step": ended, "finish_reason": 1, "num_prompt_tokens": 200},
-        **{"num_generation_tokens": 300, "num_cached_tokens": 64, "max_tokens": 300},
-        **dict(zip(("queued_time", "prefill_time", "decode_time", "inference_time", "e2e_latency"), times, strict=True)),
-        **{"time_to_first_token": 0.02, "mean_time_per_output_token": times[2] / 299},
+        "request": request,
+        "request_id": request,
+        "step": ended,
+        "finish_reason": 1,
+        "num_prompt_tokens": 200,
+        "num_generation_tokens": 300,
+        "num_cached_tokens": 64,
+        "max_tokens": 300,
+        **dict(
+            zip(("queued_time", "prefill_time", "decode_time", "inference_time", "e2e_latency"), times, strict=True)
+        ),
+        "time_to_first_token": 0.02,
+        "mean_time_per_output_token": times[2] / 299,
     }
     parts.append(_slots(layout, "request", REQUEST, len(ended), columns))
     lists = _slots(layout, "values", VALUES, int(odd.sum()), {"step": number[odd], "series": 1, "count": running[odd]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-#: The parts of a float in its 64 bits, and how much is to be taken off its exponent to have a whole number times a power
+#: The parts of a float in its 64 bits, and what is to be taken off its exponent to have a whole number times a power
 #: of two.
 _FRACTION, _EXPONENT, _BIAS = 52, 0x7FF, 1075
 #: The bits of a half of that whole number. Sums of such halves stay exact in a float for 2^26 values.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -20,21 +20,9 @@ from kvhook.analysis.totals import Totals
 from kvhook.analysis.usage import NOT_SEEN, usage_of
 from kvhook.analysis.values import Values
 from kvhook.records.levels import NOBODY_COUNTED, NOT_COUNTED, tokens_are_known
+from kvhook.records.run import Run
 from kvhook.records.tables import Records
-from kvhook.ring.layout import Column
 from kvhook.schema import COUNTED
-
-
-class Known(Protocol):
-    """What is known of a run beside its records."""
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """The facts about it, see `kvhook.Trace`."""
-
-    def columns(self, kind: str) -> list[Column]:
-        """The columns that are live in it."""
-
 
 _FIELDS = frozenset(f.name for f in dataclasses.fields(Summary))
 #: what needs records of single requests, or their clocks
@@ -61,18 +49,18 @@ def summarize(records: Records, engine: int | None = None) -> Summary:
     return summary_of(totals, records, engine)
 
 
-def summary_of(totals: Totals, known: Known, engine: int | None = None) -> Summary:
+def summary_of(totals: Totals, run: Run, engine: int | None = None) -> Summary:
     """The summary of a run that has been added up.
 
     Args:
         totals: of its records.
-        known: the facts about it.
+        run: what is known of it.
         engine: only this engine of it; all of them together otherwise.
     """
-    columns = {kind: frozenset(c.name for c in known.columns(kind)) for kind in ("step", "request")}
-    engines = [e for e in known.meta["engines"] if engine is None or e["engine"] == engine]
+    columns = {kind: frozenset(c.name for c in run.columns(kind)) for kind in ("step", "request")}
+    engines = [e for e in run.meta["engines"] if engine is None or e["engine"] == engine]
     with np.errstate(all="ignore"):
-        return _summary(totals, Part(totals, engines, columns), known.meta)
+        return _summary(totals, Part(totals, engines, columns), run.meta)
 
 
 def _summary(totals: Totals, part: Part, meta: dict[str, Any]) -> Summary:

@@ -5,11 +5,15 @@ with `kvhook.analysis.select`. For a run that goes on and may be asked at any ti
 different values with the number of values up to each. A question looks into the runs by bisection, so that it takes
 about as long after ten million values as after a thousand. New values wait until there are enough for a run, and small
 runs are merged into larger ones.
+
+Runs that have reached their full size are kept in files without a name, so that memory stays flat.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import tempfile
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +22,7 @@ import numpy.typing as npt
 from kvhook.analysis.distribution import NOTHING, Distribution
 from kvhook.analysis.exact import ExactSum
 from kvhook.analysis.select import Part, select
+from kvhook.ring.place import history_root
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -105,6 +110,8 @@ class Values:
             if len(small) < FAN:
                 return
             merged = _merged([self._runs[i] for i in small])
+            if len(merged.values) >= LARGEST // 2:
+                merged = _in_a_file(merged)
             self._runs = [run for run in self._runs if len(run.values) > size] + [merged]
             size *= FAN
 
@@ -204,6 +211,18 @@ def _merged(runs: list[Run]) -> Run:
     counts = np.concatenate([np.diff(run.up_to) for run in runs])
     order = np.argsort(values, kind="stable")  # what is sorted in parts is merged
     return _distinct(values[order], np.cumsum(counts[order]))
+
+
+def _in_a_file(run: Run) -> Run:
+    """The same run, on disk; the file goes with it. Where it cannot be written, the run stays in memory."""
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=history_root()) as file:
+        run.values.tofile(file)
+        run.up_to.tofile(file)
+        file.flush()
+        count = len(run.values)
+        values = np.memmap(file, np.float64, "r", shape=(count,))
+        return Run(values, np.memmap(file, np.int64, "r", 8 * count, (count + 1,)), run.marks)
+    return run
 
 
 def _distinct(values: Floats, up_to: Ints) -> Run:

@@ -72,6 +72,14 @@ class Engines:
         self._count(engines, n)
         return slots
 
+    def add(self, later: Engines) -> None:
+        """Take in what a later part of the run has told; that stays as it is."""
+        self.damaged += later.damaged
+        for engine, facts in later._facts.items():
+            self.add_facts(engine, facts)
+        for engine, span in later._numbers.items():
+            self._count_of(engine, *span)
+
     def add_facts(self, engine: int, facts: Mapping[str, Any]) -> None:
         """Take in more facts about an engine; they replace earlier ones of the same name."""
         self._facts[engine] = self._facts.get(engine, {}) | dict(facts)

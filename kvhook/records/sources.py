@@ -79,16 +79,20 @@ class FileSlots(SlotSource):
             close()
             raise
         super().__init__(self._header.layout, self._header)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what has been appended to the file since."""
         size = os.fstat(self._fd).st_size
         self._count = (size - self._header.header_bytes) // self.layout.slot_bytes
 
-    def chunks(self) -> Iterator[Slots]:
-        """The file's slots. A last one that was cut off is left out."""
+    def chunks(self, first: int = 0) -> Iterator[Slots]:
+        """The file's slots from the so-manieth on. A last one that was cut off is left out."""
         slot = self.layout.slot_bytes
         at_a_time = max(1, CHUNK_BYTES // slot)
-        for first in range(0, self._count, at_a_time):
-            count = min(at_a_time, self._count - first)
-            data = os.pread(self._fd, count * slot, self._header.header_bytes + first * slot)
+        for at in range(first, self._count, at_a_time):
+            count = min(at_a_time, self._count - at)
+            data = os.pread(self._fd, count * slot, self._header.header_bytes + at * slot)
             yield np.frombuffer(data[: len(data) // slot * slot], np.uint8).reshape(-1, slot)
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from kvhook.errors import KvhookError, TraceFormatError
-from kvhook.facts import NEEDED_COLUMNS
+from kvhook.errors import KvhookError
 from kvhook.records.columns import Table, has, with_stats
 from kvhook.records.engines import Engines
-from kvhook.records.sources import SlotSource, usable
-from kvhook.ring.layout import FIELDS_AT, Column, Header, Layout, make_layout
+from kvhook.records.run import Run
+from kvhook.records.sources import usable
+from kvhook.ring.layout import FIELDS_AT, Layout, make_layout
 from kvhook.ring.slots import fields_of, slot_head
 from kvhook.schema import FINISH_REASONS, KINDS, VALUE_SERIES, VALUES, blank
 
@@ -24,59 +24,10 @@ if TYPE_CHECKING:
 MAX_LATENCIES = 1 << 31
 
 
-class Records:
-    """One run as arrays. `kvhook.Trace` is this, with a summary and exports.
+class Records(Run):
+    """One run as arrays. `kvhook.Trace` is this, with a summary and exports. See `Run` for its arguments."""
 
-    Args:
-        sources: where its slots come from.
-        name: what to call it in errors.
-        more: what goes into `meta` beside what the slots tell.
-        facts: the same for single engines, by their number.
-        after: of a part of a run, engine -> the last record before the part; see `Engines`.
-
-    Attributes:
-        sources: as given.
-
-    Raises:
-        TraceFormatError: a source lacks a column that every reader needs.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[SlotSource],
-        name: str,
-        more: Mapping[str, Any] | None = None,
-        facts: Mapping[int, Mapping[str, Any]] | None = None,
-        after: Mapping[int, int] | None = None,
-    ) -> None:
-        for source in sources:
-            if "step" not in source.layout.columns:
-                raise TraceFormatError(
-                    f"{name} holds what was recorded in an engine core: open the trace beside it, and ask its cores()"
-                )
-            for kind, needed in NEEDED_COLUMNS.items():
-                if missing := needed - {c.name for c in source.layout.columns[kind]}:
-                    raise TraceFormatError(f"{name} holds no usable {kind} records: they have no {min(missing)}")
-        self.name = name
-        self.sources = sources
-        self._more, self._more_facts, self._after = dict(more or {}), dict(facts or {}), after
-        self._engines: Engines | None = None
-        self._meta: dict[str, Any] = {}
-
-    @property
-    def engines(self) -> Engines:
-        """The facts about each engine, and which of its records are there."""
-        return self._engines or self.go_over(lambda slots, layout: None)
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """The facts about the run, see `kvhook.Trace`."""
-        engines = self.engines
-        if not self._meta:
-            self._meta = describe(engines, self) | self._more
-        return self._meta
-
-    def go_over(self, take: Callable[[Slots, Layout], None]) -> Engines:
+    def go_over(self, take: Callable[[Slots, Layout], None]) -> None:
         """One pass over the run: calls `take` with usable slots and their layout, in the order of the run.
 
         What is known of the engines is found on the way, if it has not been found before.
@@ -86,12 +37,7 @@ class Records:
             engines.begin(source)
             for slots in source.chunks():
                 take(engines.take(slots), source.layout)
-        if self._engines is None:
-            for engine, known in self._more_facts.items():
-                engines.add_facts(engine, known)
-            engines.leave_out_idle()
-            self._engines = engines
-        return self._engines
+        self._found(engines)
 
     def steps(self, engine: int | None = None, *, complete: bool = False) -> Table:
         """One row per engine step, in order. For states (usage, requests that run or wait) use ``complete=True``.
@@ -184,23 +130,6 @@ class Records:
             for slots in source.chunks():
                 yield slots[usable(slots)], source.layout
 
-    @property
-    def damaged(self) -> int:
-        """Slots that hold no usable record, and are left out."""
-        return self.engines.damaged
-
-    @property
-    def header(self) -> Header | None:
-        """The header of the first file or ring of this run: its process and its clocks."""
-        return self.sources[0].header if self.sources else None
-
-    def columns(self, kind: str) -> list[Column]:
-        """The columns of ``"step"`` or ``"request"`` records that are live in this run."""
-        layouts = [s.layout for s in self.sources] or [make_layout({})]
-        columns = {c.name: c for layout in layouts for c in layout.columns[kind]}
-        absent = self.engines.absent(kind)
-        return [c for c in columns.values() if c.name not in absent]
-
     def table(self, slots: Slots, layout: Layout, kind: str) -> Table:
         """Raw slots of one kind as the structured array that `steps` and `requests` give."""
         columns = self.columns(kind)
@@ -232,34 +161,6 @@ class Records:
                 mine &= head["engine"] == engine
             if mine.any():
                 yield slots[mine], layout
-
-
-def describe(engines: Engines, run: Records) -> dict[str, Any]:
-    """The facts about a run.
-
-    Args:
-        engines: what is known of its engines.
-        run: its name, columns and files.
-    """
-    facts = engines.facts()
-    first = facts[0] if facts else {}
-    lost, dropped = engines.lost_and_dropped()
-    absent = engines.absent("request") | engines.absent("step")
-    # a name of both kinds of records is absent if neither has it
-    live = {c.name for kind in ("request", "step") for c in run.columns(kind)}
-    header = next((s.header for s in run.sources if s.header), None)
-    return {
-        "name": run.name,
-        **{key: first.get(key, "") for key in ("kvhook", "vllm", "python", "adapter")},
-        "engines": facts,
-        "absent": {n: why for n, why in absent.items() if n not in live},
-        "records": engines.records,
-        "records_lost": lost,
-        "records_dropped": dropped,
-        "damaged": engines.damaged,
-        "monotonic_ns": header.monotonic_ns if header else 0,
-        "realtime_ns": header.realtime_ns if header else 0,
-    }
 
 
 def reason_texts(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
