@@ -120,9 +120,7 @@ def _piece(layout: Layout, rng: np.random.Generator, first: int, count: int, clo
         "num_generation_tokens": 300,
         "num_cached_tokens": 64,
         "max_tokens": 300,
-        **dict(
-            zip(("queued_time", "prefill_time", "decode_time", "inference_time", "e2e_latency"), times, strict=True)
-        ),
+        **dict(zip(names, times, strict=True)),
         "time_to_first_token": 0.02,
         "mean_time_per_output_token": times[2] / 299,
     }

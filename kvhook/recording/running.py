@@ -14,10 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from kvhook.analysis.summarize import summary_of
 from kvhook.analysis.totals import Totals
 from kvhook.records.engines import Engines
 from kvhook.records.run import Run
 from kvhook.records.sources import FileSlots
+from kvhook.text.summary import PrintedSummary, printed
 
 _T = TypeVar("_T")
 
@@ -49,6 +51,11 @@ class SoFar(NamedTuple):
 
     totals: Totals
     run: Run
+
+
+def summary_so_far(so_far: SoFar, engine: int | None) -> PrintedSummary | None:
+    """The summary of a run so far; None if only reading it can give one."""
+    return printed(summary_of(so_far.totals, so_far.run, engine)) if so_far.totals.exact else None
 
 
 class Running:

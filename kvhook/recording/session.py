@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvhook import forks, hooks
 from kvhook.adapters.columns import STATS_FOR_KVHOOK
@@ -40,10 +40,14 @@ if TYPE_CHECKING:
     from kvhook.adapters.table import Adapter
     from kvhook.options import Options
     from kvhook.recording.budget import Level
+    from kvhook.recording.running import Opened, Running, SoFar
     from kvhook.records.core import CoreRecords
+    from kvhook.text.summary import PrintedSummary
     from kvhook.trace import Trace
 
 log = logging.getLogger("kvhook")
+
+T = TypeVar("T")
 
 #: A slot with every column of the schema takes less than this; used to try out the ring's directory.
 _MOST_SLOT_BYTES = 512
@@ -96,7 +100,9 @@ class Session(Readings):
         self._closed = False
         self._history_dir: Path | None = None
         self._core_side = CoreSide(options, self._ring_dir)
-        self._spool = Spool(self._next_files, options.history_bytes, self._faults.fault)
+        #: what adds the run up, as soon as somebody needs it
+        self._running: dict[str, Running] = {}
+        self._spool = Spool(self._next_files, options.history_bytes, self._faults.fault, self._keep_up)
         self._own_steps = OwnSteps(self._spool.write_meta_again)
         self._call_overhead_ns = 0
 
@@ -106,6 +112,24 @@ class Session(Readings):
         """The run so far as a `kvhook.Trace`. Later steps are not in it."""
         from kvhook.trace import open_files
 
+        more = self._up_to_date()
+        paths, opened, counts = self._opened()
+        return open_files(paths, self.name, more, counts, opened)
+
+    def summary(self, engine: int | None = None) -> PrintedSummary:
+        """The run so far in numbers: ``print`` it for people, ``.as_dict()`` for programs. It is added up while the
+        engine works, so that it takes about as long after ten million steps as after a thousand."""
+        from kvhook.recording.running import summary_so_far
+
+        return self.ask(lambda so_far: summary_so_far(so_far, engine)) or super().summary(engine)
+
+    def ask(self, question: Callable[[SoFar], T]) -> T:
+        """What a function makes of the run so far, which is only valid inside of it. Reads only what is new."""
+        more = self._up_to_date()
+        return self._adding_up().ask(question, self.name, more)
+
+    def _up_to_date(self) -> dict[str, Any]:
+        """Have all that was published in the files; gives what is known of the run beside them."""
         self._check_own()
         if not self._closed:
             hooks.flush()
@@ -116,11 +140,19 @@ class Session(Readings):
         }
         if not any(self._spool.published.values()):
             more["why_no_steps"] = self.why_no_steps()
+        return more
+
+    def _opened(self) -> Opened:
         try:
-            paths, opened, counts = self._spool.open()
+            return self._spool.open()
         except OSError as error:
             raise KvhookError(f"what was recorded is gone: {error.filename}: {error.strerror}") from None
-        return open_files(paths, self.name, more, counts, opened)
+
+    def _adding_up(self) -> Running:
+        from kvhook.recording.running import Running
+
+        # no lock: the spool's thread asks as well, and `close` waits for it while it holds one
+        return self._running.get("it") or self._running.setdefault("it", Running(self._opened))
 
     def _check_own(self) -> None:
         if self.belongs_to_parent:
@@ -281,6 +313,7 @@ class Session(Readings):
             self._next_number += 1
             self._recorders[number] = recorder
             self._recorders_of.setdefault(id(engine), []).append(recorder)
+            self._adding_up()  # imports what the spool's thread would have to import while the engine works
             self._spool.add(recorder)
             return recorder.functions
 
@@ -359,6 +392,10 @@ class Session(Readings):
     def fault(self, where: str, error: BaseException, then: str) -> None:
         """Something in kvhook failed; see `kvhook.hooks.Owner`."""
         self._faults.fault(where, error, then)
+
+    def _keep_up(self) -> None:
+        """Add up what has come since; the spool's thread calls it now and then."""
+        self._adding_up().keep_up()
 
     def why_no_steps(self) -> str:
         """What to tell a user who sees no steps."""
