@@ -4,6 +4,7 @@ it is asked for."""
 from __future__ import annotations
 
 import json
+import os
 import random
 import threading
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 import pytest
 
 import kvhook
+from kvhook.recording.running import Running, summary_so_far
 from kvhook.trace import open_files
 from tests.standin import NO_STATS, fake_vllm, step_stats
+
+DATA = Path(__file__).parent / "data"
 
 
 def invented(rng: random.Random) -> Any:
@@ -92,12 +96,17 @@ def test_lost_records_are_counted(fresh: Path):
         assert session.summary().records_lost > 0
 
 
-@pytest.mark.parametrize("level", ["light", "full"])
-def test_it_is_the_same_at_each_level(fresh: Path, level: str):
-    with fake_vllm() as vllm, kvhook.install(level=level) as session:
-        work(vllm.engine(), 100, random.Random(7))
-        assert session.summary().as_dict() == as_read(session)
-        assert set(session.summary().steps_by_level) == {level}
+@pytest.mark.parametrize("path", sorted(DATA.glob("*.kvh")), ids=lambda path: path.stem)
+def test_it_is_that_of_real_files_of_each_level_while_they_grow(fresh: Path, path: Path):
+    data = path.read_bytes()
+    growing = fresh / "growing.kvh"
+    growing.write_bytes(data[:8192])
+    running = Running(lambda: ([growing], [os.open(growing, os.O_RDONLY)], {}))
+    for end in range(8192, len(data) + 4000, 4000):
+        growing.write_bytes(data[:end])
+        summary = running.ask(lambda so_far: summary_so_far(so_far, None), str(growing), {})
+        assert summary is not None
+        assert summary.as_dict() == kvhook.open(growing).summary().as_dict()
 
 
 def test_samples_of_one_prompt_that_lie_in_two_files_are_read(fresh: Path):
