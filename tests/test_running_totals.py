@@ -14,7 +14,10 @@ import pytest
 
 import kvhook
 from kvhook.recording.running import Running, summary_so_far
+from kvhook.ring.reader import RingReader
+from kvhook.ring.trace_file import TraceWriter
 from kvhook.trace import open_files
+from tests.ring.synthetic import LAYOUT, Recording
 from tests.standin import NO_STATS, fake_vllm, step_stats
 
 DATA = Path(__file__).parent / "data"
@@ -109,19 +112,22 @@ def test_it_is_that_of_real_files_of_each_level_while_they_grow(fresh: Path, pat
         assert summary.as_dict() == kvhook.open(growing).summary().as_dict()
 
 
-def test_samples_of_one_prompt_that_lie_in_two_files_are_read(fresh: Path):
-    with fake_vllm() as vllm, kvhook.install(history=1 << 20) as session:
-        engine = vllm.engine()
-        for n in range(3000):
-            stats = step_stats(finished=[{"request_id": str(n // 2), "num_cached_tokens": 32}])
-            stats[1].finished_requests[0].kvhook_sample_index = n % 2
-            engine.plan.append(stats)
-            engine.step()
-        assert len(session._spool._files) > 1
-        hits = session.summary().sibling_hits
-        assert hits is not None
-        assert hits.prompts > 1000
-        assert session.summary().as_dict() == as_read(session)
+def test_samples_of_one_prompt_that_may_lie_in_two_files_are_left_to_who_reads_them(fresh: Path):
+    recording = Recording(fresh / "rings")
+    for n in range(8):
+        recording.finish(n // 4, sample_index=n % 4, num_cached_tokens=32 * (n % 4))
+        recording.step()
+    with RingReader(recording.path, 0) as reader:
+        slots = reader.poll().slots
+    paths = [fresh / "a.kvh", fresh / "b.kvh"]
+    for path, half in zip(paths, (slots[:5], slots[5:]), strict=True):
+        writer = TraceWriter(path, LAYOUT, recording.meta)
+        writer.append_meta(0, recording.meta)
+        writer.append(half)
+        writer.close()
+    running = Running(lambda: (paths, [os.open(path, os.O_RDONLY) for path in paths], {}))
+    assert running.ask(lambda so_far: summary_so_far(so_far, None), "run", {}) is None
+    assert open_files(paths, "run").summary().sibling_hits == (2, 2 * (32 + 64 + 96), 0)
 
 
 def test_several_threads_may_ask_while_the_engine_works(fresh: Path):
