@@ -172,6 +172,52 @@ print(json.dumps({{"seconds": time.perf_counter() - began, "cpu": time.process_t
                   "peak_mb": peak(), "before_mb": before}}))
 """
 
+#: A running session: its file has been added up but for the last records, as many as the spool's thread leaves.
+LIVE = """
+import json, os, sys, time
+from pathlib import Path
+import kvhook
+from kvhook.recording.running import Running, summary_so_far
+from kvhook.recording.spool import KEEP_UP
+path = Path(sys.argv[1])
+header = kvhook.open(path).header
+tail = KEEP_UP * header.layout.slot_bytes
+size = os.path.getsize(path)
+with open(path, "r+b") as file:
+    file.seek(size - tail)
+    last = file.read()
+    file.truncate(size - tail)
+running = Running(lambda: ([path], [os.open(path, os.O_RDONLY)], {}))
+running.keep_up()
+def peak(what):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(what)) / 1e3
+def ask():
+    began, cpu = time.perf_counter(), time.process_time()
+    running.ask(lambda so_far: summary_so_far(so_far, None), "run", {})
+    return time.perf_counter() - began, time.process_time() - cpu
+ask()
+answers = [ask() for _ in range(20)]
+with open(path, "ab") as file:
+    file.write(last)
+late = ask()
+print(json.dumps({"answers": answers, "late": late, "anonymous_mb": peak("RssAnon:")}))
+"""
+
+
+def live(path: Path) -> None:
+    """Time of an answer of a running session, without anything new and with as much as there can be."""
+    done = subprocess.run([sys.executable, "-c", LIVE, path], capture_output=True, text=True, check=True)
+    r = json.loads(done.stdout)
+    wall, cpu = (sorted(values)[len(values) // 2] for values in zip(*r["answers"], strict=True))
+    print(
+        f"  session.summary(): {1e3 * wall:.1f} ms ({1e3 * cpu:.1f} ms CPU), right after {1e3 * r['late'][0]:.1f} ms ",
+        end="",
+    )
+    print(
+        f"({1e3 * r['late'][1]:.1f} ms CPU) with 8,192 new records; {r['anonymous_mb']:.0f} MB of its own", flush=True
+    )
+
 
 def measure(work: str, path: Path, out: Path) -> dict[str, float]:
     """The best of three processes."""
@@ -204,6 +250,8 @@ def main() -> None:
                     r = measure(work, path, out)
                     cells = f"{r['seconds']:.2f} | {r['cpu']:.2f} | {r['peak_mb']:.0f}"
                     print(f"| {steps:,} | {size:,.0f} | {name} | {cells} |", flush=True)
+            if "live" in args.only:
+                live(path)
 
 
 if __name__ == "__main__":

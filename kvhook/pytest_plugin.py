@@ -47,7 +47,7 @@ class Recording:
         from kvhook.window import position
 
         self.session = session
-        self._after = {} if whole else position(session.trace())
+        self._after = {} if whole else session.ask(lambda so_far: position(so_far.run))
         self._whole = whole
 
     def trace(self) -> Trace:

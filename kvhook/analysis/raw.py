@@ -30,7 +30,7 @@ class Rows:
     """
 
     def __init__(self, slots: Slots, at: npt.NDArray[np.int64] | None, layout: Layout, kind: str) -> None:
-        self.kind = kind
+        self.kind, self.layout = kind, layout
         self._slots, self._at = slots, at
         self._blanks = _BLANKS[kind]
         self._words = slots.view("<i8")
@@ -39,6 +39,15 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self._words) if self._at is None else len(self._at)
+
+    def has(self, name: str) -> bool:
+        """Whether the slots hold this column."""
+        return name in self._columns
+
+    def last(self) -> Rows:
+        """A copy of the last one."""
+        at = -1 if self._at is None else self._at[-1]
+        return Rows(self._slots[at][None].copy(), None, self.layout, self.kind)
 
     @property
     def slots(self) -> Slots:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,12 @@ class StepTotals:
         self.cost, self.made = (Values(runs=runs) for _ in range(2))
         self.latencies = {prefix: Values(runs=runs) for prefix in ("ttft", "itl")}
         self.queues = Queues()
+        #: state -> when it was known last (the end of a step, in ns), and what it was
+        self.latest: dict[str, tuple[int, float]] = {}
+        #: the last step, and where it is in the run
+        self.last: tuple[int, Rows] | None = None
+        #: steps in which the columns of `COUNTED` are not known
+        self.uncounted = 0
 
     # ---- taking in -------------------------------------------------------------------------------------------------
 
@@ -72,12 +79,15 @@ class StepTotals:
         if self.first is None:
             self.first = (place, int(rows.ints("step")[0]))
         self.steps += len(rows)
+        self.last = place, rows.last()
         self.sums.update(rows.sums())
         known = rows.ints("has_scheduler_stats") == 1
         level = rows.ints("level")
         for code in range(len(LEVELS)):
             if count := int(np.count_nonzero(level == code)):
                 self.levels[code] += count
+        if self.levels[_SPARSE]:
+            self.uncounted += int(np.count_nonzero((level == _SPARSE) & (rows.ints("has_iteration_stats") == 0)))
         self._take_times(rows)
         self._take_states(rows, known, place)
         self._take_lookups(rows, known & (level == _FULL))
@@ -128,6 +138,7 @@ class StepTotals:
         self.ran |= bool(states["num_running_reqs"].any())
         self.waited |= bool((states["num_waiting_reqs"] > 0).any())
         usage, inside = rows.floats("kv_cache_usage")[of], rows.floats("kv_cache_usage_peak")[of]
+        self._take_latest(rows.ints("t_end_ns")[of], {**states, "kv_cache_usage": usage, **_v0(rows, of)})
         self.usage_unknown += int(np.count_nonzero(np.isnan(usage)))
         different, counts = np.unique(usage, return_counts=True)
         self.usage.take(different, counts)
@@ -142,6 +153,16 @@ class StepTotals:
         impossible = (blocks >= 0) & ((used > blocks) | (most > blocks))
         self.impossible_blocks += int(np.count_nonzero(impossible | above))
         self.blocks_above_peak += int(np.count_nonzero(above))
+
+    def _take_latest(self, ends: npt.NDArray[np.int64], states: dict[str, npt.NDArray[Any]]) -> None:
+        for name, values in states.items():
+            if values.dtype == np.float64 and np.isnan(values).any():
+                there = ~np.isnan(values)
+                self._take_latest(ends[there], {name: values[there]})
+            elif len(values):
+                last = len(ends) - 1 - int(np.argmax(ends[::-1]))
+                if int(ends[last]) >= self.latest.get(name, (-_FAR, 0.0))[0]:
+                    self.latest[name] = int(ends[last]), float(values[last])
 
     def _take_lookups(self, rows: Rows, countable: npt.NDArray[np.bool_]) -> None:
         hits = rows.ints("prefix_cache_hits")
@@ -187,6 +208,11 @@ class StepTotals:
         if later.last_known is not None:
             last.append((later.last_known[0] + place, later.last_known[1]))
         self.last_known = max(last, key=lambda one: one[0], default=None)
+        if later.last is not None and (self.last is None or later.last[0] + place > self.last[0]):
+            self.last = later.last[0] + place, later.last[1]
+        for name, (end, value) in later.latest.items():
+            if end >= self.latest.get(name, (-_FAR, 0.0))[0]:
+                self.latest[name] = end, value
         self.queues.add(later.queues)
 
     # ---- asking ----------------------------------------------------------------------------------------------------
@@ -211,10 +237,15 @@ class StepTotals:
 
 
 _ADDED = (
-    *("steps", "known", "timed", "nanoseconds", "usage_unknown", "impossible_blocks", "blocks_above_peak"),
+    *("steps", "known", "timed", "nanoseconds", "uncounted", "usage_unknown", "impossible_blocks", "blocks_above_peak"),
     *("logged_known", "missed_steps", "missed_queries", "missed_hits"),
 )
 _COUNTERS = ("levels", "sums", "known_sums", "hits")
+
+
+def _v0(rows: Rows, of: slice | npt.NDArray[np.bool_]) -> dict[str, npt.NDArray[np.float64]]:
+    name = "v0_prefix_cache_hit_rate"
+    return {name: rows.floats(name)[of]} if rows.has(name) else {}
 
 
 def _both(a: tuple[int, int] | None, b: tuple[int, int] | None) -> tuple[int, int] | None:

@@ -27,8 +27,10 @@ from kvhook.ring.place import history_root
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-#: Values that wait before they become a run, so many runs are merged into one, and a larger one is left as it is.
-PENDING, FAN, LARGEST = 4096, 16, 1 << 20
+#: Values that wait before they become a run.
+PENDING = 4096
+#: So many runs of at most this size are merged into one. A larger one than the last of these is left as it is, on disk.
+MERGED = ((1 << 15, 16), (1 << 19, 8))
 #: Values that are kept as they come are joined to pieces of this size.
 _PIECE = 1 << 18
 #: One of so many values of a run is looked at to find where a quantile is.
@@ -104,16 +106,13 @@ class Values:
         if self._pending:
             self._runs.append(_run_of(self._pending))
         self._pending, self._size = [], 0
-        size = 2 * PENDING
-        while size < LARGEST:
-            small = [i for i, run in enumerate(self._runs) if len(run.values) <= size]
-            if len(small) < FAN:
-                return
-            merged = _merged([self._runs[i] for i in small])
-            if len(merged.values) >= LARGEST // 2:
-                merged = _in_a_file(merged)
-            self._runs = [run for run in self._runs if len(run.values) > size] + [merged]
-            size *= FAN
+        for size, many in MERGED:
+            small = [run for run in self._runs if len(run.values) <= size]
+            if len(small) >= many:
+                merged = _merged(small)
+                if len(merged.values) > MERGED[-1][0]:
+                    merged = _in_a_file(merged)
+                self._runs = [run for run in self._runs if len(run.values) > size] + [merged]
 
     # ---- asking ----------------------------------------------------------------------------------------------------
 

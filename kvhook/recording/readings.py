@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,14 +28,17 @@ class Readings(abc.ABC):
     def cores(self) -> CoreRecords:
         """The engine cores of this run so far."""
 
-    def steps(self, engine: int | None = None, *, complete: bool = False) -> npt.NDArray[np.void]:
+    def steps(
+        self, engine: int | None = None, *, complete: bool = False, columns: Sequence[str] | None = None
+    ) -> npt.NDArray[np.void]:
         """One row per engine step so far. For states (usage, requests that run or wait) use ``complete=True``: it
-        leaves out steps in which they are not known. A structured array, see `kvhook.Trace.steps`."""
-        return self.trace().steps(engine, complete=complete)
+        leaves out steps in which they are not known. `columns`: only these. A structured array, see
+        `kvhook.Trace.steps`."""
+        return self.trace().steps(engine, complete=complete, columns=columns)
 
-    def requests(self, engine: int | None = None) -> npt.NDArray[np.void]:
+    def requests(self, engine: int | None = None, *, columns: Sequence[str] | None = None) -> npt.NDArray[np.void]:
         """One row per finished request so far: a structured array, see `kvhook.Trace.requests`."""
-        return self.trace().requests(engine)
+        return self.trace().requests(engine, columns=columns)
 
     def latencies(
         self, series: str, engine: int | None = None

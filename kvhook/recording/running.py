@@ -17,8 +17,8 @@ import numpy as np
 from kvhook.analysis.summarize import summary_of
 from kvhook.analysis.totals import Totals
 from kvhook.records.engines import Engines
-from kvhook.records.run import Run
 from kvhook.records.sources import FileSlots
+from kvhook.records.tables import Records
 from kvhook.text.summary import PrintedSummary, printed
 
 _T = TypeVar("_T")
@@ -50,7 +50,7 @@ class SoFar(NamedTuple):
     """A run so far. It is only valid inside the function that is given it."""
 
     totals: Totals
-    run: Run
+    run: Records
 
 
 def summary_so_far(so_far: SoFar, engine: int | None) -> PrintedSummary | None:
@@ -81,7 +81,7 @@ class Running:
         Args:
             question: is given the run.
             name: what to call it.
-            more: see `Run`.
+            more: see `kvhook.records.run.Run`.
         """
         with self._lock:
             counts = self._take()
@@ -95,7 +95,7 @@ class Running:
                 totals = Totals()
                 for file in files:
                     totals.add(file.totals)
-            run = Run([file.source for file in files], name, more, counts, engines=engines)
+            run = Records([file.source for file in files], name, more, counts, engines=engines)
             return question(SoFar(totals, run))
 
     def _take(self) -> dict[int, dict[str, int]]:
