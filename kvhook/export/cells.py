@@ -1,13 +1,11 @@
 """The cells of a table as text, column by column.
 
-Most columns of a run hold one value for thousands of steps: such a column is one text, and neighbours of that kind are
-one text together. Where orjson is installed (``pip install "kvhook[fast]"``) it writes the numbers.
+Most columns of a run hold one value for thousands of steps: such a column is one text. Where orjson is installed (``pip install "kvhook[fast]"``) it writes the numbers.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -42,30 +40,22 @@ def tables(records: Records) -> Iterator[tuple[str, Table]]:
                     yield kind, table
 
 
-def lines(
-    table: Table, kind: str, unknown: str, text: Callable[[str], str], before: Callable[[str], str], end: str
-) -> bytes:
-    """Each row of a table as a line.
+#: The cells of a column: one text if all are the same.
+Cells = list[str] | str
+
+
+def columns(table: Table, kind: str, unknown: str, text: Callable[[str], str] = str) -> Iterator[tuple[str, Cells]]:
+    """Name and cells of each column of a table.
 
     Args:
         table: the rows; at least one.
         kind: ``"step"`` or ``"request"``.
         unknown: what stands for a value that is not known.
         text: writes a cell that is text.
-        before: what stands before the cell of a column.
-        end: what stands at the end of a line.
     """
-    pieces: list[list[str] | str] = []  # of each line: a text that all have, or one for each
     masks = not_recorded(table) if kind == "step" else {}
     for name in table.dtype.names or ():
-        for piece in (before(name), _cells(table[name], name in _GAUGES[kind], masks.get(name), unknown, text)):
-            if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
-                pieces[-1] += piece
-            else:
-                pieces.append(piece)
-    pieces.append(end)
-    columns: list[Iterable[str]] = [itertools.repeat(p, len(table)) if isinstance(p, str) else p for p in pieces]
-    return "".join(itertools.chain.from_iterable(zip(*columns, strict=True))).encode()
+        yield name, _cells(table[name], name in _GAUGES[kind], masks.get(name), unknown, text)
 
 
 def _cells(
@@ -74,8 +64,7 @@ def _cells(
     masked: npt.NDArray[np.bool_] | None,
     unknown: str,
     text: Callable[[str], str],
-) -> list[str] | str:
-    """The cells of a column; one text if all are the same."""
+) -> Cells:
     column = np.ascontiguousarray(column)
     nothing = np.zeros(len(column), np.bool_) if masked is None else masked.copy()
     if column.dtype.kind == "f":

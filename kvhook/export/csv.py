@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
-from kvhook.export.cells import lines, tables
+from kvhook.export.cells import Cells, columns, tables
 from kvhook.files import Opener
+from kvhook.records.columns import Table
 from kvhook.records.tables import Records
 
 _END = "\r\n"
@@ -19,4 +21,16 @@ def write(records: Records, path: Path, opener: Opener) -> None:
         names = ["engine", *(c.name for c in records.columns(kind))]
         files[kind].write(f"{','.join(names)}{_END}".encode())
     for kind, table in tables(records):
-        files[kind].write(lines(table, kind, "", str, lambda name: "" if name == "engine" else ",", _END))
+        files[kind].write(_lines(table, kind))
+
+
+def _lines(table: Table, kind: str) -> bytes:
+    """The rows of a table. Neighbours that are the same in all rows are one text."""
+    pieces: list[Cells] = []
+    for _, cells in columns(table, kind, ""):
+        if isinstance(cells, str) and pieces and isinstance(pieces[-1], str):
+            pieces[-1] += f",{cells}"
+        else:
+            pieces.append(cells)
+    rows = zip(*(itertools.repeat(p, len(table)) if isinstance(p, str) else p for p in pieces), strict=True)
+    return (_END.join(map(",".join, rows)) + _END).encode()
