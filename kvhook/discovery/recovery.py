@@ -48,6 +48,8 @@ def recover(path: Path, places: Iterable[Path], out: Path | None = None) -> Reco
     header = header_of(path)
     if header.capacity:
         raise KvhookError(f"{path} is a ring, not a trace; kvhook export {path} out.kvh makes a trace of it")
+    if header.compressed:
+        return Recovered(path, {}, {}, "it is complete: only traces that were closed are compressed")
     if out is not None and out.exists():
         raise KvhookError(f"{out} exists; take another name or remove it")
     if header.state == CLOSED and not any(

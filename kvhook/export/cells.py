@@ -1,6 +1,7 @@
 """The cells of a table as text, column by column.
 
-Most columns of a run hold one value for thousands of steps: such a column is one text. Where orjson is installed (``pip install "kvhook[fast]"``) it writes the numbers.
+Most columns of a run hold one value for thousands of steps: such a column is one text. Where orjson is installed
+(``pip install "kvhook[fast]"``) it writes the numbers.
 """
 
 from __future__ import annotations
