@@ -74,9 +74,7 @@ class Recording:
         """Every single TTFT or inter-token latency, see `kvhook.Trace.latencies`."""
         return self.trace().latencies(series)
 
-    def dump(
-        self, path: str | os.PathLike[str], *, overwrite: bool = False, compress: bool = False
-    ) -> list[Path]:
+    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False, compress: bool = False) -> list[Path]:
         """Write this test's part to a file, see `kvhook.Trace.dump`."""
         return self.trace().dump(path, overwrite=overwrite, compress=compress)
 

@@ -71,9 +71,7 @@ class Trace(Records):
         """
         return printed(summarize(self, engine))
 
-    def dump(
-        self, path: str | os.PathLike[str], *, overwrite: bool = False, compress: bool = False
-    ) -> list[Path]:
+    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False, compress: bool = False) -> list[Path]:
         """Write the whole run to a file; its suffix says how: ``.jsonl``, ``.csv`` or ``.kvh``.
 
         Args:

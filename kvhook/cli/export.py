@@ -25,7 +25,9 @@ class ExportCommand:
         parser.add_argument("file", metavar="FILE", help="a .kvh trace or a ring")
         parser.add_argument("out", metavar="OUT", type=Path, help="the file to write")
         parser.add_argument(
-            "--compress", action="store_true", help="a .kvh file in a tenth of the space; kvhook opens it like any other"
+            "--compress",
+            action="store_true",
+            help="a .kvh file in a tenth of the space, which opens like any other",
         )
         parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 

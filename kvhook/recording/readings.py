@@ -50,9 +50,7 @@ class Readings(abc.ABC):
         """The run so far in numbers: ``print`` it for people, ``.as_dict()`` for programs."""
         return self.trace().summary(engine)
 
-    def dump(
-        self, path: str | os.PathLike[str], *, overwrite: bool = False, compress: bool = False
-    ) -> list[Path]:
+    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False, compress: bool = False) -> list[Path]:
         """Write the run so far to ``path``; the suffix says how (.jsonl, .csv, .kvh). See `kvhook.Trace.dump`."""
         return self.trace().dump(path, overwrite=overwrite, compress=compress)
 

@@ -57,7 +57,8 @@ class SlotSource:
 
 
 class FileSlots(SlotSource):
-    """A ``.kvh`` file, compressed or not. It is held open, so that it can be read even after it was dropped from a bounded history.
+    """A ``.kvh`` file, compressed or not. It is held open, so that it can be read even after it was dropped from a
+    bounded history.
 
     Args:
         path: the file.
@@ -103,7 +104,6 @@ class FileSlots(SlotSource):
             count = min(at_a_time, self._count - at)
             data = os.pread(self._fd, count * slot, self._header.header_bytes + at * slot)
             yield np.frombuffer(data[: len(data) // slot * slot], np.uint8).reshape(-1, slot)
-
 
     def _decompressed(self, first: int) -> Iterator[Slots]:
         for frame in self._frames:

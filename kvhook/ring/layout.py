@@ -230,7 +230,8 @@ def parse_header(data: bytes | memoryview, file_bytes: int, name: str) -> Header
     if version >> 32 not in (MAJOR, COMPRESSED):
         raise TraceFormatError(
             f"{name} was written by {_writer(text) if intact else 'another kvhook'} in layout {version >> 32}; this "
-            f"one reads layouts up to {COMPRESSED}. Open it with that kvhook, or export it there: kvhook export FILE out.csv"
+            f"one reads layouts up to {COMPRESSED}. Open it with that kvhook, or export it there: kvhook export FILE "
+            "out.csv"
         )
     broken = TraceFormatError(f"{name}: the header is damaged, so its records cannot be read")
     if fixed != seal(fixed):
