@@ -205,18 +205,17 @@ print(json.dumps({"answers": answers, "late": late, "anonymous_mb": peak("RssAno
 """
 
 
-def live(path: Path) -> None:
+def live(path: Path, steps: int, size: float) -> None:
     """Time of an answer of a running session, without anything new and with as much as there can be."""
     done = subprocess.run([sys.executable, "-c", LIVE, path], capture_output=True, text=True, check=True)
     r = json.loads(done.stdout)
     wall, cpu = (sorted(values)[len(values) // 2] for values in zip(*r["answers"], strict=True))
-    print(
-        f"  session.summary(): {1e3 * wall:.1f} ms ({1e3 * cpu:.1f} ms CPU), right after {1e3 * r['late'][0]:.1f} ms ",
-        end="",
-    )
-    print(
-        f"({1e3 * r['late'][1]:.1f} ms CPU) with 8,192 new records; {r['anonymous_mb']:.0f} MB of its own", flush=True
-    )
+    late, late_cpu = r["late"]
+    for what, seconds, its_cpu in (("session.summary()", wall, cpu), ("the same, 8,192 new records", late, late_cpu)):
+        print(
+            f"| {steps:,} | {size:,.0f} | {what} | {seconds:.3f} | {its_cpu:.3f} | {r['anonymous_mb']:.0f} |",
+            flush=True,
+        )
 
 
 def measure(work: str, path: Path, out: Path) -> dict[str, float]:
@@ -251,7 +250,7 @@ def main() -> None:
                     cells = f"{r['seconds']:.2f} | {r['cpu']:.2f} | {r['peak_mb']:.0f}"
                     print(f"| {steps:,} | {size:,.0f} | {name} | {cells} |", flush=True)
             if "live" in args.only:
-                live(path)
+                live(path, steps, size)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvhook.analysis.totals import Part, Totals
+    from kvhook.analysis.part import Part
+    from kvhook.analysis.totals import Totals
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from kvhook.analysis.totals import Part
+    from kvhook.analysis.part import Part
 
 #: Usage inside a step is seen only where the scheduler is in the same process.
 NOT_SEEN = "every request gave its blocks back before its step ended"

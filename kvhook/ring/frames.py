@@ -85,7 +85,7 @@ def frames_of(fd: int, first: int, size: int, name: str) -> list[Frame]:
     Raises:
         TraceFormatError: the head of a frame is damaged.
     """
-    found = []
+    found: list[Frame] = []
     at = first
     while at + _HEAD.size <= size:
         head = os.pread(fd, _HEAD.size, at)
@@ -146,7 +146,7 @@ def _planes(slots: Slots) -> bytes:
     columns[_KIND_WORD] = words[:, _KIND_WORD]
     mask = np.zeros(len(columns), "<u8")
     parts = []
-    for i in columns.any(axis=1).nonzero()[0].tolist():
+    for i in np.flatnonzero(columns.any(axis=1)).tolist():
         best: Any = None
         for way, word in _ways(columns, i):
             planes = np.ascontiguousarray(word.view(np.uint8).reshape(-1, 8).T)
