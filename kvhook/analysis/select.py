@@ -13,9 +13,10 @@ Ints = npt.NDArray[np.int64]
 #: Values, and how often each occurred; None: once.
 Part = tuple[Floats, "Ints | None"]
 
-_BINS = 1 << 14
+#: Many bins for many values, few for few.
+_MANY, _BINS, _SOME_BINS = 1 << 17, 1 << 14, 1 << 9
 #: So few values are sorted.
-_FEW = 1 << 14
+_FEW = 1 << 10
 
 
 def select(parts: Sequence[Part], ranks: Sequence[int]) -> dict[int, float]:
@@ -27,13 +28,14 @@ def select(parts: Sequence[Part], ranks: Sequence[int]) -> dict[int, float]:
     count = sum(len(values) for values, _ in parts)
     low = min(float(values.min()) for values, _ in parts if len(values))
     high = max(float(values.max()) for values, _ in parts if len(values))
+    bins = _BINS if count > _MANY else _SOME_BINS
     with np.errstate(all="ignore"):
-        scale = np.float64(_BINS - 1) / (high - low)
+        scale = np.float64(bins - 1) / (high - low)
     if count <= _FEW or not np.isfinite(scale) or not np.isfinite(high - low):
         return _sorted(parts, ranks)
-    total = np.zeros(_BINS)
+    total = np.zeros(bins)
     for values, counts in parts:
-        total += np.bincount(_bins(values, low, scale), counts, _BINS)
+        total += np.bincount(_bins(values, low, scale), counts, bins)
     up_to = np.cumsum(total).astype(np.int64)
     wanted: dict[int, list[int]] = defaultdict(list)
     for rank in ranks:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
+from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ Ints = npt.NDArray[np.int64]
 #: Values that wait before they become a run.
 PENDING = 4096
 #: So many runs of at most this size are merged into one. A larger one than the last of these is left as it is, on disk.
-MERGED = ((1 << 15, 16), (1 << 19, 8))
+MERGED = ((1 << 15, 16), (1 << 19, 16))
 #: Values that are kept as they come are joined to pieces of this size.
 _PIECE = 1 << 18
 #: One of so many values of a run is looked at to find where a quantile is.
@@ -39,11 +40,13 @@ _EVERY = 512
 
 class Run(NamedTuple):
     """Different values in ascending order; how many values there are before the first, up to it, up to the second and
-    so on; and every so-manieth of the values, the last among them."""
+    so on; every so-manieth of the values, the last among them; and how many values there are from each of these marks,
+    which does not count itself, to the next."""
 
     values: Floats
     up_to: Ints
     marks: Floats
+    weights: Ints
 
 
 class Values:
@@ -54,7 +57,7 @@ class Values:
         add_up: their sum is wanted.
     """
 
-    __slots__ = ("_add_up", "_keep_runs", "_pending", "_runs", "_size", "_sum", "_whole", "count", "largest")
+    __slots__ = ("_add_up", "_index", "_keep_runs", "_pending", "_runs", "_size", "_sum", "_whole", "count", "largest")
 
     def __init__(self, *, runs: bool = False, add_up: bool = True) -> None:
         self._add_up = add_up
@@ -62,6 +65,7 @@ class Values:
         self._pending: list[Part] = []
         self._size = self._whole = 0  # of the parts, the first so many have been joined
         self._runs: list[Run] = []
+        self._index: tuple[Floats, Ints, int] | None = None
         self._sum = ExactSum()
         #: how many values there are
         self.count = 0
@@ -100,12 +104,13 @@ class Values:
         self._pending += other._pending
         self._size += other._size
         self._runs += other._runs
+        self._index = other._index if len(self._runs) == len(other._runs) else None
 
     def _settle(self) -> None:
         """Make a run of what waits, and merge runs of one size while there are many."""
         if self._pending:
             self._runs.append(_run_of(self._pending))
-        self._pending, self._size = [], 0
+        self._pending, self._size, self._index = [], 0, None
         for size, many in MERGED:
             small = [run for run in self._runs if len(run.values) <= size]
             if len(small) >= many:
@@ -127,23 +132,52 @@ class Values:
         return self.sum / self.count if self.count else math.nan
 
     def at(self, ranks: list[int]) -> dict[int, float]:
-        """The values that stand at these places, from 0, if all are sorted; there must be so many."""
+        """The values that stand at these places, from 0, if all are sorted; there must be so many.
+
+        The marks of all runs say between which two values a place is, give or take what lies between two marks of each
+        run. What the runs hold between these two values is looked at.
+        """
         if not self._runs:
             return select(self._pending, ranks)
-        runs = self._all_runs()
-        marks = np.concatenate([run.marks for run in runs])
-        marks.sort()
-        # for each place the first mark up to which there are more values than the place's number
-        wanted = np.asarray(ranks, np.int64)
-        low, high = np.zeros(len(wanted), np.int64), np.full(len(wanted), len(marks) - 1)
-        while (low < high).any():
-            middle = (low + high) // 2
-            enough = _up_to(runs, marks[middle]) > wanted
-            low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
+        marks, up_to, slack = self._marks()
+        slack += sum(len(v) if c is None else int(c.sum()) for v, c in self._pending)
+        begins = up_to.searchsorted([rank - slack for rank in ranks], side="right").tolist()
+        ends = up_to.searchsorted(ranks, side="right").tolist()
+        wanted: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for rank, begin, end in zip(ranks, begins, ends, strict=True):
+            wanted[begin, end].append(rank)
         found: dict[int, float] = {}
-        for mark in set(low.tolist()):
-            found |= _behind(runs, marks, mark, wanted[low == mark].tolist())
+        for (begin, end), inside in wanted.items():
+            low = marks[begin - 1] if begin else -math.inf
+            parts, before = self._between(low, marks[end] if end < len(marks) else math.inf)
+            some = select([_joined(parts)], [rank - before for rank in inside])
+            found |= {rank: some[rank - before] for rank in inside}
         return found
+
+    def _marks(self) -> tuple[Floats, Ints, int]:
+        """The marks of all runs, sorted; at least how many values there are up to each; and how many more at most."""
+        if self._index is None:
+            marks = np.concatenate([run.marks for run in self._runs])
+            weights = np.concatenate([run.weights for run in self._runs])
+            order = np.argsort(marks, kind="stable")
+            slack = sum(int(run.weights.max()) for run in self._runs)
+            self._index = marks[order], np.cumsum(weights[order]), slack
+        return self._index
+
+    def _between(self, low: float, high: float) -> tuple[list[Part], int]:
+        """What is above one value and not above another, and how many values are not above the first."""
+        parts: list[Part] = []
+        before = 0
+        for run in self._runs:
+            begin, end = run.values.searchsorted([low, high], side="right").tolist()
+            before += int(run.up_to[begin])
+            if end > begin:
+                parts.append((run.values[begin:end], np.diff(run.up_to[begin : end + 1])))
+        for values, counts in self._pending:
+            below, inside = values <= low, (values > low) & (values <= high)
+            before += int(below.sum() if counts is None else counts[below].sum())
+            parts.append((values[inside], None if counts is None else counts[inside]))
+        return parts, before
 
     def _all_runs(self) -> list[Run]:
         return [*self._runs, _run_of(self._pending)] if self._pending else self._runs
@@ -219,8 +253,9 @@ def _in_a_file(run: Run) -> Run:
         run.up_to.tofile(file)
         file.flush()
         count = len(run.values)
-        values = np.memmap(file, np.float64, "r", shape=(count,))
-        return Run(values, np.memmap(file, np.int64, "r", 8 * count, (count + 1,)), run.marks)
+        # as plain arrays: those of a class of their own are slow to look into
+        values = np.asarray(np.memmap(file, np.float64, "r", shape=(count,)))
+        return Run(values, np.asarray(np.memmap(file, np.int64, "r", 8 * count, (count + 1,))), *run[2:])
     return run
 
 
@@ -229,7 +264,8 @@ def _distinct(values: Floats, up_to: Ints) -> Run:
     last = np.append(values[1:] != values[:-1], True)
     if not last.all():
         values, up_to = values[last], up_to[last]
-    return Run(values, np.concatenate(([0], up_to)), np.append(values[::_EVERY], values[-1]))
+    marks = np.append(np.arange(0, len(values) - 1, _EVERY), len(values) - 1)
+    return Run(values, np.concatenate(([0], up_to)), values[marks], np.diff(up_to[marks], prepend=0))
 
 
 def _up_to(runs: list[Run], bounds: Floats) -> Ints:
@@ -238,18 +274,3 @@ def _up_to(runs: list[Run], bounds: Floats) -> Ints:
     for run in runs:
         total += run.up_to[run.values.searchsorted(bounds, side="right")]
     return total
-
-
-def _behind(runs: list[Run], marks: Floats, mark: int, ranks: list[int]) -> dict[int, float]:
-    """The values at places that lie behind the mark before this one, and not behind this one."""
-    values, counts, before = [], [], 0
-    for run in runs:
-        begin = int(run.values.searchsorted(marks[mark - 1], side="right")) if mark else 0
-        end = int(run.values.searchsorted(marks[mark], side="right"))
-        before += int(run.up_to[begin])
-        values.append(run.values[begin:end])
-        counts.append(np.diff(run.up_to[begin : end + 1]))
-    some = np.concatenate(values)
-    order = np.argsort(some)
-    at = np.cumsum(np.concatenate(counts)[order]).searchsorted([rank - before for rank in ranks], side="right")
-    return dict(zip(ranks, some[order[at]].tolist(), strict=True))
