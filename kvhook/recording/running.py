@@ -23,6 +23,9 @@ from kvhook.text.summary import PrintedSummary, printed
 
 _T = TypeVar("_T")
 
+#: Bytes that are taken in at a time: so few that the engine's process does not become larger by it.
+CHUNK_BYTES = 1 << 19
+
 #: What `kvhook.recording.spool.Spool.open` gives: files, descriptors, counts of records.
 Opened = tuple[list[Path], list[int], dict[int, dict[str, int]]]
 
@@ -40,7 +43,7 @@ class _File:
     def take(self) -> None:
         """Take in what has been written since."""
         self.source.refresh()
-        for slots in self.source.chunks(self._taken):
+        for slots in self.source.chunks(self._taken, CHUNK_BYTES):
             self._taken += len(slots)
             with np.errstate(all="ignore"):
                 self.totals.take(self.engines.take(slots), self.source.layout)

@@ -93,13 +93,13 @@ class FileSlots(SlotSource):
             return
         self._count = (size - self._header.header_bytes) // self.layout.slot_bytes
 
-    def chunks(self, first: int = 0) -> Iterator[Slots]:
-        """The file's slots from the so-manieth on. A last one that was cut off is left out."""
+    def chunks(self, first: int = 0, nbytes: int = CHUNK_BYTES) -> Iterator[Slots]:
+        """The file's slots from the so-manieth on, so many bytes at a time. A last one that was cut off is left out."""
         slot = self.layout.slot_bytes
         if self._header.compressed:
             yield from self._decompressed(first)
             return
-        at_a_time = max(1, CHUNK_BYTES // slot)
+        at_a_time = max(1, nbytes // slot)
         for at in range(first, self._count, at_a_time):
             count = min(at_a_time, self._count - at)
             data = os.pread(self._fd, count * slot, self._header.header_bytes + at * slot)
