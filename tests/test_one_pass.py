@@ -28,7 +28,7 @@ def invent(folder: Path, seed: int, engine: int = 0) -> Recording:
                 num_prompt_tokens=int(rng.integers(-1, 99)),
                 num_generation_tokens=int(rng.integers(-1, 40)),
                 num_cached_tokens=int(rng.integers(-1, 64)),
-                e2e_latency=float(rng.choice([math.nan, rng.random()])),
+                e2e_latency=float(rng.choice(np.array([math.nan, rng.random()]))),
                 mean_time_per_output_token=float(rng.random()),
             )
         known = rng.random() < 0.9

@@ -15,7 +15,7 @@ import contextlib
 import math
 import tempfile
 from collections import defaultdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from kvhook.analysis.select import Part, select
 from kvhook.ring.place import history_root
 
 Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[Any]
 
 #: Values that wait before they become a run.
 PENDING = 4096
@@ -84,6 +84,8 @@ class Values:
             values, counts = values[keep], None if counts is None else counts[keep]
             if not len(values):
                 return
+        if counts is not None and counts.max() < 1 << 31:
+            counts = counts.astype(np.int32)
         self.count += len(values) if counts is None else int(counts.sum())
         if self._add_up:
             self._sum.take(values, counts)
@@ -93,8 +95,10 @@ class Values:
         if self._keep_runs and self._size >= PENDING:
             self._settle()
         elif self._size >= _PIECE:
-            self._pending, self._size = [*self._pending[: self._whole], _joined(self._pending[self._whole :])], 0
-            self._whole = len(self._pending)
+            fresh = self._pending[self._whole :]
+            plain, weighted = [p for p in fresh if p[1] is None], [p for p in fresh if p[1] is not None]
+            self._pending[self._whole :] = [_joined(some) for some in (plain, weighted) if some]
+            self._whole, self._size = len(self._pending), 0
 
     def add(self, other: Values) -> None:
         """Add what another one holds, which stays as it is."""

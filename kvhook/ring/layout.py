@@ -227,11 +227,11 @@ def parse_header(data: bytes | memoryview, file_bytes: int, name: str) -> Header
     fits = SCHEMA_AT <= at <= at + size <= header_bytes <= min(file_bytes, MAX_HEADER, len(data))
     text = bytes(data[at : at + size]) if fits else b""
     intact = fits and zlib.crc32(text) == crc
-    if version >> 32 not in (MAJOR, COMPRESSED):
+    if version >> 32 != MAJOR and (cap or version >> 32 != COMPRESSED):
+        reads = f"layout {MAJOR}" if cap else f"layout {MAJOR} and compressed traces of layout {COMPRESSED}"
         raise TraceFormatError(
             f"{name} was written by {_writer(text) if intact else 'another kvhook'} in layout {version >> 32}; this "
-            f"one reads layouts up to {COMPRESSED}. Open it with that kvhook, or export it there: kvhook export FILE "
-            "out.csv"
+            f"one reads {reads}. Open it with that kvhook, or export it there: kvhook export FILE out.csv"
         )
     broken = TraceFormatError(f"{name}: the header is damaged, so its records cannot be read")
     if fixed != seal(fixed):
@@ -240,8 +240,6 @@ def parse_header(data: bytes | memoryview, file_bytes: int, name: str) -> Header
         raise TraceFormatError(
             f"{name} is cut short: {file_bytes} of at least {header_bytes + cap * slot} bytes are there"
         )
-    if cap and version >> 32 == COMPRESSED:
-        raise broken
     if not intact or header_bytes % PAGE or cap > MAX_CAPACITY or (cap and (cap < 2 or cap & (cap - 1))):
         raise broken
     if not FIELDS_AT < slot <= MAX_SLOT or slot % CACHE_LINE:
