@@ -49,7 +49,7 @@ def invent(folder: Path, seed: int, engine: int = 0) -> Recording:
             itl_count=count,
             itl_min=low,
             itl_max=low + float(rng.choice([0.0, 0.1])) * (count == 2),
-            kvhook_ns=int(rng.choice([-1, rng.integers(1000, 9000)])),
+            kvhook_ns=int(rng.integers(1000, 9000)) if rng.random() < 0.5 else -1,
         )
     return recording
 
