@@ -22,6 +22,8 @@ take 0.07 % of a processor each (`spool.py`). Arms:
     stats     vLLM's own stats on (disable_log_stats=False): Prometheus, log lines
     both      vLLM's own stats on, and kvhook
     poll      vLLM's own stats on, and a thread that calls get_metrics() ten times a second of this arm's time
+    steps     inside the engine core: what kvhook.install(core="steps") adds, and nothing else; no stats
+    blocks    the same with core="blocks"
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ BASELINES = {
     "stats": ("off",),
     "both": ("stats",),
     "poll": ("stats",),
+    "steps": ("off",),
+    "blocks": ("off",),
 }
 #: What is compared: of the cycles, and of all steps.
 FIGURES = ("throughput", "typical", "step_p50", "step_p99")

@@ -5,11 +5,16 @@ The engine is built with its stats on: what is on can be switched off, the other
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import kvhook
 from kvhook import hooks
+from kvhook.adapters.core import read_core
+from kvhook.core.ledger import LedgerRing
+from kvhook.core.recorder import CoreRecorder
 from kvhook.hooks.patching import restore
 from kvhook.hooks.quiet import quiet_manager
 from kvhook.hooks.registry import registry
@@ -26,7 +31,11 @@ ARMS = {
     "stats": ("on", None, False),
     "both": ("on", "full", False),
     "poll": ("on", None, True),
+    "steps": ("off", None, False),
+    "blocks": ("off", None, False),
 }
+#: Arm -> how much is recorded inside the engine core, a value of kvhook.options.CORE_LEVELS; the others record nothing.
+INSIDE = {"steps": "steps", "blocks": "blocks"}
 #: What kvhook's hooks know, all of it for one engine and one session.
 TABLES: tuple[dict[Any, Any], ...] = (registry.steps, registry.records, registry.engines, registry.patched)
 
@@ -67,6 +76,42 @@ class Switch:
         kvhook.uninstall()
 
 
+class InCore:
+    """What is recorded inside the engine core, put in and taken out.
+
+    It is made once. What happens to the core while it is out is not known to it, so that its numbers are not right
+    afterwards; what it does in a step is the same.
+    """
+
+    def __init__(self, scheduler: Any, level: str) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        place = Path(self.folder.name)
+        core = read_core(scheduler)
+        self.recorder = CoreRecorder(0, core, place, 4096, {})
+        self.ledger = LedgerRing(0, place, 4096, {"serial": 0}) if level == "blocks" else None
+        self.errors: list[BaseException] = []
+        self.recorder.follow(core, self.errors.append, self.ledger)
+        self.account: Any = self.recorder.account()
+        self.account.stop()
+
+    def put_in(self) -> None:
+        """The core is recorded."""
+        self.account.tap()
+
+    def out(self) -> None:
+        """It is not."""
+        self.account.stop()
+
+    def close(self) -> None:
+        """It is not recorded again."""
+        if self.errors:
+            raise self.errors[0]
+        self.recorder.close()
+        if self.ledger is not None:
+            self.ledger.close()
+        self.folder.cleanup()
+
+
 class Plug:
     """What one arm wants of the engine, put in and taken out between two steps.
 
@@ -84,6 +129,7 @@ class Plug:
         self.patches: list[Any] = []
         self.tables: list[dict[Any, Any]] = []
         self.replaced: list[tuple[Any, str, Any]] = []
+        self.inside = InCore(self.client.engine_core.scheduler, INSIDE[arm]) if arm in INSIDE else None
 
     def make(self, vllms: Any) -> None:
         """Make the session of this arm. `vllms` is vLLM's own stat logger manager."""
@@ -110,6 +156,8 @@ class Plug:
             setattr(owner, name, function)
         if self.level:
             registry.owner = self.owner
+        if self.inside:
+            self.inside.put_in()
         if self.poller:
             self.poller.begin()
 
@@ -117,6 +165,8 @@ class Plug:
         """Nothing of this arm is in the engine any more."""
         if self.poller:
             self.poller.end()
+        if self.inside:
+            self.inside.out()
         for patch in reversed(self.patches):
             restore(patch)
         for table, content in zip(TABLES, self.tables, strict=False):
@@ -135,3 +185,5 @@ class Plug:
             self.session.close()
         if self.poller:
             self.poller.close()
+        if self.inside:
+            self.inside.close()

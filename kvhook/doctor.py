@@ -12,13 +12,14 @@ import shutil
 import types
 from typing import Any
 
-from kvhook.adapters import ADAPTERS, NEWEST
+from kvhook.adapters import ADAPTERS, NEWEST, core
 from kvhook.adapters.columns import FINISHED_HOOK
 from kvhook.adapters.config import engine_facts
 from kvhook.adapters.fit import check, choose, is_there
 from kvhook.adapters.publisher import Compiled, compile_publisher
 from kvhook.adapters.table import Adapter, release, vllm_version
 from kvhook.errors import RingDirectoryError
+from kvhook.recording.core_side import why_not_in_own_process
 from kvhook.recording.recorder import process_facts
 from kvhook.ring.place import ENV_DIR, find_directory
 from kvhook.schema import REQUEST_FIELDS, STEP_FIELDS
@@ -79,6 +80,10 @@ class Diagnosis:
     ring_directory: str
     ring_directory_free_bytes: int
     environment: dict[str, str]
+    #: why the engine core of this vLLM is not recorded; empty if it is
+    core_problems: list[str]
+    #: why one in a process of its own is not; "" if it is
+    own_process_problem: str
     problems: list[str]
     notes: list[str]
 
@@ -135,6 +140,8 @@ def examine(level: str = "full") -> Diagnosis:
         ring_directory=directory,
         ring_directory_free_bytes=free,
         environment=environment,
+        core_problems=core.problems() if any("v1" in e.adapter for e in engines) else ["vLLM's V1 engine is not here"],
+        own_process_problem=why_not_in_own_process(),
         problems=problems,
         notes=notes,
     )
@@ -147,7 +154,7 @@ def _import_vllm(problems: list[str]) -> None:
         return
     # vLLM says a good deal while it is imported; what matters here is said in the diagnosis
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    for module in dict.fromkeys(a.trigger for a in ADAPTERS):
+    for module in dict.fromkeys([*(a.trigger for a in ADAPTERS), *core.MODULES]):
         try:
             if importlib.util.find_spec(module) is not None:
                 importlib.import_module(module)

@@ -41,7 +41,7 @@ class Options:
     ring_slots: int = RING_SLOTS
     level: str = "full"
     max_overhead: float | None = None
-    core: str = "off"
+    core: str = "steps"
 
     def check(self) -> None:
         """Look at every option before anything is made.

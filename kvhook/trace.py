@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +43,14 @@ class Trace(Records):
                 "vLLM's v1 engine has no such number"
     """
 
+    #: gives the engine cores of a run whose session is there
+    of_session: Callable[[], CoreRecords] | None = None
+
     def cores(self) -> CoreRecords:
         """What was recorded inside the engine cores of this run: their files lie beside the trace, and are found by
         their names. Without any, ``cores().why_none`` says so."""
+        if self.of_session is not None:
+            return self.of_session()
         path = Path(self.name)
         return open_cores(core_files(path) if path.suffix == TRACE_SUFFIX else [], self.name)
 
@@ -69,7 +74,7 @@ class Trace(Records):
         Args:
             engine: only this engine of the run.
         """
-        return printed(summarize(self, engine))
+        return printed(summarize(self, engine, self.cores()))
 
     def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False, compress: bool = False) -> list[Path]:
         """Write the whole run to a file; its suffix says how: ``.jsonl``, ``.csv`` or ``.kvh``.

@@ -51,7 +51,8 @@ VARIABLE = (
     (re.compile(r"(per s in steps)[ \d,.]+"), r"\1 RATES"),
     (re.compile(r"\b\d+ records added"), "RECORDS added"),
     (re.compile(r"\b(process|pid|PID) \d+"), r"\1 NUMBER"),
-    (re.compile(r"^ *\d+( +\d+ +(?:alive|dead|closed)\b)"), r"NUMBER\1"),
+    (re.compile(r"^ *\d+( +(?:core |blocks )?\d+ +(?:alive|dead|closed)\b)"), r"NUMBER\1"),
+    (re.compile(r"\b(core|blocks)(\d+)-\d+"), r"\1\2-NUMBER"),
     (re.compile(r"[ \t]+"), " "),
 )
 #: A line of vLLM's log, which goes to standard output.

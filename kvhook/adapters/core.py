@@ -52,6 +52,16 @@ OBJECTS: Mapping[str, str] = {
     "queue": "kv_cache_manager.block_pool.free_block_queue",
 }
 
+#: The classes that these are of, or subclasses of: what can be asked without a scheduler.
+OWNERS: Mapping[str, str] = {
+    "sched": f"{SCHEDULER}:Scheduler",
+    "manager": "vllm.v1.core.kv_cache_manager:KVCacheManager",
+    "pool": "vllm.v1.core.block_pool:BlockPool",
+}
+
+#: The modules that all this is in.
+MODULES = (SCHEDULER, CORE)
+
 #: Classes of what comes and goes: what their instances have is asked of the class.
 CLASSES: Mapping[str, str] = {
     "out": "vllm.v1.core.sched.output:SchedulerOutput",
@@ -163,6 +173,26 @@ def read_core(sched: Any) -> Core:
     return Core(
         sched, found["manager"], found["pool"], found["queue"], reads, facts, absent, tuple(methods), preempt[1]
     )
+
+
+def problems() -> list[str]:
+    """What the engine core of the loaded vLLM lacks, as far as its classes tell; empty if it can be recorded."""
+    found: list[str] = []
+    classes: dict[str, Any] = {}
+    for name, path in {**OWNERS, **CLASSES}.items():
+        try:
+            classes[name] = lookup(path)
+        except LookupError as error:
+            found.append(str(error))
+    for owner, names in METHODS.items():
+        if owner in classes:
+            cls = classes[owner]
+            found += [f"{cls.__name__} has no {name}" for name in names if not callable(getattr(cls, name, None))]
+    try:
+        _hash_functions()
+    except LookupError as error:
+        found.append(str(error))
+    return found
 
 
 def _reads(found: dict[str, Any]) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from kvhook.analysis.summarize import summarize
 from kvhook.analysis.summary import Summary
 from kvhook.records.columns import Table, floats, step_seconds, total, with_stats
+from kvhook.records.core import CoreRecords
 from kvhook.records.rows import as_rows
 from kvhook.records.tables import Records
 
@@ -68,7 +69,9 @@ class Autopsy:
         return plain | {"summary": self.summary.as_dict(), "changes": [c._asdict() for c in self.changes]}
 
 
-def examine(records: Records, ended: str, last: int = 20, engine: int | None = None) -> Autopsy:
+def examine(
+    records: Records, ended: str, last: int = 20, engine: int | None = None, cores: CoreRecords | None = None
+) -> Autopsy:
     """Look at the end of a run.
 
     Args:
@@ -76,12 +79,13 @@ def examine(records: Records, ended: str, last: int = 20, engine: int | None = N
         ended: "killed", "closed" or "alive".
         last: how many steps to list.
         engine: only this engine of it.
+        cores: what its engine cores recorded.
     """
     steps, requests = records.steps(engine), records.requests(engine)
     with np.errstate(all="ignore"):
         return Autopsy(
             ended=ended,
-            summary=summarize(records, engine),
+            summary=summarize(records, engine, cores),
             last_steps=as_rows(steps[max(0, len(steps) - last) :], "step"),
             last_requests=as_rows(requests[-LAST_REQUESTS:], "request"),
             changes=changes(steps),

@@ -3,9 +3,9 @@ cost, what is wasted. Pure: arrays in, numbers out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -88,9 +88,25 @@ class CoreReport:
     blocks: BlockTimes | None
     records_lost: int
 
+    def usage_peak(self, engines: Sequence[Mapping[str, Any]]) -> float | None:
+        """The peak as a share of the same blocks as vLLM's own usage, so that both can be compared.
 
-def report(cores: CoreRecords) -> CoreReport:
-    """All numbers of a run."""
+        Args:
+            engines: facts about the engines of the run, of which there must be one.
+        """
+        if len(engines) != 1 or not self.num_kv_blocks:
+            return None
+        of, reserved = (engines[0].get(f"kv_usage_{what}") for what in ("of", "reserved"))
+        return (self.num_kv_blocks_peak + (reserved or 0)) / (of or self.num_kv_blocks)
+
+
+def report(cores: CoreRecords, *, ledger: bool = True) -> CoreReport:
+    """All numbers of a run.
+
+    Args:
+        cores: its engine cores.
+        ledger: whether to read the ledger of blocks too, which may be long.
+    """
     steps, lookups, preemptions, requests = cores.steps(), cores.lookups(), cores.preemptions(), cores.requests()
     facts = cores.facts[0] if cores.facts else {}
     size = int(facts.get("block_size") or 0)
@@ -126,7 +142,7 @@ def report(cores: CoreRecords) -> CoreReport:
         num_kv_blocks_cached_mean=_mean(steps["num_kv_blocks_cached"]),
         num_kv_blocks_empty_mean=_mean(steps["num_kv_blocks_empty"]),
         waste=_waste(steps, size),
-        blocks=_block_times(cores.blocks(), size),
+        blocks=_block_times(cores.blocks(), size) if ledger else None,
         records_lost=cores.lost,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvhook.analysis.accounts import accounts, is_pooling, queue_of_all
+from kvhook.analysis.core_report import report
 from kvhook.analysis.distribution import NOTHING, Distribution
 from kvhook.analysis.lives import lives, most_blocks
 from kvhook.analysis.lookups import missed_by_vllm, never_looked_up, repeated
@@ -19,6 +20,7 @@ from kvhook.analysis.summary import Summary
 from kvhook.analysis.totals import Totals
 from kvhook.analysis.usage import NOT_SEEN, usage_of
 from kvhook.analysis.values import Values
+from kvhook.records.core import CoreRecords
 from kvhook.records.levels import NOBODY_COUNTED, NOT_COUNTED, tokens_are_known
 from kvhook.records.run import Run
 from kvhook.records.tables import Records
@@ -36,31 +38,43 @@ _ONLY_FULL = (
 _USAGE = ("kv_cache_usage_mean", "kv_cache_usage_p95", "kv_cache_usage_peak", "kv_cache_usage_peak_in_step")
 
 
-def summarize(records: Records, engine: int | None = None) -> Summary:
+def summarize(records: Records, engine: int | None = None, cores: CoreRecords | None = None) -> Summary:
     """Reduce a run to its summary: one pass over its records.
 
     Args:
         records: the run.
         engine: only this engine of it; all of them together otherwise.
+        cores: what its engine cores recorded, see `summary_of`.
     """
     totals = Totals()
     with np.errstate(all="ignore"):  # numbers out of a damaged file may be anything
         records.go_over(totals.take)
-    return summary_of(totals, records, engine)
+    return summary_of(totals, records, engine, cores)
 
 
-def summary_of(totals: Totals, run: Run, engine: int | None = None) -> Summary:
+def summary_of(totals: Totals, run: Run, engine: int | None = None, cores: CoreRecords | None = None) -> Summary:
     """The summary of a run that has been added up.
 
     Args:
         totals: of its records.
         run: what is known of it.
         engine: only this engine of it; all of them together otherwise.
+        cores: what its engine cores recorded. Which core belongs to which engine is known only of one, so that they
+            count only where the run has one engine, or all are meant.
     """
     columns = {kind: frozenset(c.name for c in run.columns(kind)) for kind in ("step", "request")}
     engines = [e for e in run.meta["engines"] if engine is None or e["engine"] == engine]
     with np.errstate(all="ignore"):
-        return _summary(totals, Part(totals, engines, columns), run.meta)
+        summary = _summary(totals, Part(totals, engines, columns), run.meta)
+        if cores is None or not len(cores) or (engine is not None and len(run.meta["engines"]) > 1):
+            return summary
+        core = report(cores, ledger=False)
+        if not core.num_steps:
+            return summary
+        peak = summary.kv_cache_usage_peak_in_step
+        if peak is None and len(cores) == 1:
+            peak = core.usage_peak(run.meta["engines"])
+        return dataclasses.replace(summary, core=core, kv_cache_usage_peak_in_step=peak)
 
 
 def _summary(totals: Totals, part: Part, meta: dict[str, Any]) -> Summary:

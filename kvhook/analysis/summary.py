@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from kvhook.analysis.accounts import Account
+from kvhook.analysis.core_report import CoreReport
 from kvhook.analysis.distribution import Distribution
 from kvhook.analysis.lives import EngineLife
 from kvhook.analysis.lookups import Missed, NotLookedUp
@@ -57,7 +58,7 @@ class Summary:
     kv_cache_usage_mean: float | None
     kv_cache_usage_p95: float | None
     kv_cache_usage_peak: float | None
-    #: when steps had been scheduled; only where the scheduler is in the same process
+    #: when steps had been scheduled; where the scheduler is in another process, as its engine core recorded it
     kv_cache_usage_peak_in_step: float | None
 
     #: False where prefix caching was off: then there is no hit rate, rather than one of 0
@@ -147,6 +148,8 @@ class Summary:
     faults: dict[str, str]
     #: what to do if there are no steps
     why_no_steps: str
+    #: what was recorded inside the engine cores; None where nothing was. Without the ledger of blocks
+    core: CoreReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries, numbers and None: what ``json.dumps`` takes. NaN becomes None."""

@@ -15,7 +15,9 @@ from kvhook.text.bar import shows_blocks
 from kvhook.text.steps import StepLines
 
 if TYPE_CHECKING:
+    from kvhook.records.core import CoreRecords
     from kvhook.ring.layout import Header
+    from kvhook.trace import Trace
 
 
 class AutopsyCommand:
@@ -56,7 +58,7 @@ class AutopsyCommand:
         header = trace.header
         assert header is not None
         ended = "closed" if header.state == CLOSED else "alive" if writer_alive(header) else "killed"
-        result = examine(trace, ended, args.steps, args.engine)
+        result = examine(trace, ended, args.steps, args.engine, _cores(trace, header))
         if args.json:
             plain = result.as_dict() | {"changes": sentences(result.changes)}
             print(json.dumps({"path": str(path), "pid": header.pid, **plain}, indent=2))
@@ -79,6 +81,24 @@ class AutopsyCommand:
                 else f"process {ring.pid} still runs: kvhook tail {ring.pid} shows it live"
             )
         return ring.path
+
+
+def _cores(trace: Trace, header: Header) -> CoreRecords:
+    """What the engine cores of the run recorded: beside the trace, in the temporary history of a ring's process, or
+    what is left in the rings beside that ring."""
+    from kvhook.discovery.cleaning import histories_of
+    from kvhook.discovery.rings import ring_files
+    from kvhook.records.core import files_of, open_cores, open_rings
+    from kvhook.ring.place import history_root
+
+    found = trace.cores()
+    if len(found) or not header.capacity:
+        return found
+    folders = histories_of(header.pid, header.process_start, history_root())
+    files = [path for folder in folders for path in files_of(folder / "history")]
+    if files:
+        return open_cores(files, trace.name)
+    return open_rings(ring_files([Path(trace.name).parent], ("core",)), trace.name, header.pid)
 
 
 def _heading(header: Header, path: Path) -> str:

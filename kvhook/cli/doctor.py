@@ -59,6 +59,19 @@ def _lines(d: Diagnosis) -> Iterator[str]:
     for engine in d.engines:
         yield ""
         yield from _engine_lines(engine)
+    if d.vllm:
+        yield ""
+        recorded = "NOT recorded" if d.core_problems else "recorded"
+        yield f"the engine core is {recorded} too (core='steps', the default of kvhook.install)"
+        for problem in d.core_problems:
+            yield f"  {problem}"
+        if not d.core_problems and d.own_process_problem:
+            yield textwrap.fill(
+                f"except one in a process that is spawned for it: {d.own_process_problem}",
+                110,
+                initial_indent="  ",
+                subsequent_indent="  ",
+            )
     yield ""
     for note in d.notes:
         yield f"note: {note}"

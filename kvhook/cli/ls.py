@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from kvhook.cli.common import add_dir, age, size
-from kvhook.discovery.rings import Ring, directories, find_rings
+from kvhook.discovery.rings import ALL_STREAMS, Ring, directories, find_rings
 
 _COLUMNS = ("PID", "ENGINE", "STATE", "MODEL", "PROGRAM", "STEPS", "AGE", "SIZE")
 _RIGHT = frozenset({"PID", "ENGINE", "STEPS", "AGE", "SIZE"})
@@ -18,7 +18,8 @@ _WIDEST = 32
 class LsCommand:
     """List the rings of this user: what records, or has recorded, on this machine.
 
-    A ring is the file in which a process keeps the last steps of an engine. Its state is alive (the process runs), dead
+    A ring is the file in which a process keeps the last steps of an engine; "core 0" and "blocks 0" are those of what
+    is recorded inside an engine core, which may have a process of its own. Its state is alive (the process runs), dead
     (the process ended without closing it: see kvhook autopsy) or closed (it ended cleanly).
 
     Example:
@@ -37,7 +38,7 @@ class LsCommand:
     def run(self, args: argparse.Namespace) -> int:
         """Print them."""
         places = directories(args.dir)
-        rings = find_rings(places)
+        rings = find_rings(places, ALL_STREAMS)
         print(json.dumps([as_dict(r) for r in rings], indent=2) if args.json else as_text(rings, time.time()))
         if not rings and not args.json:
             print(f"(looked in {', '.join(map(str, places)) or 'no directory'})")
@@ -76,7 +77,7 @@ def as_text(rings: list[Ring], now: float) -> str:
 def _cells(ring: Ring, now: float) -> tuple[str, ...]:
     return (
         str(ring.pid or "?"),
-        str(ring.engine),
+        f"{ring.stream} {ring.engine}".strip(),
         ring.state,
         _short(ring.model) or "-",
         _short(ring.program) or "-",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kvhook.core_schema import BLOCK_EVENT_BYTES, BLOCK_EVENTS, BLOCKS, BLOCKS_KINDS
 from kvhook.recording.recorder import NEEDS_CRC, process_facts
 from kvhook.ring.layout import FIELDS_AT, Layout, make_layout
-from kvhook.ring.place import process_start
+from kvhook.ring.place import RING_SUFFIXES, process_start
 from kvhook.ring.writer import RingWriter
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from kvhook.ring.writer import Publish
 
 STREAM = "blocks"
-RING_SUFFIX = ".blocks"
 SLOT_BYTES = 1024
 
 ALLOCATE, HIT, CACHE, FREE, EVICT, RESET = range(len(BLOCK_EVENTS))
@@ -56,7 +55,7 @@ class LedgerRing:
     def __init__(self, number: int, directory: Path, slots: int, facts: dict[str, Any]) -> None:
         self.number = number
         pid = os.getpid()
-        path = directory / f"{pid}-{process_start(pid)}-{facts['serial']}{RING_SUFFIX}"
+        path = directory / f"{pid}-{process_start(pid)}-{facts['serial']}{RING_SUFFIXES[STREAM]}"
         self.meta: dict[str, Any] = {"engine": number, "stream": STREAM, "ring": str(path), **process_facts(), **facts}
         self.ring = RingWriter(path, ledger_layout(), slots, self.meta, crc=NEEDS_CRC)
 

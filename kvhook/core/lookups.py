@@ -24,7 +24,8 @@ class Lookups:
     until it can be scheduled; and the call of ``allocate_slots`` behind it, which says whether it got blocks.
 
     Attributes:
-        attempted: the request that was looked up last in the ``schedule`` under way, if any.
+        attempted: the request that was looked up last in the ``schedule`` under way, if any. Whoever follows the steps
+            clears it when one begins.
         refused: whether there were no blocks for it.
     """
 
@@ -43,10 +44,6 @@ class Lookups:
         """Put the counting in place."""
         self._failed = failed
         taps.put(self._core.manager, "get_computed_blocks", self._on_get_computed_blocks)
-
-    def begin(self) -> None:
-        """A step is about to be scheduled."""
-        self.attempted, self.refused = None, False
 
     def end(self) -> None:
         """It has been scheduled: what waited for an ``allocate_slots`` that never came is taken out."""

@@ -6,10 +6,11 @@ that is spawned finds it in the environment, where `kvhook.plugin` looks, which 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 #: The variable that holds the plan as JSON. Without it the plug-in does nothing.
@@ -29,6 +30,8 @@ class CorePlan:
         session: a name for this recording, which its files carry.
         key: of the digests of this recording, in hexadecimal.
         pid: process that made the plan. It is carried out there and in its children, nowhere else.
+        mark: a file that is there for as long as the plan is to be carried out: an engine core in another process
+            cannot be told otherwise that its session has been closed. "" for none.
     """
 
     level: str
@@ -39,18 +42,37 @@ class CorePlan:
     session: str
     key: str
     pid: int
+    mark: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the session has been closed."""
+        return bool(self.mark) and not os.path.exists(self.mark)
 
     def path(self, process: int, core: int, part: int, stream: str = "core") -> Path:
         """A trace file of an engine core, or of its ledger of blocks."""
         more = f"-{part + 1}" if part else ""
         return Path(f"{self.stem}.{stream}{core}-{process}{more}.kvh")
 
-    def publish(self) -> None:
-        """Put the plan into the environment, for processes that are spawned from now on."""
+    def publish(self) -> CorePlan:
+        """Put the plan into the environment, for processes that are spawned from now on.
+
+        Returns:
+            The plan; without a mark if none can be made.
+        """
+        if self.mark:
+            try:
+                os.close(os.open(self.mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            except OSError:
+                return replace(self, mark="").publish()
         os.environ[VARIABLE] = json.dumps(asdict(self))
+        return self
 
     def withdraw(self) -> None:
-        """Take the plan out of the environment, if it is this one."""
+        """Take the plan out of the environment, if it is this one, and tell the engine cores that it is over."""
+        if self.mark:
+            with contextlib.suppress(OSError):
+                os.unlink(self.mark)
         if read_plan() == self:
             os.environ.pop(VARIABLE, None)
 

@@ -62,19 +62,17 @@ class PoolAccount:
         if callable(getattr(pool, "unpin_blocks", None)):
             taps.put(pool, "unpin_blocks", self._on_free)
 
-    def blame(self, holders: Callable[[], Mapping[int, int]]) -> None:
-        """Say for whom blocks were evicted in a step.
+    def blame(self, holders: Mapping[int, int]) -> None:
+        """Say for whom the blocks were evicted that were evicted in this step.
 
         Args:
-            holders: gives block number -> number of the request that got the block; asked only if there is need.
+            holders: block number -> number of the request that got the block.
         """
-        if self.just_evicted:
-            taken_by = holders()
-            for content, block in self.just_evicted:
-                by = taken_by.get(block, NOBODY)
-                if by != NOBODY and content in self.evictions:
-                    self.evictions[content] = (*self.evictions[content][:2], by)
-            self.just_evicted.clear()
+        for content, block in self.just_evicted:
+            by = holders.get(block, NOBODY)
+            if by != NOBODY and content in self.evictions:
+                self.evictions[content] = (*self.evictions[content][:2], by)
+        self.just_evicted.clear()
 
     @property
     def free(self) -> int:

@@ -7,11 +7,11 @@ The patches stay in a process that is forked off, where they do the same for its
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import multiprocessing
 import multiprocessing.util
 import os
-import re
 import sys
 import weakref
 from pathlib import Path
@@ -25,13 +25,14 @@ from kvhook.adapters.table import Target, lookup, vllm_version
 from kvhook.core.ledger import LedgerRing
 from kvhook.core.plan import CorePlan
 from kvhook.core.recorder import CoreRecorder
+from kvhook.discovery.cleaning import prune
 from kvhook.faults import Faults
 from kvhook.recording.spool import Spool
-from kvhook.ring.place import is_alive
 
 log = logging.getLogger("kvhook")
 
-_RING_NAME = re.compile(r"(\d{1,10})-(\d{1,19})-\d{1,9}\.(?:core|blocks)")
+#: Rings of ended cores that are kept: their traces hold all but the end.
+MOST_RINGS = 4
 #: Slots of a ledger's ring, of 30 events each: 4 MiB.
 LEDGER_SLOTS = 4096
 _NOT_RECORDED = "this engine core is not recorded"
@@ -58,7 +59,7 @@ class CoreProcess:
 
     def arm(self, plan: CorePlan) -> None:
         """Record the engine cores that are made from now on in this process, and in those forked off from it."""
-        self.plan, self.absent = plan, ""
+        self.plan, self.absent, self.faults = plan, "", Faults()
         if not self._recorders:
             self._next = 0
         for target in (INIT, SHUTDOWN):
@@ -103,26 +104,28 @@ class CoreProcess:
 
     def _on_scheduler_init(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         result = wrapped(*args, **kwargs)
-        plan = self.plan
-        if plan is not None:
-            try:
-                if plan.is_meant_for_this_process():
-                    self.begin(instance, plan)
-            except LookupError as error:
-                self._give_up(f"vLLM {vllm_version()}: {error}")
-            except Exception as error:
-                self.faults.fault("starting to record an engine core", error, _NOT_RECORDED)
-                self.absent = self.absent or f"{type(error).__name__}: {error}"
+        if self.plan is not None:
+            self.attach(instance, self.plan)
         return result
 
-    def _on_shutdown(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    def attach(self, scheduler: Any, plan: CorePlan) -> None:
+        """Record an engine core whose scheduler has been built, unless it is recorded already. Nothing is raised."""
         try:
-            return wrapped(*args, **kwargs)
-        finally:
-            with contextlib.suppress(Exception):
-                number = self._numbers.get(id(getattr(instance, "scheduler", None)))
-                if number is not None:
-                    self.end(number)
+            if id(scheduler) not in self._numbers and plan.is_meant_for_this_process():
+                self.begin(scheduler, plan)
+        except LookupError as error:
+            self._give_up(f"vLLM {vllm_version()}: {error}")
+        except Exception as error:
+            self.faults.fault("starting to record an engine core", error, _NOT_RECORDED)
+            self.absent = self.absent or f"{type(error).__name__}: {error}"
+
+    def _on_shutdown(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        # before vLLM's own: that waits for the workers, and the front end kills a core that takes too long
+        with contextlib.suppress(Exception):
+            number = self._numbers.get(id(getattr(instance, "scheduler", None)))
+            if number is not None:
+                self.end(number)
+        return wrapped(*args, **kwargs)
 
     def _give_up(self, why: str) -> None:
         if why != self.absent:
@@ -141,15 +144,16 @@ class CoreProcess:
         core = read_core(scheduler)
         directory, number = Path(plan.ring_dir), self._next
         with contextlib.suppress(Exception):
-            _prune(directory)
+            prune(directory, MOST_RINGS, streams=("core", "blocks"))
         facts = {"session": plan.session, "key": plan.key, "core_level": plan.level, "parent": plan.pid}
         recorder = CoreRecorder(number, core, directory, plan.ring_slots, facts)
         try:
             pid = os.getpid()
             Path(plan.stem).parent.mkdir(mode=0o700, exist_ok=True)
-            spool = Spool(lambda part: iter([plan.path(pid, number, part)]), plan.limit, self.faults.fault)
+            spool = Spool(lambda part: iter([plan.path(pid, number, part)]), plan.limit, self._fault)
             spool.add(recorder)
-            recorder.follow(core, self._failed, self._open_ledger(recorder, plan))
+            failed = functools.partial(self._failed, number)
+            recorder.follow(core, failed, self._open_ledger(recorder, plan), lambda: plan.is_over)
         except Exception:
             recorder.close()
             raise
@@ -167,13 +171,22 @@ class CoreProcess:
         number, pid = recorder.number, os.getpid()
         facts = {"serial": recorder.serial, "session": plan.session}
         ledger = LedgerRing(number, Path(plan.ring_dir), LEDGER_SLOTS, facts)
-        spool = Spool(lambda part: iter([plan.path(pid, number, part, "blocks")]), plan.limit, self.faults.fault)
+        spool = Spool(lambda part: iter([plan.path(pid, number, part, "blocks")]), plan.limit, self._fault)
         spool.add(ledger)
         self._ledgers[number] = ledger, spool
         return ledger
 
-    def _failed(self, error: BaseException) -> None:
+    def _fault(self, where: str, error: BaseException, then: str) -> None:
+        """Something failed, unless the session is over: it has taken its temporary files with it."""
+        if self.plan is None or not self.plan.is_over:
+            self.faults.fault(where, error, then)
+
+    def _failed(self, number: int, error: BaseException) -> None:
         self.faults.fault("counting inside the engine core", error, "this engine core is not recorded any further")
+        recorder, spool = self._recorders.get(number), self._spools.get(number)
+        if recorder is not None and spool is not None:
+            recorder.meta["failed"] = f"{type(error).__name__}: {error}"
+            spool.write_meta_again(number)
 
     def end(self, number: int) -> None:
         """Stop recording an engine core, and complete its trace."""
@@ -213,17 +226,6 @@ class CoreProcess:
         self._ledgers.clear()
         self._numbers.clear()
         self._next = 0
-
-
-def _prune(directory: Path) -> None:
-    """Remove the rings of engine cores whose processes are gone, but the newest: their traces hold all but the end."""
-    dead = []
-    for path in directory.iterdir():
-        match = _RING_NAME.fullmatch(path.name)
-        if match and not is_alive(int(match[1]), int(match[2])):
-            dead.append(path)
-    for path in sorted(dead, key=lambda p: p.stat().st_mtime)[:-4]:
-        path.unlink()
 
 
 #: The one of this process.

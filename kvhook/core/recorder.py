@@ -17,14 +17,12 @@ from kvhook.core.steps import StepAccount
 from kvhook.core.taps import Taps
 from kvhook.core.writer import Writer, core_layout
 from kvhook.recording.recorder import NEEDS_CRC, process_facts
-from kvhook.ring.place import process_start
+from kvhook.ring.place import RING_SUFFIXES, process_start
 from kvhook.ring.writer import RingWriter
 
 if TYPE_CHECKING:
     from kvhook.adapters.core import Core
 
-#: Rings of engine cores do not lie among those that `kvhook ls` shows: they go by another name.
-CORE_RING_SUFFIX = ".core"
 #: The name of this stream in headers: which kinds of records a file holds.
 STREAM = "core"
 
@@ -62,20 +60,28 @@ class CoreRecorder:
         pid = os.getpid()
         for serial in _serials:
             self.serial = serial
-            path = directory / f"{pid}-{process_start(pid)}-{serial}{CORE_RING_SUFFIX}"
+            path = directory / f"{pid}-{process_start(pid)}-{serial}{RING_SUFFIXES[STREAM]}"
             self.meta["ring"] = str(path)
             with contextlib.suppress(FileExistsError):
                 self.ring = RingWriter(path, core_layout(), slots, self.meta, crc=NEEDS_CRC)
                 break
-        self._account: Callable[[], StepAccount | None] = lambda: None
+        #: gives what counts, while that is there
+        self.account: Callable[[], StepAccount | None] = lambda: None
 
-    def follow(self, core: Core, failed: Callable[[BaseException], None], ledger: LedgerRing | None = None) -> None:
+    def follow(
+        self,
+        core: Core,
+        failed: Callable[[BaseException], None],
+        ledger: LedgerRing | None = None,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Begin to count.
 
         Args:
             core: what was found on the scheduler.
             failed: is told of an error, after which nothing is counted any more.
             ledger: where the ledger of blocks goes, if one is wanted.
+            is_over: whether nothing is to be recorded any more; it is asked now and then.
 
         Raises:
             AttributeError: an object of the core does not let its methods be replaced; nothing has been changed.
@@ -84,11 +90,14 @@ class CoreRecorder:
 
         def give_up(error: BaseException) -> None:
             taps.take_out()
+            if (account := self.account()) is not None:
+                account.on = False
             failed(error)
 
         taps = Taps()
         writer = Writer(self.ring.layout, publish, self.number, self.key)
         account = StepAccount(core, PoolAccount(core, give_up), writer, taps, give_up)
+        account.is_over = is_over
         if ledger is not None:
             ring = ledger.ring
             account.ledger = Ledger(core, ring.layout, ring.publish, self.number, self.key, account.number_of, give_up)
@@ -97,11 +106,11 @@ class CoreRecorder:
         except Exception:
             taps.take_out()
             raise
-        self._account = weakref.ref(account)
+        self.account = weakref.ref(account)
 
     def stop(self) -> None:
         """Take the counting out of the engine core, if that is still there."""
-        account = self._account()
+        account = self.account()
         if account is not None:
             account.stop()
 

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from kvhook.core.lives import Life
+
+
+def new_holders(new_blocks: Iterable[tuple[str, Any]], lives: Mapping[str, Life]) -> dict[int, int]:
+    """Block number -> number of the request that got it in a step.
+
+    Args:
+        new_blocks: request id and, for each KV group, block numbers; or None.
+        lives: the requests.
+    """
+    holders: dict[int, int] = {}
+    for request_id, blocks in new_blocks:
+        life = lives.get(request_id)
+        if blocks and life is not None:
+            for group in blocks:
+                holders.update(dict.fromkeys(group, life.number))
+    return holders
 
 
 class Scheduled(NamedTuple):

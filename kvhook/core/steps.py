@@ -15,7 +15,8 @@ from kvhook.core.limits import limited_by
 from kvhook.core.lives import Life
 from kvhook.core.lookups import Lookups
 from kvhook.core.pool import PoolAccount
-from kvhook.core.scheduled import Scheduled
+from kvhook.core.scheduled import Scheduled, new_holders
+from kvhook.core_schema import LIMITS
 
 if TYPE_CHECKING:
     from kvhook.adapters.core import Core
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from kvhook.core.writer import Writer
 
 clock = time.monotonic_ns
+
+_NONE_WAITING = LIMITS.index("none_waiting")
+_NOBODY: list[Life] = []
+#: Once in so many steps (less one, and a power of two) it is looked up whether the session has been closed: 2 us.
+_LOOK_UP = 255
 
 
 class StepAccount:
@@ -36,6 +42,8 @@ class StepAccount:
         self.lookups = Lookups(core, pool, self.life_of)
         #: what writes down every block's events, where that is wanted; set before `tap`
         self.ledger: Ledger | None = None
+        #: whether nothing is to be recorded any more
+        self.is_over: Callable[[], bool] = lambda: False
         self._sched, self._reads, self._states = core.sched, core.reads, core.reads["states"]
         self._block_size: int = core.facts["block_size"]
         self._tokens_known = "num_kv_tokens" not in core.absent
@@ -49,12 +57,15 @@ class StepAccount:
         self._num_preempted = self._num_finished = 0
         self._stats_made = 0
         self._inside = False
+        #: False once it is stopped: somebody else's wrapper may still be over ours, and call it
+        self.on = True
         self._own_ns = -1
         for request in list(core.sched.requests.values()):  # it has been at work already
             self._know(request, -1)
 
     def tap(self) -> None:
         """Put the counting in place."""
+        self.on = True
         sched, taps = self._sched, self._taps
         self.pool.tap(taps)
         if self.ledger is not None:
@@ -82,6 +93,7 @@ class StepAccount:
     def stop(self) -> None:
         """Take the counting out, and write what is known and has not been written."""
         self._taps.take_out()
+        self.on = False
         self._write_finished()
         if self.ledger is not None:
             self.ledger.flush()
@@ -94,14 +106,20 @@ class StepAccount:
     # ---- schedule ------------------------------------------------------------------------------------------------
 
     def _on_schedule(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        lookups, scheduled = self.lookups, self._scheduled
+
         def schedule(*args: Any, **kwargs: Any) -> Any:
+            if not self.on:
+                return original(*args, **kwargs)
             start = clock()
             preempted = self._num_preempted
-            self.lookups.begin()
+            lookups.attempted, lookups.refused = None, False
             output = original(*args, **kwargs)
             try:
-                self.lookups.end()
-                self._scheduled(output, start, clock(), preempted)
+                end = clock()
+                if lookups.attempted is not None:
+                    lookups.end()
+                scheduled(output, start, end, preempted)
             except Exception as error:
                 self._failed(error)
             return output
@@ -110,8 +128,51 @@ class StepAccount:
 
     def _scheduled(self, output: Any, start: int, end: int, preempted: int) -> None:
         tokens: dict[str, int] = output.num_scheduled_tokens
+        total: int = output.total_num_scheduled_tokens
+        drafts = output.scheduled_spec_decode_tokens
+        spec = sum(map(len, drafts.values())) if drafts else 0
+        pool = self.pool
+        # most steps only decode: the others are looked at more closely
+        if self._prefilling or self._preempted or output.scheduled_new_reqs or pool.just_evicted:
+            new, resumed, prefill, recomputed, prefill_reqs, cut, begun = self._changed(output, tokens, start)
+        else:
+            new = resumed = prefill = recomputed = prefill_reqs = cut = 0
+            begun = _NOBODY
+        budget, waiting, skipped, running, free = self._states()
+        limit = _NONE_WAITING
+        if waiting or cut or total >= budget or preempted != self._num_preempted:
+            limit = limited_by(
+                self.core,
+                self.lookups,
+                running=running,
+                scheduled=len(tokens),
+                total=total,
+                budget=budget,
+                waiting=waiting,
+                cut=cut,
+                preempted=self._num_preempted - preempted,
+            )
+        decode = total - prefill - recomputed - spec
+        in_use, cached = pool.total - free, pool.cached
+        held = -1
+        if self._tokens_known:
+            # a block that several requests hold counts once: it is always a full one
+            held = -pool.shared * self._block_size
+            for request in self._sched.running:
+                held += request.num_computed_tokens
+        step = self._step
+        columns = (total, prefill, recomputed, decode, spec, budget, len(tokens), prefill_reqs, new, resumed)
+        states = (running, waiting, skipped, limit, pool.total, in_use, cached, free - cached, held)
+        self._step = pool.step = step + 1
+        if self.ledger is not None:
+            self.ledger.step = step + 1
+        self._pending.append(Scheduled(output, step, start, end, columns, states, begun, clock() - end))
+
+    def _changed(self, output: Any, tokens: dict[str, int], start: int) -> tuple[Any, ...]:
+        """Requests came, were preempted or are in their prefill: new ones, resumed ones, and what `_prefill` gives."""
         new = resumed = 0
-        self.pool.blame(lambda: self._new_holders(output))
+        if self.pool.just_evicted:
+            self.pool.blame(new_holders(self.core.reads["new_blocks"](output), self._lives))
         for data in output.scheduled_new_reqs:
             life = self._lives.get(data.req_id) or self._know(self._sched.requests[data.req_id], -1)
             if data.req_id not in self._preempted:
@@ -123,51 +184,7 @@ class StepAccount:
                 life.preempted_ns += start - life.preempted_at
                 resumed += 1
                 self._admit(request_id, life, tokens[request_id], start, again=1)
-        prefill, recomputed, prefill_reqs, cut, begun = self._prefill(output, tokens)
-        drafts = output.scheduled_spec_decode_tokens
-        spec = sum(map(len, drafts.values())) if drafts else 0
-        total: int = output.total_num_scheduled_tokens
-        budget, waiting, skipped, running, free = self._states()
-        limit = limited_by(
-            self.core,
-            self.lookups,
-            running=running,
-            scheduled=len(tokens),
-            total=total,
-            budget=budget,
-            waiting=waiting,
-            cut=cut,
-            preempted=self._num_preempted - preempted,
-        )
-        batch = (
-            total,
-            prefill,
-            recomputed,
-            total - prefill - recomputed - spec,
-            spec,
-            budget,
-            len(tokens),
-            prefill_reqs,
-            new,
-            resumed,
-        )
-        states = (
-            running,
-            waiting,
-            skipped,
-            limit,
-            self.pool.total,
-            self.pool.total - free,
-            self.pool.cached,
-            free - self.pool.cached,
-            self._held_tokens() if self._tokens_known else -1,
-        )
-        own = clock() - end
-        self._pending.append(Scheduled(output, self._step, start, end, batch, states, begun, own))
-        self._step += 1
-        self.pool.step = self._step
-        if self.ledger is not None:
-            self.ledger.step = self._step
+        return new, resumed, *self._prefill(output, tokens)
 
     def _admit(self, request_id: str, life: Life, tokens: int, now: int, again: int = 0) -> None:
         """A request is scheduled for the first time, or again after a preemption."""
@@ -214,27 +231,12 @@ class StepAccount:
             del self._prefilling[request_id]
         return prefill, recomputed, requests, cut, begun
 
-    def _new_holders(self, output: Any) -> dict[int, int]:
-        """Block number -> number of the request that got it in this step."""
-        holders: dict[int, int] = {}
-        for request_id, blocks in self.core.reads["new_blocks"](output):
-            life = self._lives.get(request_id)
-            if blocks and life is not None:
-                for group in blocks:
-                    holders.update(dict.fromkeys(group, life.number))
-        return holders
-
-    def _held_tokens(self) -> int:
-        """Tokens in the blocks in use. A block that several requests hold counts once: it is always a full one."""
-        held = 0
-        for request in self._sched.running:
-            held += request.num_computed_tokens
-        return held - self.pool.shared * self._block_size
-
     # ---- update_from_output ----------------------------------------------------------------------------------------
 
     def _on_update(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def update_from_output(*args: Any, **kwargs: Any) -> Any:
+            if not self.on:
+                return original(*args, **kwargs)
             start = clock()
             made = self._stats_made
             self._inside = True
@@ -245,7 +247,7 @@ class StepAccount:
             end = clock()
             try:
                 output = args[0] if args else kwargs["scheduler_output"]
-                self._updated(output, start, end, self._stats_made - 1 if self._stats_made > made else -1)
+                self._updated(output, start, end, made if self._stats_made > made else -1)
             except Exception as error:
                 self._failed(error)
             return result
@@ -259,9 +261,12 @@ class StepAccount:
             self._write(early, -1, early.t_scheduled, -1)
         if self._pending:
             self._write(self._pending.popleft(), start, end, stats)
-        self._write_finished()
+        if self._finished:
+            self._write_finished()
         if self.ledger is not None:
             self.ledger.flush()
+        if not self._step & _LOOK_UP and self.is_over():
+            self.stop()
         self._own_ns += clock() - end
 
     def _write(self, step: Scheduled, start: int, end: int, stats: int) -> None:
@@ -308,7 +313,8 @@ class StepAccount:
 
     def _write_finished(self) -> None:
         for life, now, reason in self._finished:
-            self.writer.request(life, self._step - 1, now, reason)
+            # a request ends inside the update at whose end its last token, perhaps its first, counts as there
+            self.writer.request(life, self._step - 1, max(now, life.t_first_token), reason)
         self._finished.clear()
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -349,7 +355,7 @@ class StepAccount:
 
     def _ended(self, request: Any) -> None:
         life = self._lives.get(request.request_id)
-        if life is None:
+        if life is None or not self.on:
             return
         self._prefilling.pop(request.request_id, None)
         if self._preempted.pop(request.request_id, None) is not None:

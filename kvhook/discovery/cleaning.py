@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvhook.discovery.directory import entries, info_of, is_ours, remove_path
-from kvhook.discovery.rings import ALIVE, OLD, find_rings, glance, is_elsewhere, ring_files
+from kvhook.discovery.rings import ALIVE, ALL_STREAMS, FRONT_ENDS, OLD, find_rings, glance, is_elsewhere, ring_files
 from kvhook.errors import KvhookError
 from kvhook.ring.place import is_alive
 from kvhook.ring.trace_file import header_of
@@ -27,10 +27,16 @@ MOST_BYTES = 64 << 20
 MOST_SHARE = 1 / 8
 
 HISTORY_PREFIX = "kvhook-history-"
+_OF_CORES = re.compile(r"-core[0-9a-f]{12}$")
+#: What a session is marked by, for its engine cores in other processes: see `kvhook.core.plan.CorePlan.mark`.
+MARK_PREFIX = "kvhook-session-"
+_MARK_NAME = re.compile(MARK_PREFIX + r"(\d{1,10})-(\d{1,19})-\w+")
 _HISTORY_NAME = re.compile(HISTORY_PREFIX + r"(\d{1,10})-(\d{1,19})-\w+")
 
 
-def prune(place: Path, most_rings: int = MOST_RINGS, most_bytes: int = MOST_BYTES) -> list[Path]:
+def prune(
+    place: Path, most_rings: int = MOST_RINGS, most_bytes: int = MOST_BYTES, streams: Iterable[str] = FRONT_ENDS
+) -> list[Path]:
     """Remove the oldest rings of ended processes until the others are few and small enough. The newest of them always
     stays, so that `kvhook autopsy` can read it.
 
@@ -40,7 +46,7 @@ def prune(place: Path, most_rings: int = MOST_RINGS, most_bytes: int = MOST_BYTE
     with contextlib.suppress(OSError):
         disk = os.statvfs(place)
         most_bytes = min(most_bytes, int(disk.f_frsize * disk.f_blocks * MOST_SHARE))
-    ended = [ring for ring, _ in map(glance, ring_files([place])) if ring.state != ALIVE]
+    ended = [ring for ring, _ in map(glance, ring_files([place], streams)) if ring.state != ALIVE]
     ended.sort(key=lambda r: (r.started, r.path.name), reverse=True)
     removed, total = [], 0
     for i, ring in enumerate(ended):
@@ -69,7 +75,7 @@ class Leftover(NamedTuple):
 
 
 def leftovers(places: Iterable[Path], history: Path, now: float | None = None) -> list[Leftover]:
-    """What ended processes have left behind: rings, and temporary histories. Never what is in use.
+    """What ended processes have left behind: rings, marks of sessions, temporary histories. Never what is in use.
 
     Args:
         places: directories of rings.
@@ -79,10 +85,20 @@ def leftovers(places: Iterable[Path], history: Path, now: float | None = None) -
     now = time.time() if now is None else now
     rings = [
         Leftover(r.path, r.bytes, max(0.0, now - (r.last or r.started)))
-        for r in find_rings(places)
+        for r in find_rings(places, ALL_STREAMS)
         if r.state != ALIVE or (r.elsewhere and now - (r.last or r.started) > OLD)
     ]
-    return rings + left_histories(history, now)
+    return rings + left_marks(history, now) + left_histories(history, now)
+
+
+def left_marks(history: Path, now: float) -> list[Leftover]:
+    """The marks of sessions whose processes were killed; they are empty files."""
+    found = []
+    for path in entries(history):
+        match, info = _MARK_NAME.fullmatch(path.name), info_of(path)
+        if match and info and is_ours(path, stat.S_ISREG) and not is_alive(int(match[1]), int(match[2])):
+            found.append(Leftover(path, info.st_size, max(0.0, now - info.st_mtime)))
+    return found
 
 
 def left_histories(history: Path, now: float | None = None) -> list[Leftover]:
@@ -107,11 +123,17 @@ def remove(leftover: Leftover) -> bool:
 
 def history_of(pid: int, start: int, history: Path) -> Path | None:
     """The directory with the temporary history of a process, if it is still there."""
+    return next((f for f in histories_of(pid, start, history) if not _OF_CORES.search(f.name)), None)
+
+
+def histories_of(pid: int, start: int, history: Path) -> list[Path]:
+    """That directory, and the one with what its engine cores recorded."""
+    found = []
     for folder in entries(history):
         match = _HISTORY_NAME.fullmatch(folder.name)
         if match and (int(match[1]), int(match[2])) == (pid, start) and is_ours(folder, stat.S_ISDIR):
-            return folder
-    return None
+            found.append(folder)
+    return found
 
 
 def _from_elsewhere(path: Path) -> bool:

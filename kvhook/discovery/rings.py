@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvhook.core_schema import CORE_STEP
 from kvhook.discovery.directory import entries, info_of, is_ours
 from kvhook.errors import KvhookError
 from kvhook.ring.layout import CLOSED, Header
-from kvhook.ring.place import ENV_DIR, RING_SUFFIX, default_directories, is_alive
+from kvhook.ring.place import ENV_DIR, RING_SUFFIXES, default_directories, is_alive
 from kvhook.ring.reader import RingReader, writer_alive
 from kvhook.ring.slots import fields_of, slot_head
 from kvhook.ring.trace_file import header_of
@@ -30,7 +31,15 @@ ALIVE, DEAD, CLOSED_RING, DAMAGED = "alive", "dead", "closed", "damaged"
 #: `clean` takes what is older than this, in seconds.
 OLD = 24 * 3600.0
 
-_RING_NAME = re.compile(r"(\d{1,10})-(\d{1,19})-(\d{1,9})(?:-\d{1,3})?" + re.escape(RING_SUFFIX))
+#: What find_rings and others look for by default: rings of front ends, which have the engine's steps.
+FRONT_ENDS = ("",)
+#: Those, and what was recorded inside the engine core.
+ALL_STREAMS = tuple(RING_SUFFIXES)
+
+_SUFFIXES = "|".join(map(re.escape, RING_SUFFIXES.values()))
+_RING_NAME = re.compile(rf"(\d{{1,10}})-(\d{{1,19}})-(\d{{1,9}})(?:-\d{{1,3}})?({_SUFFIXES})")
+#: What is recorded -> the records by which a ring's progress is told: their kind, their columns, their last time.
+_PROGRESS = {"": (STEP, "step", "t_end_ns"), "core": (CORE_STEP, "core_step", "t_end_ns")}
 #: Slots at the end of a ring that are looked at for its last step.
 _TAIL = 64
 
@@ -57,6 +66,8 @@ class Ring(NamedTuple):
     problem: str = ""
     #: its process is in another container, so that it cannot be seen from here whether it runs: it counts as alive
     elsewhere: bool = False
+    #: what is recorded, a key of `kvhook.ring.place.RING_SUFFIXES`
+    stream: str = ""
 
     @property
     def ended(self) -> bool:
@@ -80,9 +91,13 @@ def directories(wanted: str | os.PathLike[str] | None = None) -> list[Path]:
     return places
 
 
-def find_rings(places: Iterable[Path]) -> list[Ring]:
-    """Every ring in these directories, the newest first. Nothing raises: what cannot be read is `DAMAGED`."""
-    return sorted(map(look_at, ring_files(places)), key=lambda r: (r.started, r.pid, r.engine), reverse=True)
+def find_rings(places: Iterable[Path], streams: Iterable[str] = FRONT_ENDS) -> list[Ring]:
+    """Every ring in these directories, the newest first. Nothing raises: what cannot be read is `DAMAGED`.
+
+    Args:
+        streams: what is recorded in them, keys of `kvhook.ring.place.RING_SUFFIXES`.
+    """
+    return sorted(map(look_at, ring_files(places, streams)), key=lambda r: (r.started, r.pid, r.engine), reverse=True)
 
 
 def look_at(path: Path) -> Ring:
@@ -92,7 +107,7 @@ def look_at(path: Path) -> Ring:
         return ring
     try:
         with RingReader(path) as reader:
-            return ring._replace(**_progress(reader))
+            return ring._replace(**_progress(reader, ring.stream))
     except (KvhookError, OSError) as error:
         return ring._replace(state=ring.state if ring.state == ALIVE else DAMAGED, problem=str(error))
 
@@ -160,11 +175,12 @@ def parse_pid(text: str) -> int | Path:
 # ---- looking at files ----------------------------------------------------------------------------------------------
 
 
-def ring_files(places: Iterable[Path]) -> Iterator[Path]:
-    """The ring files of this user in these directories."""
+def ring_files(places: Iterable[Path], streams: Iterable[str] = FRONT_ENDS) -> Iterator[Path]:
+    """The ring files of this user in these directories, of these streams."""
+    suffixes = {RING_SUFFIXES[stream] for stream in streams}
     for place in places:
         for path in entries(place):
-            if _RING_NAME.fullmatch(path.name) and is_ours(path, stat.S_ISREG):
+            if path.suffix in suffixes and _RING_NAME.fullmatch(path.name) and is_ours(path, stat.S_ISREG):
                 yield path
 
 
@@ -191,6 +207,7 @@ def glance(path: Path) -> tuple[Ring, Header | None]:
             _made(header) or changed,
             0.0,
             elsewhere=is_elsewhere(header),
+            stream=_stream_of(path),
             **texts,
         ),
         header,
@@ -200,9 +217,13 @@ def glance(path: Path) -> tuple[Ring, Header | None]:
 def _unreadable(path: Path, size: int, changed: float, problem: str) -> Ring:
     """A ring that cannot be read. Its name still tells whose it is: it may be one that is just being made."""
     match = _RING_NAME.fullmatch(path.name)
-    pid, start, engine = (int(g) for g in match.groups()) if match else (0, 0, 0)
+    pid, start, engine = (int(g) for g in match.groups()[:3]) if match else (0, 0, 0)
     state = ALIVE if is_alive(pid, start) else DAMAGED
-    return Ring(path, state, pid, engine, size, changed, changed, problem=problem)
+    return Ring(path, state, pid, engine, size, changed, changed, problem=problem, stream=_stream_of(path))
+
+
+def _stream_of(path: Path) -> str:
+    return next((stream for stream, suffix in RING_SUFFIXES.items() if suffix == path.suffix), "")
 
 
 def is_elsewhere(header: Header) -> bool:
@@ -216,8 +237,11 @@ def _made(header: Header) -> float:
     return seconds if seconds < time.time() + OLD else 0.0
 
 
-def _progress(reader: RingReader) -> dict[str, Any]:
+def _progress(reader: RingReader, stream: str) -> dict[str, Any]:
     """How many records and steps there have been, and when the last step ended."""
+    if stream not in _PROGRESS:
+        return {"records": reader.head}
+    code, kind, time_column = _PROGRESS[stream]
     header = reader.header
     dead = not reader.writer_alive
     records = reader.head
@@ -229,13 +253,13 @@ def _progress(reader: RingReader) -> dict[str, Any]:
             oldest = max(0, records - header.capacity + 1)
             reader.cursor = max(oldest, begin) if begin is not None else oldest
             slots = reader.poll().slots
-        steps = slots[slot_head(slots)["kind"] == STEP]
-        columns = header.layout.columns["step"]
+        steps = slots[slot_head(slots)["kind"] == code]
+        columns = header.layout.columns[kind]
         if dead and len(slots):
             found["records"] = int(slot_head(slots)["n"][-1]) + 1
-        if len(steps) and {"step", "t_end_ns"} <= {c.name for c in columns}:
+        if len(steps) and {"step", time_column} <= {c.name for c in columns}:
             last = fields_of(steps[-1:], columns)[0]
-            seconds = (header.realtime_ns + int(last["t_end_ns"]) - header.monotonic_ns) / 1e9
+            seconds = (header.realtime_ns + int(last[time_column]) - header.monotonic_ns) / 1e9
             made = _made(header)
             return found | {
                 "steps": int(last["step"]) + 1,

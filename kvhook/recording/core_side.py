@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import secrets
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvhook import forks
 from kvhook.core.lives import request_key
 from kvhook.core.plan import CorePlan
 from kvhook.core.process import process
-from kvhook.discovery.cleaning import HISTORY_PREFIX
+from kvhook.discovery.cleaning import HISTORY_PREFIX, MARK_PREFIX
+from kvhook.discovery.recovery import recover, rings_of
+from kvhook.errors import KvhookError
 from kvhook.records.core import CoreRecords, files_of, open_cores
 from kvhook.ring.place import history_root, process_start
+from kvhook.ring.reader import writer_alive
+from kvhook.ring.trace_file import header_of
 
 if TYPE_CHECKING:
     from kvhook.options import Options
 
 _OFF = "kvhook was installed with core='off'"
+_NOT_ARMED = (
+    "kvhook was not installed: a kvhook.StatLogger by itself records what vLLM gives to its loggers, and nothing "
+    "inside the engine core"
+)
 _NONE_YET = "no engine core has been made since kvhook.install()"
 _FORKED = (
     "this process was forked off after kvhook.install(): engine cores that live in this very process are not recorded. "
@@ -57,9 +66,9 @@ class CoreSide:
         options = self._options
         if options.core == "off":
             return
-        trace = options.trace_path
+        trace, pid = options.trace_path, os.getpid()
         stem = trace.with_suffix("") if trace is not None else self._folder() / "history"
-        self._plan = CorePlan(
+        plan = CorePlan(
             level=options.core,
             ring_dir=os.path.abspath(self._ring_dir),
             ring_slots=max(64, options.ring_capacity // 2),
@@ -68,9 +77,15 @@ class CoreSide:
             session=self._session,
             key=self._key.hex(),
             pid=os.getpid(),
+            mark=str(history_root() / f"{MARK_PREFIX}{pid}-{process_start(pid)}-{self._session}"),
         )
-        self._plan.publish()
+        self._plan = plan.publish()
         process.arm(self._plan)
+
+    def attach(self, scheduler: Any) -> None:
+        """Record an engine core that exists already."""
+        if self._plan is not None and not self._closed:
+            process.attach(scheduler, self._plan)
 
     def disarm(self) -> None:
         """Take kvhook out of the engine cores of this process; those in other processes end by themselves."""
@@ -78,13 +93,33 @@ class CoreSide:
             self._closed = True
             self._plan.withdraw()
             process.disarm()
+            self._complete()
+
+    def _complete(self) -> None:
+        """Bring what killed engine cores left in their rings into their files, and remove the rings.
+
+        vLLM kills a core that takes long to end, so that this is nothing unusual.
+        """
+        assert self._plan is not None
+        for path in files_of(Path(self._plan.stem)):
+            with contextlib.suppress(KvhookError, OSError):
+                header = header_of(path)
+                if header.meta.get("session") == self._session and not writer_alive(header):
+                    recover(path, [self._ring_dir])
+                    for ring in rings_of(header, [self._ring_dir]):
+                        ring.unlink()
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """What failed with engine cores in this process, and how often."""
+        return dict(process.faults.counts) if self._plan is not None and self._made_in == forks.generation else {}
 
     def records(self, name: str) -> CoreRecords:
         """The engine cores of this session so far."""
         if self._made_in != forks.generation:
             return open_cores([], name, _FORKED)
         if self._plan is None:
-            return open_cores([], name, _OFF)
+            return open_cores([], name, _OFF if self._options.core == "off" else _NOT_ARMED)
         process.drain()
         return open_cores(files_of(Path(self._plan.stem)), name, process.absent or _why_none(), self._session)
 
@@ -107,10 +142,16 @@ class CoreSide:
         return history_root() / f"{HISTORY_PREFIX}{pid}-{process_start(pid)}-core{self._session}"
 
 
-def _why_none() -> str:
-    """Why no engine core has left anything, as far as can be told from here."""
+def why_not_in_own_process() -> str:
+    """Why an engine core in a process of its own, if it is spawned, is not recorded; "" if it is."""
     wanted = os.environ.get("VLLM_PLUGINS")
     if wanted is not None and "kvhook" not in wanted.split(","):
-        return f"{_NONE_YET}; or: {_PLUGIN_OFF}"
+        return _PLUGIN_OFF
     plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
-    return _NONE_YET if any(p.name == "kvhook" for p in plugins) else f"{_NONE_YET}; or: {_NO_PLUGIN}"
+    return "" if any(plugin.name == "kvhook" for plugin in plugins) else _NO_PLUGIN
+
+
+def _why_none() -> str:
+    """Why no engine core has left anything, as far as can be told from here."""
+    why = why_not_in_own_process()
+    return f"{_NONE_YET}; or: {why}" if why else _NONE_YET

@@ -36,7 +36,7 @@ def install(
     ring_slots: int = RING_SLOTS,
     level: str = "full",
     max_overhead: float | None = None,
-    core: str = "off",
+    core: str = "steps",
 ) -> Session:
     """Record every vLLM engine that is made from now on.
 
@@ -58,8 +58,8 @@ def install(
             level light, and then counts the outputs of every 4th, 16th, 64th step only; the trace says when and why.
         core: ``"steps"``: what the scheduler and the block pool do in each step is recorded inside the engine core, in
             this process or in one of its own (`Session.core_steps` and others). ``"blocks"``: also every event of every
-            KV block (`Session.blocks`), in a file of its own, which takes more. ``"off"``, the default: nothing is done
-            there.
+            KV block (`Session.blocks`), in a file of its own, which takes more. ``"off"``: nothing is done there.
+            ``session.cores().why_none`` says so where a vLLM's engine core cannot be recorded.
 
     Raises:
         RingDirectoryError: there is no place for the ring; the message gives each place that was tried.
@@ -113,7 +113,6 @@ def uninstall() -> None:
         session, _current = _current, None
         if session is not None:
             session.stop_measuring()
-            session.disarm_core()
         hooks.disarm()
         if session is not None:
             session.close()
@@ -145,6 +144,7 @@ def attach(llm: Any) -> Session:
     if hooks.adapter_of(engine) is None:
         raise KvhookError("the engine's class is not from a vLLM that this kvhook knows, so it cannot be recorded")
     hooks.watch(engine, stats_were_on=True)
+    session.attach_core(engine)
     return session
 
 
@@ -173,7 +173,7 @@ def _warn_of_ignored(options: Options, session: Session) -> None:
         ignored["trace"] = str(options.trace)
     if options.level not in ("full", session.level):
         ignored["level"] = options.level
-    if options.core not in ("off", session.options.core):
+    if options.core not in ("steps", session.options.core):
         ignored["core"] = options.core
     if options.max_overhead not in (None, session.options.max_overhead):
         ignored["max_overhead"] = options.max_overhead

@@ -13,12 +13,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from kvhook import forks, hooks
 from kvhook.adapters.columns import STATS_FOR_KVHOOK
 from kvhook.adapters.config import engine_facts
 from kvhook.adapters.publisher import no_sample
+from kvhook.adapters.table import read_path
 from kvhook.discovery.cleaning import HISTORY_PREFIX, prune_histories
 from kvhook.errors import KvhookError
 from kvhook.faults import Faults
@@ -40,14 +41,10 @@ if TYPE_CHECKING:
     from kvhook.adapters.table import Adapter
     from kvhook.options import Options
     from kvhook.recording.budget import Level
-    from kvhook.recording.running import Opened, Running, SoFar
+    from kvhook.recording.running import Opened, Running
     from kvhook.records.core import CoreRecords
-    from kvhook.text.summary import PrintedSummary
-    from kvhook.trace import Trace
 
 log = logging.getLogger("kvhook")
-
-T = TypeVar("T")
 
 #: A slot with every column of the schema takes less than this; used to try out the ring's directory.
 _MOST_SLOT_BYTES = 512
@@ -108,26 +105,6 @@ class Session(Readings):
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
-    def trace(self) -> Trace:
-        """The run so far as a `kvhook.Trace`. Later steps are not in it."""
-        from kvhook.trace import open_files
-
-        more = self._up_to_date()
-        paths, opened, counts = self._opened()
-        return open_files(paths, self.name, more, counts, opened)
-
-    def summary(self, engine: int | None = None) -> PrintedSummary:
-        """The run so far in numbers: ``print`` it for people, ``.as_dict()`` for programs. It is added up while the
-        engine works, so that it takes about as long after ten million steps as after a thousand."""
-        from kvhook.recording.running import summary_so_far
-
-        return self.ask(lambda so_far: summary_so_far(so_far, engine)) or super().summary(engine)
-
-    def ask(self, question: Callable[[SoFar], T]) -> T:
-        """What a function makes of the run so far, which is only valid inside of it. Reads only what is new."""
-        more = self._up_to_date()
-        return self._adding_up().ask(question, self.name, more)
-
     def _up_to_date(self) -> dict[str, Any]:
         """Have all that was published in the files; gives what is known of the run beside them."""
         self._check_own()
@@ -147,12 +124,6 @@ class Session(Readings):
             return self._spool.open()
         except OSError as error:
             raise KvhookError(f"what was recorded is gone: {error.filename}: {error.strerror}") from None
-
-    def _adding_up(self) -> Running:
-        from kvhook.recording.running import Running
-
-        # no lock: the spool's thread asks as well, and `close` waits for it while it holds one
-        return self._running.get("it") or self._running.setdefault("it", Running(self._opened))
 
     def _check_own(self) -> None:
         if self.belongs_to_parent:
@@ -182,8 +153,9 @@ class Session(Readings):
 
     @property
     def faults(self) -> dict[str, int]:
-        """What failed inside kvhook, and how often. Empty in a healthy run."""
-        return dict(self._faults.counts)
+        """What failed inside kvhook, and how often. Empty in a healthy run. What fails in an engine core of its own
+        process is in `cores().facts`, as ``failed``."""
+        return dict(self._faults.counts) | self._core_side.faults
 
     @property
     def level(self) -> str:
@@ -269,6 +241,13 @@ class Session(Readings):
     def arm_core(self) -> None:
         """Record the engine cores that are made from now on, if they are to be recorded."""
         self._core_side.arm()
+
+    def attach_core(self, engine: Any) -> None:
+        """Record the engine core of an engine that exists already, if it is in this process."""
+        adapter = hooks.adapter_of(engine)
+        scheduler = read_path(engine, adapter.schedulers) if adapter is not None and adapter.schedulers else None
+        if hasattr(scheduler, "kv_cache_manager"):
+            self._core_side.attach(scheduler)
 
     def disarm_core(self) -> None:
         """Take kvhook out of the engine cores."""
@@ -392,10 +371,6 @@ class Session(Readings):
     def fault(self, where: str, error: BaseException, then: str) -> None:
         """Something in kvhook failed; see `kvhook.hooks.Owner`."""
         self._faults.fault(where, error, then)
-
-    def _keep_up(self) -> None:
-        """Add up what has come since; the spool's thread calls it now and then."""
-        self._adding_up().keep_up()
 
     def why_no_steps(self) -> str:
         """What to tell a user who sees no steps."""

@@ -306,7 +306,8 @@ class Spool:
 
     def _new_file(self, layout: Layout) -> TraceWriter:
         told = next(iter(self._metas.values()))
-        meta = {key: told[key] for key in ("kvhook", "vllm", "stream", "session") if key in told}
+        names = ("kvhook", "vllm", "stream", "session", *(("engine",) if "stream" in told else ()))
+        meta = {key: told[key] for key in names if key in told}
         file = self._create(layout, meta | {"pid_namespace": pid_namespace()})
         self._made += 1
         self._files.append(file)

@@ -209,6 +209,22 @@ def open_cores(paths: Iterable[Path], name: str, absent: str = "", session: str 
     )
 
 
+def open_rings(rings: Iterable[Path], name: str, parent: int) -> CoreRecords:
+    """What is left of engine cores in their rings.
+
+    Args:
+        rings: rings of engine cores, of whatever process.
+        name: what to call the run.
+        parent: the process that `kvhook.install` was called in.
+    """
+    found: list[list[SlotSource]] = []
+    for path in rings:
+        with contextlib.suppress(KvhookError, OSError), RingReader(path) as reader:
+            if reader.header.meta.get("parent") == parent:
+                found.append([ArraySlots(reader.now(), reader.header)])
+    return CoreRecords(found, name)
+
+
 def _ring(files: list[FileSlots], kinds: Kinds) -> list[SlotSource]:
     """What is still in the ring that these files are copied from, if it is there."""
     engines = Engines(kinds=kinds)

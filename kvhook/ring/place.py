@@ -16,6 +16,8 @@ from kvhook.errors import RingDirectoryError
 
 ENV_DIR = "KVHOOK_DIR"
 RING_SUFFIX = ".ring"
+#: What is recorded -> how its rings are called: of the front end, inside the engine core, and the ledger of blocks.
+RING_SUFFIXES = {"": RING_SUFFIX, "core": ".core", "blocks": ".blocks"}
 
 
 def default_directories() -> list[Path]:

@@ -131,6 +131,8 @@ def _more_on_look_ups(s: Summary) -> Iterator[Line]:
             f"at least {s.prefix_cache_repeated_queries:,} tokens were looked up again: this vLLM does so in each step",
         )
         yield "", f"in which a request waits{also}, and the hit rate is of all look-ups"
+    if s.core is not None and (evicted := s.core.misses.get("evicted")):
+        yield "", f"{evicted.lookups:,} look-ups missed {evicted.tokens:,} tokens that had been evicted before"
     if s.prefix_cache_resets:
         yield "", f"reset {s.prefix_cache_resets:,} times" if s.prefix_cache_resets > 1 else "reset once"
     if s.missed_by_vllm and s.missed_by_vllm.queries:

@@ -23,7 +23,7 @@ _MISSES = {
     "unknown": "reason not known",
 }
 #: A value of LIMITS, for people.
-_LIMITS = {
+LIMITS = {
     "none_waiting": "nobody waited",
     "max_num_seqs": "max_num_seqs",
     "token_budget": "token budget",
@@ -82,7 +82,7 @@ def _again(r: CoreReport) -> Iterator[str]:
 
 def _shares(r: CoreReport) -> str:
     ranked = sorted(r.limited_by.items(), key=lambda item: -item[1])
-    return ", ".join(f"{_LIMITS.get(why, why)} {percent(n / r.num_steps)}" for why, n in ranked[:5])
+    return ", ".join(f"{LIMITS.get(why, why)} {percent(n / r.num_steps)}" for why, n in ranked[:5])
 
 
 def _hits(r: CoreReport) -> Iterator[str]:
@@ -106,8 +106,8 @@ def _hits(r: CoreReport) -> Iterator[str]:
 def _evictions(r: CoreReport) -> Iterator[str]:
     yield _row("evictions", f"{r.num_evicted_blocks:,} blocks")
     if r.num_lookups_of_evicted:
-        when = f"{r.evicted_steps_p50:,.0f} steps, {seconds(r.evicted_seconds_p50)}"
-        yield _row("", f"{r.num_lookups_of_evicted:,} look-ups came too late, by {when} in the middle")
+        when = f"{r.evicted_steps_p50:,.0f} steps ({seconds(r.evicted_seconds_p50)})"
+        yield _row("", f"{r.num_lookups_of_evicted:,} look-ups asked for an evicted block, half of them within {when}")
 
 
 def _preemptions(r: CoreReport) -> Iterator[str]:
@@ -121,7 +121,7 @@ def _preemptions(r: CoreReport) -> Iterator[str]:
 def _room(r: CoreReport) -> Iterator[str]:
     memory = ""
     if r.bytes_per_block:
-        memory = f", {r.num_kv_blocks_peak * r.bytes_per_block / 2**30:.3g} GiB"
+        memory = f", {_bytes(r.num_kv_blocks_peak * r.bytes_per_block)}"
     peak = percent(r.num_kv_blocks_peak / r.num_kv_blocks) if r.num_kv_blocks else "?"
     yield _row("KV blocks", f"peak {r.num_kv_blocks_peak:,} of {r.num_kv_blocks:,} ({peak}{memory})")
     yield _row(
@@ -133,22 +133,26 @@ def _room(r: CoreReport) -> Iterator[str]:
 
 
 def _ledger(b: BlockTimes) -> Iterator[str]:
-    for name, values in (
-        ("lifetime", b.lifetime),
-        ("idle to evicted", b.idle_before_eviction),
-        ("between uses", b.steps_between_uses),
+    for name, what, values in (
+        ("lifetime", "from being cached to being evicted", b.lifetime),
+        ("idle", "from the last use to being evicted", b.idle_before_eviction),
+        ("reuse distance", "between two uses of the same content", b.steps_between_uses),
     ):
         if not math.isnan(values[0]):
-            yield _row(name, f"p50 {values[0]:,.0f}, p90 {values[1]:,.0f}, p99 {values[2]:,.0f} steps")
+            yield _row(name, f"p50 {values[0]:,.0f}, p90 {values[1]:,.0f}, p99 {values[2]:,.0f} steps {what}")
     if b.reuses:
         used = sum(count for times, count in b.reuses.items() if times)
         total = sum(b.reuses.values())
-        yield _row("reuse", f"{percent(used / total)} of {total:,} cached blocks were found again")
+        yield _row("reused", f"{percent(used / total)} of {total:,} cached blocks were found again")
     if not math.isnan(b.evicted_too_early):
         yield _row("too early", f"{percent(b.evicted_too_early)} of the evicted blocks were computed again later")
     for i, prefix in enumerate(b.shared_prefixes):
-        text = f"{prefix.num_tokens:,} tokens in {prefix.num_requests:,} requests ({prefix.digest:016x})"
+        text = f"{prefix.num_tokens:,} tokens in {prefix.num_requests:,} requests (digest {prefix.digest:016x})"
         yield _row("" if i else "shared prefixes", text)
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 2**30:.3g} GiB" if number >= 2**30 / 10 else f"{number / 2**20:.3g} MiB"
 
 
 def _row(name: str, text: str) -> str:

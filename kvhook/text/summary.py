@@ -10,6 +10,7 @@ from kvhook.analysis.distribution import Distribution
 from kvhook.analysis.summary import Summary
 from kvhook.records.levels import tokens_are_known
 from kvhook.text.cache import cache_lines
+from kvhook.text.core_report import LIMITS
 from kvhook.text.numbers import count, percent, rate, seconds
 
 _WIDTH = 16
@@ -121,7 +122,12 @@ def _queue(s: Summary) -> Iterator[str]:
             yield _row("waiting", f"mean {s.num_waiting_reqs_mean:.1f}, peak {s.num_waiting_reqs_peak or 0:,}{each}")
     if s.num_reqs_before:
         yield _row("", f"{_requests(s.num_reqs_before)} in the queue before")
+    yield from (_row("limited by", text) for text in limits(s))
     yield _row("preemptions", count(s.num_preempted_reqs))
+    if s.core is not None and s.core.num_preemptions:
+        lost, again = s.core.num_lost_tokens, s.core.num_recomputed_tokens
+        also = f"{s.core.num_preemptions:,} in the engine core, " * (s.core.num_preemptions != s.num_preempted_reqs)
+        yield _row("", f"{also}{lost:,} computed tokens thrown away, {again:,} computed again")
     reasons = ", ".join(f"{name} {n:,}" for name, n in sorted(s.finished_by_reason.items()))
     if s.num_aborted_reqs and "abort" not in s.finished_by_reason:
         reasons = f"{s.num_aborted_reqs:,} of them aborted"
@@ -129,6 +135,22 @@ def _queue(s: Summary) -> Iterator[str]:
     yield _row("finished", f"{finished}{f' ({reasons})' if reasons else ''}")
     if s.num_reqs_at_end:
         yield _row("", f"{_requests(s.num_reqs_at_end)} still in the queue after the last step")
+
+
+def limits(s: Summary) -> Iterator[str]:
+    """What kept batches from growing, if something often did."""
+    if s.core is None or not s.core.num_steps:
+        return
+    shares = {
+        why: n / s.core.num_steps for why, n in s.core.limited_by.items() if why not in ("none_waiting", "unknown")
+    }
+    often = [f"{LIMITS[why]} {percent(share)}" for why, share in sorted(shares.items(), key=_rank) if share >= 0.01]
+    if often:
+        yield f"{', '.join(often)} of the steps"
+
+
+def _rank(item: tuple[str, float]) -> float:
+    return -item[1]
 
 
 def _requests(number: int) -> str:

@@ -8,10 +8,17 @@ from tests.core.scheduler_here import Driver
 
 
 class Books:
-    """Reads the scheduler and the block pool of a `Driver` around each ``schedule`` and ``update``, block by block."""
+    """Reads the scheduler and the block pool of a `Driver` around each ``schedule`` and ``update``, block by block.
 
-    def __init__(self, driver: Driver) -> None:
+    Args:
+        driver: what is looked at.
+        plain: whether there is one KV group, of full attention.
+    """
+
+    def __init__(self, driver: Driver, plain: bool = True) -> None:
         self.driver, self.rows = driver, list[dict[str, Any]]()
+        #: whether a block holds the tokens of its place in a request
+        self.plain = plain
         self._computed: dict[str, int] = {}
 
     def step(self) -> Any:
@@ -73,7 +80,7 @@ class Books:
             "num_kv_blocks_peak": len(used),
             "num_kv_blocks_cached": sum(1 for b in free if b.block_hash is not None),
             "num_kv_blocks_empty": sum(1 for b in free if b.block_hash is None),
-            "num_kv_tokens": self._tokens_held(used),
+            "num_kv_tokens": self._tokens_held(used) if self.plain else -1,
         }
 
     def _tokens_held(self, used: list[Any]) -> int:

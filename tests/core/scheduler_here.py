@@ -20,6 +20,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 EOS = 1
+#: Tokens that a layer with a sliding window looks back.
+WINDOW = 32
 
 
 class Driver:
@@ -28,10 +30,20 @@ class Driver:
     Args:
         model: folder of a model, of which only the configuration is read.
         blocks: KV blocks of the pool, the null block included.
+        groups: kind of each KV cache group: "full", "sliding" or "mamba".
         settings: arguments of vLLM's ``EngineArgs``.
     """
 
-    def __init__(self, model: str, *, blocks: int, block_size: int = 16, seed: int = 0, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        blocks: int,
+        block_size: int = 16,
+        seed: int = 0,
+        groups: tuple[str, ...] = ("full",),
+        **settings: Any,
+    ) -> None:
         from vllm.engine.arg_utils import EngineArgs
 
         arguments = {"enforce_eager": True, "dtype": "bfloat16", "disable_log_stats": False, **settings}
@@ -39,34 +51,44 @@ class Driver:
         config.cache_config.block_size = block_size
         config.cache_config.num_gpu_blocks = blocks
         self.config, self.block_size, self.random = config, block_size, random.Random(seed)
-        self.scheduler = self._make_scheduler(blocks)
+        self.scheduler = self._make_scheduler(blocks, groups)
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self._hasher = self._make_hasher()
         self.outputs: list[Any] = []
         self.made = 0
 
-    def _make_scheduler(self, blocks: int) -> Any:
+    def _spec(self, kind: str) -> Any:
+        """How the cache of one group is laid out; all take as many bytes for a block."""
         import torch
         from vllm.v1 import kv_cache_interface as interface
-        from vllm.v1.structured_output import StructuredOutputManager
 
-        spec = interface.FullAttentionSpec(
+        name = {"full": "FullAttentionSpec", "sliding": "SlidingWindowSpec", "mamba": "MambaSpec"}[kind]
+        cls = getattr(interface, name)
+        return cls(
             **_fitting(
-                interface.FullAttentionSpec,
+                cls,
                 {
                     "block_size": self.block_size,
                     "num_kv_heads": 1,
                     "head_size": 8,
                     "dtype": torch.float32,
                     "use_mla": False,
+                    **({"sliding_window": WINDOW} if kind == "sliding" else {}),
+                    "shapes": ((16, self.block_size),),
+                    "dtypes": (torch.float32,),
                 },
             )
         )
-        group = interface.KVCacheGroupSpec(["layer"], spec)
+
+    def _make_scheduler(self, blocks: int, kinds: tuple[str, ...]) -> Any:
+        from vllm.v1 import kv_cache_interface as interface
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        groups = [interface.KVCacheGroupSpec([f"layer{i}"], self._spec(kind)) for i, kind in enumerate(kinds)]
         tensors: dict[str, Any] = (
             {"kv_cache_tensors": []} if _takes(interface.KVCacheConfig, "kv_cache_tensors") else {"tensors": {}}
         )
-        cache = interface.KVCacheConfig(num_blocks=blocks, kv_cache_groups=[group], **tensors)
+        cache = interface.KVCacheConfig(num_blocks=blocks, kv_cache_groups=groups, **tensors)
         name = self.config.scheduler_config.scheduler_cls
         cls = _scheduler_class(name)
         more = {"block_size": self.block_size, "hash_block_size": self.block_size}

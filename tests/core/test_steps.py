@@ -160,12 +160,12 @@ def test_a_failure_of_kvhooks_ends_the_recording_and_not_the_engine(driver: Make
     recording = driver(max_model_len=512, seed=1, **SETTINGS["roomy"])
     recording.driver.add([5] * 40, max_tokens=5)
     recording.driver.step()
-    account = recording.recorder._account()
+    account = recording.recorder.account()
 
     def broken(*_: Any) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(account, "_held_tokens", broken)
+    monkeypatch.setattr(account, "_states", broken)
     recording.driver.step()
     assert [str(error) for error in recording.faults] == ["no"]
     assert len(list(recording.driver.run())) == 3

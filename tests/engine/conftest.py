@@ -41,6 +41,7 @@ _V1 = (
     "test_light_own_process.py",
     "test_collector.py",
     "test_check.py",
+    "test_core.py",
     "test_shown.py",
     "settings",
     "test_scripts.py",
@@ -87,10 +88,11 @@ def make_llm(engine_environment: dict[str, str], model: str) -> MakeLLM:
     """
     from vllm import LLM  # type: ignore[import-not-found, unused-ignore]
 
+    vllm_here.stand_numba()
+
     def make(**options: Any) -> Any:
         vllm_here.collect_engines()
-        with vllm_here.after_numba():
-            return LLM(model=model, **vllm_here.options() | options)
+        return LLM(model=model, **vllm_here.options() | options)
 
     return make
 

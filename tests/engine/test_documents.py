@@ -21,14 +21,14 @@ def test_what_a_page_shows_is_what_its_code_prints(
 ):
     import vllm
 
+    vllm_here.stand_numba()
     real, tiny = vllm.LLM, fresh / "models" / "tiny-llama"
     tiny.parent.mkdir()
     tiny.symlink_to(model)
 
     def make(model: str, **options: Any) -> Any:
         vllm_here.collect_engines()  # that of the page before, see make_llm
-        with vllm_here.after_numba():
-            return real(model=str(tiny), **vllm_here.options() | options)
+        return real(model=str(tiny), **vllm_here.options() | options)
 
     monkeypatch.setattr(vllm, "LLM", make)
     folder = fresh / "project"

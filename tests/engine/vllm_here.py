@@ -6,11 +6,9 @@ Read from the contracts (`tests/contracts`), that is from vLLM's code, never fro
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import re
-from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,14 +131,12 @@ def collect_engines() -> None:
     gc.collect()
 
 
-@contextlib.contextmanager
-def after_numba() -> Iterator[None]:
+def stand_numba() -> None:
     """vLLM 0.32 asks every object of every module for its ``vars()``. The n-gram drafter imports numba, which has one
     that answers with something else than a dictionary: no engine could be made after one with that drafter."""
     try:
         from vllm.triton_utils import dispatcher  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
-        yield
         return
 
     def only_dictionaries(value: Any) -> dict[str, Any]:
@@ -148,7 +144,3 @@ def after_numba() -> Iterator[None]:
         return found if isinstance(found, dict) else {}
 
     dispatcher.vars = only_dictionaries
-    try:
-        yield
-    finally:
-        vars(dispatcher).pop("vars", None)  # it may be entered twice

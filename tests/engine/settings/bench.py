@@ -17,7 +17,7 @@ from kvhook.window import Window, position
 from tests.engine import vllm_here
 from tests.engine.settings import cases, release
 from tests.engine.settings.cases import Case, Settings
-from tests.engine.settings.core_view import Request, Step, View
+from tests.engine.settings.core_view import Batch, Request, Step, View
 from tests.engine.settings.drive import Asked, Driver
 from tests.engine.settings.prefix_model import Model, Prediction, Rules
 
@@ -69,6 +69,10 @@ class Ran:
     accounts: list[Any]
     prediction: Prediction
     asynchronous: bool
+    #: what the scheduler and its pool held after each `schedule`, and what kvhook recorded inside the core
+    batches: list[Batch]
+    core_steps: Any
+    core_requests: Any
 
     @property
     def full(self) -> bool:
@@ -164,6 +168,7 @@ class Bench:
 
     def _run(self, case: Case, on: Opened) -> Ran:
         session, view = on.session, on.view
+        core_rows = len(session.core_requests())
         first, rows, before = len(session.steps()), len(session.requests()), position(session.trace())
         latencies, summary = on.latencies(), on.summed()
         # each case begins with an empty cache, and with nothing counted, so that it is the same whatever was run before
@@ -194,6 +199,9 @@ class Bench:
             summary=Window(session.trace(), before).summary(),
             prediction=prediction,
             asynchronous=view.asynchronous,
+            batches=view.batches,
+            core_steps=session.core_steps(),
+            core_requests=session.core_requests()[core_rows:],
         )
 
 
@@ -233,10 +241,10 @@ def of_kind(settings: Settings) -> dict[str, Any]:
 @contextlib.contextmanager
 def forced(settings: Settings) -> Iterator[None]:
     """While an engine lives: what vLLM does not let one have on a CPU, although it works."""
+    vllm_here.stand_numba()
     with contextlib.ExitStack() as stack:
         if settings.kind == "overlapped" and not ON_GPU:
             stack.enter_context(_asynchronous())
-        stack.enter_context(vllm_here.after_numba())
         yield
 
 

@@ -67,6 +67,23 @@ class Output(NamedTuple):
     cached: int | None
 
 
+class Batch(NamedTuple):
+    """What the scheduler and its pool hold as soon as a batch has been put together. All but ``number`` are columns of
+    kvhook's core steps."""
+
+    #: the how-manieth that this scheduler put together, from 0
+    number: int
+    num_running_reqs: int
+    num_waiting_reqs: int
+    num_scheduled_tokens: int
+    num_scheduled_reqs: int
+    num_preempted_reqs: int
+    num_kv_blocks_peak: int
+    num_kv_blocks_cached: int
+    num_kv_blocks_empty: int
+    num_kv_tokens: int
+
+
 @dataclasses.dataclass
 class Step:
     """What the core did while `LLMEngine.step` ran once."""
@@ -117,6 +134,7 @@ class View:
         #: a step gives out what an earlier batch made
         self.asynchronous = bool(getattr(engine.vllm_config.scheduler_config, "async_scheduling", False))
         self._open: Step | None = None
+        self._batches = 0
         self.begin()
 
     def begin(self) -> None:
@@ -124,6 +142,7 @@ class View:
         self.requests: list[Request] = []
         self.steps: list[Step] = []
         self.timeline: list[Event] = []
+        self.batches: list[Batch] = []
         self._number: dict[str, int] = {}
 
     def used(self) -> int:
@@ -192,11 +211,42 @@ class View:
         return call(*args, **kwargs)
 
     def _schedule(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        before = {request.request_id for request in self.scheduler.running}
         found = call(*args, **kwargs)
         step = self._now()
+        self.batches.append(self._batch(found, before))
+        self._batches += 1
         step.scheduled.append({self._number[one]: n for one, n in found.num_scheduled_tokens.items()})
         step.blocks_scheduled.append(self.used())
         return found
+
+    def _batch(self, found: Any, before: set[str]) -> Batch:
+        scheduler, null = self.scheduler, getattr(self.pool, "null_block", None)
+        blocks = [block for block in self.pool.blocks if block is not null]
+        queues = ("waiting", "skipped_waiting", "kv_holding_waiting")
+        return Batch(
+            self._batches,
+            len(scheduler.running),
+            sum(len(getattr(scheduler, name, ())) for name in queues),
+            sum(found.num_scheduled_tokens.values()),
+            len(found.num_scheduled_tokens),
+            len(before - {request.request_id for request in scheduler.running}),
+            sum(1 for block in blocks if block.ref_cnt),
+            sum(1 for block in blocks if not block.ref_cnt and block.block_hash is not None),
+            sum(1 for block in blocks if not block.ref_cnt and block.block_hash is None),
+            self._held(),
+        )
+
+    def _held(self) -> int:
+        """Tokens in the blocks in use, each block once."""
+        manager, held = self.scheduler.kv_cache_manager, dict[int, int]()
+        for request in self.scheduler.running:
+            blocks = manager.get_block_ids(request.request_id)
+            blocks = blocks[0] if blocks and isinstance(blocks[0], (list, tuple)) else blocks
+            size = self.scheduler.vllm_config.cache_config.block_size
+            for i, block in enumerate(blocks):
+                held[block] = max(held.get(block, 0), min(size, max(0, request.num_computed_tokens - i * size)))
+        return sum(held.values())
 
     def _update(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         by_client = call(*args, **kwargs)

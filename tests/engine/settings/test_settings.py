@@ -243,6 +243,45 @@ def test_a_time_to_first_token_for_each_first_output_and_a_latency_for_each_othe
     ran.same("latencies", ran.latencies, {"time_to_first_token": sum(first), "inter_token_latency": sum(rest)})
 
 
+# What is recorded inside the engine core
+
+
+def test_each_batch_of_the_core_is_what_its_scheduler_and_pool_held(ran: Ran):
+    recorded = {int(row["step"]): row for row in ran.core_steps}
+    # with asynchronous scheduling the last batch waits for its result
+    batches = [batch for batch in ran.batches if batch.number in recorded or not ran.asynchronous]
+    assert len(batches) >= len(ran.batches) - 2, ran.say("batches")
+    for column in core_view.Batch._fields[1:]:
+        if column == "num_preempted_reqs" and any(act.what == "reset with the running" for act in acts(ran)):
+            continue  # that preempts all that run, between two batches
+        known = [int(recorded[batch.number][column]) for batch in batches]
+        ran.same(f"{column} of the core", known, [getattr(batch, column) for batch in batches])
+
+
+def acts(ran: Ran) -> list[cases.Act]:
+    return [act for batch in ran.case.batches for act in batch.acts]
+
+
+def test_kinds_of_tokens_and_of_blocks_add_up_in_each_step_of_the_core(ran: Ran):
+    steps = ran.core_steps
+    kinds = ("num_prefill_tokens", "num_recomputed_tokens", "num_decode_tokens", "num_spec_tokens")
+    ran.same("kinds of tokens", sum(steps[k] for k in kinds).tolist(), steps["num_scheduled_tokens"].tolist())
+    assert min(int(steps[kind].min(initial=0)) for kind in kinds) >= 0, ran.say("less than no tokens")
+    states = ("num_kv_blocks_peak", "num_kv_blocks_cached", "num_kv_blocks_empty")
+    ran.same("states of blocks", sum(steps[s] for s in states).tolist(), steps["num_kv_blocks"].tolist())
+
+
+def test_a_request_that_has_ended_has_a_life_in_the_core(ran: Ran):
+    lives = {(int(r["request_id"]), max(0, int(r["sample"]))): r for r in ran.core_requests}
+    ran.same("lives", len(lives), len(ran.core_requests))
+    for asked, sample, request in everything(ran):
+        life = lives.pop((int(asked.id), sample.index))
+        ran.same(f"prompt of {request.id}", int(life["num_prompt_tokens"]), len(request.prompt))
+        if request.finished:
+            ran.same(f"tokens of {request.id}", int(life["num_generation_tokens"]), len(request.tokens))
+    ran.same("lives of others", list(lives), [])
+
+
 # The reference model
 
 

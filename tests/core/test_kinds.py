@@ -1,0 +1,104 @@
+"""Models beyond plain attention: what is counted is right, and what cannot be said is absent with a reason."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.core.books import Books
+from tests.core.conftest import Recording
+
+Make = Callable[..., Recording]
+
+#: Settings under which blocks run short.
+SHORT = {"max_num_seqs": 8, "max_num_batched_tokens": 96, "max_model_len": 512}
+KINDS: dict[str, tuple[str, ...]] = {
+    "sliding window": ("sliding",),
+    "full and sliding": ("full", "sliding"),
+    "full, sliding and sliding": ("full", "sliding", "sliding"),
+    "full and mamba": ("full", "mamba"),
+}
+COUNTS = (
+    "num_scheduled_tokens",
+    "num_scheduled_reqs",
+    "num_preempted_reqs",
+    "num_running_reqs",
+    "num_kv_blocks_peak",
+    "num_kv_blocks_cached",
+    "num_kv_blocks_empty",
+    "num_kv_blocks_used",
+)
+
+
+def record(driver: Make, kind: str, seed: int, **more: Any) -> tuple[Recording, Books]:
+    blocks = 40 * len(KINDS[kind])
+    try:
+        recording = driver(blocks=blocks, seed=seed, groups=KINDS[kind], **SHORT, **more)
+    except (AssertionError, NotImplementedError, AttributeError, TypeError, ValueError) as error:
+        pytest.skip(f"this vLLM has no such cache: {type(error).__name__}: {error}")
+    rng, books = random.Random(seed), Books(recording.driver, plain=False)
+    stem = [rng.randrange(2, 500) for _ in range(100)]
+    for _ in range(25):
+        tail = [rng.randrange(2, 500) for _ in range(rng.randrange(5, 100))]
+        recording.driver.add(stem + tail if rng.random() < 0.5 else tail, max_tokens=rng.randrange(1, 60))
+    books.run()
+    return recording, books
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_and_tokens_of_every_step_are_what_the_core_holds(driver: Make, kind: str):
+    recording, books = record(driver, kind, 1)
+    steps = recording.read().steps()
+    assert len(steps) == len(books.rows)
+    for column in COUNTS:
+        assert steps[column].tolist() == [row[column] for row in books.rows], column
+    taken = steps["num_kv_blocks_allocated"] + steps["num_kv_blocks_revived"] - steps["num_kv_blocks_freed"]
+    assert (np.cumsum(taken) == steps["num_kv_blocks_used"]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_in_blocks_are_absent_with_a_reason_and_the_kinds_of_work_are_not(driver: Make, kind: str):
+    recording, _ = record(driver, kind, 2)
+    cores = recording.read()
+    assert "num_kv_tokens" in cores.absent
+    assert "num_kv_tokens" not in cores.steps().dtype.names
+    steps, requests = cores.steps(), cores.requests()
+    kinds = ("num_prefill_tokens", "num_recomputed_tokens", "num_decode_tokens", "num_spec_tokens")
+    assert (np.sum([steps[k] for k in kinds], axis=0) == steps["num_scheduled_tokens"]).all()
+    for column in ("num_prefill_tokens", "num_recomputed_tokens"):
+        assert requests[column].sum() == steps[column].sum()
+    (facts,) = cores.facts
+    assert [group["kind"] for group in facts["kv_groups"]] == [
+        {"full": "FullAttentionSpec", "sliding": "SlidingWindowSpec", "mamba": "MambaSpec"}[one] for one in KINDS[kind]
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ledger_of_several_groups_is_consistent(driver: Make, kind: str):
+    recording, _ = record(driver, kind, 3, ledger=True)
+    cores = recording.read()
+    steps, events = cores.steps(), cores.blocks()
+    for event, column in (
+        ("allocate", "num_kv_blocks_allocated"),
+        ("hit", "num_kv_blocks_reused"),
+        ("free", "num_kv_blocks_freed"),
+        ("evict", "num_kv_blocks_evicted"),
+    ):
+        assert (events["event"] == event).sum() == steps[column].sum(), event
+    assert set(events["group"].tolist()) <= set(range(len(KINDS[kind])))
+
+
+def test_a_miss_with_several_groups_has_no_reason_that_might_be_wrong(driver: Make):
+    recording, _ = record(driver, "full and sliding", 4)
+    reasons = set(recording.read().lookups()["miss_reason"].tolist())
+    assert reasons <= {"none", "short", "unknown", "not_looked_up"}
+
+
+def test_data_parallel_ranks_say_who_they_are(driver: Make):
+    recording = driver(blocks=40, **SHORT)
+    (facts,) = recording.read().facts
+    assert (facts["data_parallel_rank"], facts["data_parallel_size"]) == (0, 1)
