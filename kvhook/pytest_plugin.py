@@ -47,7 +47,7 @@ class Recording:
         from kvhook.window import position
 
         self.session = session
-        self._after = {} if whole else position(session.trace())
+        self._after = {} if whole else session.ask(lambda so_far: position(so_far.run))
         self._whole = whole
 
     def trace(self) -> Trace:
@@ -74,9 +74,9 @@ class Recording:
         """Every single TTFT or inter-token latency, see `kvhook.Trace.latencies`."""
         return self.trace().latencies(series)
 
-    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False, compress: bool = False) -> list[Path]:
         """Write this test's part to a file, see `kvhook.Trace.dump`."""
-        return self.trace().dump(path, overwrite=overwrite)
+        return self.trace().dump(path, overwrite=overwrite, compress=compress)
 
 
 _RECORDING = pytest.StashKey[Recording]()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvhook.analysis.summary import summarize
+from kvhook.analysis.summarize import summarize
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.export import export
 from kvhook.records.core import CoreRecords, core_files, is_of_core, open_cores
@@ -76,11 +76,13 @@ class Trace(Records):
         """
         return printed(summarize(self, engine, self.cores()))
 
-    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False, compress: bool = False) -> list[Path]:
         """Write the whole run to a file; its suffix says how: ``.jsonl``, ``.csv`` or ``.kvh``.
 
         Args:
             overwrite: replace a file that is there; without it, that is an error.
+            compress: a ``.kvh`` file in a tenth of the space, which opens like any other. With zstd where that is
+                installed (``pip install "kvhook[fast]"``), else with zlib.
 
         Returns:
             The files that were written (CSV: steps and requests are two tables).
@@ -89,7 +91,7 @@ class Trace(Records):
             ExportError: unknown suffix, or the file exists.
             OSError: it cannot be written; what was there before is untouched.
         """
-        return export(self, Path(path), overwrite=overwrite)
+        return export(self, Path(path), overwrite=overwrite, compress=compress)
 
 
 def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Trace:

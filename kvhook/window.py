@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kvhook.records.run import Run
 from kvhook.records.sources import LaterSlots
 from kvhook.trace import Trace
 
@@ -23,6 +24,6 @@ class Window(Trace):
         super().__init__([LaterSlots(source, after) for source in trace.sources], trace.name, more, facts, after)
 
 
-def position(trace: Trace) -> dict[int, int]:
+def position(run: Run) -> dict[int, int]:
     """Engine -> its last record so far."""
-    return {engine["engine"]: trace.engines.last_record(engine["engine"]) for engine in trace.meta["engines"]}
+    return {engine["engine"]: run.engines.last_record(engine["engine"]) for engine in run.meta["engines"]}

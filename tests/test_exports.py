@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -15,6 +16,9 @@ import pytest
 
 import kvhook
 from kvhook.errors import ExportError
+from kvhook.export import cells
+from kvhook.records.rows import rows
+from tests.ring.synthetic import Recording
 from tests.standin import NO_STATS, fake_vllm, step_stats
 
 NAMES = {".csv": ["run.csv", "run.requests.csv"], ".jsonl": ["run.jsonl"], ".kvh": ["run.kvh"]}
@@ -121,6 +125,69 @@ def test_kvh_of_a_kvh_is_the_same_again(recorded: kvhook.Session, tmp_path: Path
     a, b = kvhook.open(tmp_path / "a.kvh"), kvhook.open(tmp_path / "b.kvh")
     assert a.steps().tobytes() == b.steps().tobytes()
     assert a.summary().as_dict() == b.summary().as_dict()
+
+
+def plain_csv(trace: kvhook.Trace) -> list[bytes]:
+    """Both tables by Python's own writer, a row at a time."""
+    texts = {"step": io.StringIO(newline=""), "request": io.StringIO(newline="")}
+    writers = {k: csv.DictWriter(t, ["engine", *(c.name for c in trace.columns(k))]) for k, t in texts.items()}
+    for writer in writers.values():
+        writer.writeheader()
+    for kind, batch in rows(trace):
+        writers[kind].writerows(batch)
+    return [text.getvalue().encode() for text in texts.values()]
+
+
+def plain_lines(trace: kvhook.Trace) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {"step": [], "request": []}
+    for kind, batch in rows(trace):
+        found[kind] += [json.dumps({"kind": kind, **row}) for row in batch]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent / "data").glob("*.kvh")), ids=lambda path: path.stem)
+def test_csv_and_jsonl_are_to_the_byte_what_pythons_own_writers_make(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cells, "orjson", None)
+    monkeypatch.setattr(cells, "ROWS", 17)
+    trace = kvhook.open(path)
+    assert [p.read_bytes() for p in trace.dump(tmp_path / "run.csv")] == plain_csv(trace)
+    (written,) = trace.dump(tmp_path / "run.jsonl")
+    lines = written.read_text().splitlines()[1:]
+    for kind, want in plain_lines(trace).items():
+        assert [line for line in lines if line.startswith(f'{{"kind": "{kind}"')] == want
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent / "data").glob("*.kvh")), ids=lambda path: path.stem)
+def test_with_orjson_they_hold_the_same_values(path: Path, tmp_path: Path):
+    pytest.importorskip("orjson")
+    trace = kvhook.open(path)
+    (written,) = trace.dump(tmp_path / "run.jsonl")
+    lines = [json.loads(line) for line in written.read_text().splitlines()[1:]]
+    for kind, want in plain_lines(trace).items():
+        assert [line for line in lines if line["kind"] == kind] == [json.loads(line) for line in want]
+    for written, plain in zip(trace.dump(tmp_path / "run.csv"), plain_csv(trace), strict=True):
+        got, expected = (list(csv.reader(io.StringIO(b.decode(), newline=""))) for b in (written.read_bytes(), plain))
+        assert [[number(c) for c in row] for row in got] == [[number(c) for c in row] for row in expected]
+
+
+def number(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+def test_what_is_no_number_in_json_is_written_as_python_writes_it(tmp_path: Path):
+    recording = Recording(tmp_path / "rings")
+    recording.step(itl_sum=math.inf)
+    recording.step(itl_sum=-math.inf, ttft_sum=1e-300)
+    trace = kvhook.open(recording.path)
+    (written,) = trace.dump(tmp_path / "run.jsonl")
+    infinite = [json.loads(line)["itl_sum"] for line in written.read_text().splitlines()[1:]]
+    assert infinite == [math.inf, -math.inf]
+    assert trace.dump(tmp_path / "run.csv")[0].read_bytes() == plain_csv(trace)[0]
 
 
 # Bad days

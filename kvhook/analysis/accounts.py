@@ -11,12 +11,12 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from kvhook.analysis.lookups import ONCE, how_counted
-from kvhook.analysis.queue import Queue, queue_of
-from kvhook.records.columns import Table, has, texts, total, with_stats
-from kvhook.records.levels import steps_by_level, tokens_are_known
+from kvhook.analysis.part import Part
+from kvhook.analysis.queue import Queue, together
+from kvhook.analysis.request_totals import Prompts
+from kvhook.analysis.totals import Totals
+from kvhook.records.levels import tokens_are_known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +61,18 @@ _ABORTED = "vLLM does not say how far requests were when they were aborted"
 _V0 = "V0 leaves requests out of its stats that it processes early"
 
 
-def accounts(steps: Table, requests: Table, engines: Sequence[dict[str, Any]], missing: int = 0) -> list[Account]:
+def accounts(totals: Totals, whole: Part, missing: int = 0) -> list[Account]:
     """Every account that this vLLM and this level give the numbers for.
 
     Args:
-        steps: of all engines.
-        requests: of all engines.
-        engines: their facts.
+        totals: of the run.
+        whole: all of its engines.
         missing: records that are not there.
     """
     found: list[Account] = []
-    for group in _groups(engines):
-        numbers = [e["engine"] for e in group]
-        mine = steps[np.isin(steps["engine"], numbers)]
-        if len(mine):
-            part = _Part(mine, requests[np.isin(requests["engine"], numbers)], group, missing)
+    for group in _groups(whole.engines):
+        part = _Side(totals, group, whole.columns, missing)
+        if part.steps.steps:
             made = (_hits(part), _prompts(part), _generated(part), _queue(part), _blocks(part), _whole_blocks(part))
             found += [account for account in made if account is not None]
     return found
@@ -91,36 +88,29 @@ def _groups(engines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(groups.values())
 
 
-class _Part:
+class _Side(Part):
     """What the accounts of an engine are made from."""
 
-    def __init__(self, steps: Table, requests: Table, engines: list[dict[str, Any]], missing: int) -> None:
-        self.steps, self.requests, self.engines, self.missing = steps, requests, engines, missing
+    def __init__(
+        self, totals: Totals, engines: list[dict[str, Any]], columns: dict[str, frozenset[str]], missing: int
+    ) -> None:
+        super().__init__(totals, engines, columns)
+        self.missing = missing
         self.facts = engines[0]
         self.how = how_counted(str(self.facts.get("vllm") or ""))
-        levels = steps_by_level(steps)
+        levels = self.steps.by_level
         self.tokens_known = tokens_are_known(levels)
-        self.all_full = levels.keys() <= {"full"} and len(requests.dtype.names or ()) > 1
-        self.queue: Queue | None = queue_of(steps, requests) if len(engines) == 1 else None
-        self.pooling = is_pooling(steps, requests, engines)
-        self.known = with_stats(steps)
+        self.all_full = levels.keys() <= {"full"} and bool(columns["request"])
+        self.queue: Queue | None = queue_of_all(totals, self) if len(engines) == 1 else None
+        self.pooling = is_pooling(self)
 
-    def total(self, name: str) -> int:
-        return total(self.steps, name) or 0
-
-    def column(self, name: str) -> Any:
-        """Of the requests, without those for which it is not known."""
-        values = self.requests[name]
-        return values[values >= 0]
-
-    def unknown(self, name: str) -> int:
-        """Requests for which a number is not known."""
-        return int((self.requests[name] < 0).sum()) if has(self.requests, name) else 0
+    def sum(self, column: str) -> int:
+        return self.total(column) or 0
 
     def common(self) -> list[Reason]:
         """Reasons that any account of the requests' tokens may have."""
         reasons = []
-        begins_late = self.queue.before > 0 if self.queue else int(self.steps["step"][0]) > 0
+        begins_late = self.queue.before > 0 if self.queue else (self.steps.first or (0, 0))[1] > 0
         busy = self.queue.at_end > 0 if self.queue else self._busy_at_end()
         if begins_late:
             reasons.append(Reason(_BEFORE, less=ANY))
@@ -133,8 +123,8 @@ class _Part:
         return reasons
 
     def _busy_at_end(self) -> bool:
-        names = [n for n in ("num_running_reqs", "num_waiting_reqs") if has(self.known, n)]
-        return bool(len(self.known)) and any(int(self.known[n][-1]) > 0 for n in names)
+        states = self.steps.last_known[1] if self.steps.last_known else {}
+        return any(value > 0 for name, value in states.items() if self.has(name))
 
     def account(
         self, name: str, unit: str, sides: tuple[str, str], left: int, right: int, reasons: Iterable[Reason]
@@ -147,65 +137,65 @@ class _Part:
         return Account(name, unit, *sides, left, right, difference, why, ok, tuple(e["engine"] for e in self.engines))
 
 
-def _hits(part: _Part) -> Account | None:
+def _hits(part: _Side) -> Account | None:
     """Tokens found in look-ups against the cached tokens of requests; at level light, against those of the steps."""
-    if not has(part.steps, "prefix_cache_hits") or not part.tokens_known:
+    if not part.has("prefix_cache_hits") or not part.tokens_known:
         return None
-    if part.all_full and has(part.requests, "num_cached_tokens"):
-        right, whose = int(part.column("num_cached_tokens").sum()), "cached tokens of requests"
-    elif has(part.steps, "num_prompt_tokens_cached") and part.facts.get("splits_prompt_tokens") is not False:
-        right, whose = part.total("num_prompt_tokens_cached"), "cached prompt tokens of steps"
+    if part.all_full and part.has_request("num_cached_tokens"):
+        right, whose = part.requests.sums["num_cached_tokens"], "cached tokens of requests"
+    elif part.has("num_prompt_tokens_cached") and part.facts.get("splits_prompt_tokens") is not False:
+        right, whose = part.sum("num_prompt_tokens_cached"), "cached prompt tokens of steps"
     else:
         return None
-    hits, external = part.total("prefix_cache_hits"), part.total("connector_prefix_cache_hits")
+    hits, external = part.sum("prefix_cache_hits"), part.sum("connector_prefix_cache_hits")
     reasons = part.common()
-    if part.unknown("num_cached_tokens") or part.total("num_aborted_reqs"):
+    unknown = part.requests.unknown["num_cached_tokens"] if part.has_request("num_cached_tokens") else 0
+    if unknown or part.sum("num_aborted_reqs"):
         reasons.append(Reason(_ABORTED, more=ANY))
-    if part.how != ONCE and has(part.known, "num_waiting_reqs") and (part.known["num_waiting_reqs"] > 0).any():
+    if part.how != ONCE and part.has("num_waiting_reqs") and part.steps.waited:
         reasons.append(Reason("this vLLM looks up a waiting request again in each step", more=ANY))
-    if part.total("num_preempted_reqs") and not has(part.steps, "prefix_cache_preempted_hits"):
+    if part.sum("num_preempted_reqs") and not part.has("prefix_cache_preempted_hits"):
         reasons.append(Reason("this vLLM counts the look-ups of re-admitted requests as new ones", more=ANY))
-    elif part.how != ONCE and (again := part.total("prefix_cache_preempted_hits")):
+    elif part.how != ONCE and (again := part.sum("prefix_cache_preempted_hits")):
         reasons.append(Reason("requests were re-admitted before their first token", hits, again))
-    if external or part.total("num_prompt_tokens_external"):
-        more = max(external, part.total("num_prompt_tokens_external"))
+    if external or part.sum("num_prompt_tokens_external"):
+        more = max(external, part.sum("num_prompt_tokens_external"))
         reasons.append(Reason("the KV connector's tokens", more, more))
     sides = ("tokens found in look-ups", whose)
     return part.account("cached tokens", "tokens", sides, hits + external, right, reasons)
 
 
-def _prompts(part: _Part) -> Account | None:
+def _prompts(part: _Side) -> Account | None:
     """Prompt tokens computed and cached, of the steps, against the prompts of requests that had their first token."""
     names = ("num_prompt_tokens", "num_generation_tokens")
-    if not part.all_full or not has(part.steps, names[0]) or not all(has(part.requests, n) for n in names):
+    if not part.all_full or not part.has(names[0]) or not all(map(part.has_request, names)):
         return None
     split = ("num_prompt_tokens_computed", "num_prompt_tokens_cached")
-    halves = all(has(part.steps, name) for name in split)
-    left = sum(part.total(name) for name in split) if halves else part.total("num_prompt_tokens")
-    prompts = part.requests["num_prompt_tokens"]
-    gone = np.isin(texts(part.requests, "finish_reason"), ("abort", "error"))
-    begun = ~gone if part.pooling else part.requests["num_generation_tokens"] > 0
+    halves = all(map(part.has, split))
+    left = sum(part.sum(name) for name in split) if halves else part.sum("num_prompt_tokens")
+    with_first_token, ended = Prompts(), Prompts()
+    for (gone, generated), prompts in part.requests.prompts.items():
+        (with_first_token if (not gone if part.pooling else generated) else ended).add(prompts)
     reasons = part.common()
-    ended = prompts[~begun]
-    if len(ended):
-        reasons.append(Reason(_UNFINISHED, ANY if (ended < 0).any() else int(ended.sum())))
+    if ended.count:
+        reasons.append(Reason(_UNFINISHED, ANY if ended.unknown else ended.tokens))
     sides = ("prompt tokens computed and cached" if halves else "prompt tokens of steps", "prompts of requests")
-    return part.account("prompt tokens", "tokens", sides, left, int(prompts[begun].sum()), reasons)
+    return part.account("prompt tokens", "tokens", sides, left, with_first_token.tokens, reasons)
 
 
-def _generated(part: _Part) -> Account | None:
+def _generated(part: _Side) -> Account | None:
     """Tokens generated in steps against those of the requests."""
     name = "num_generation_tokens"
-    if not part.all_full or not has(part.steps, name) or not has(part.requests, name):
+    if not part.all_full or not part.has(name) or not part.has_request(name):
         return None
     reasons = part.common()
-    if part.unknown(name):
+    if part.requests.unknown[name]:
         reasons.append(Reason(_ABORTED, more=ANY))
     sides = ("tokens generated in steps", "generated tokens of requests")
-    return part.account("generated tokens", "tokens", sides, part.total(name), int(part.column(name).sum()), reasons)
+    return part.account("generated tokens", "tokens", sides, part.sum(name), part.requests.sums[name], reasons)
 
 
-def _queue(part: _Part) -> Account | None:
+def _queue(part: _Side) -> Account | None:
     """Requests that were there or were added against those that finished or are still there."""
     q = part.queue
     if q is None:
@@ -223,40 +213,43 @@ def _queue(part: _Part) -> Account | None:
     return part.account("requests", "requests", sides, q.before + q.added, q.finished + q.at_end, reasons)
 
 
-def _blocks(part: _Part) -> Account | None:
+def _blocks(part: _Side) -> Account | None:
     """Steps in which more blocks were in use than there are, or more at the end than at the peak."""
-    known = part.known
-    if not has(known, "num_kv_blocks") or not has(known, "num_kv_blocks_used"):
+    if not part.has("num_kv_blocks") or not part.has("num_kv_blocks_used"):
         return None
-    blocks, used = known["num_kv_blocks"], known["num_kv_blocks_used"]
-    peak = known["num_kv_blocks_peak"] if has(known, "num_kv_blocks_peak") else np.full(len(known), -1)
-    impossible = (blocks >= 0) & ((used > blocks) | (peak > blocks))
-    above = (peak >= 0) & (used > peak)
     reasons = []
     ahead = part.facts.get("async_scheduling") is True or (part.facts.get("pipeline_parallel_size") or 1) > 1
-    if ahead or part.total("connector_prefix_cache_queries"):
-        reasons.append(Reason("the next step was scheduled before this one ended", more=int(above.sum())))
+    if ahead or part.sum("connector_prefix_cache_queries"):
+        reasons.append(Reason("the next step was scheduled before this one ended", more=part.steps.blocks_above_peak))
     sides = ("steps with more blocks in use than there can be", "none")
-    return part.account("blocks in use", "steps", sides, int((impossible | above).sum()), 0, reasons)
+    return part.account("blocks in use", "steps", sides, part.steps.impossible_blocks, 0, reasons)
 
 
-def _whole_blocks(part: _Part) -> Account | None:
+def _whole_blocks(part: _Side) -> Account | None:
     """What is found are whole blocks, where the model has one kind of layers."""
     size = part.facts.get("block_size")
-    if not has(part.steps, "prefix_cache_hits") or not size or part.facts.get("num_kv_cache_groups") != 1:
+    if not part.has("prefix_cache_hits") or not size or part.facts.get("num_kv_cache_groups") != 1:
         return None
-    hits = part.steps["prefix_cache_hits"]
+    whole = sum(hits // size * size * steps for hits, steps in part.steps.hits.items())
     sides = ("tokens found in look-ups", f"whole blocks of {size} tokens among them")
-    return part.account("whole blocks", "tokens", sides, int(hits.sum()), int((hits // size * size).sum()), [])
+    return part.account("whole blocks", "tokens", sides, part.sum("prefix_cache_hits"), whole, [])
 
 
-def is_pooling(steps: Table, requests: Table, engines: Iterable[dict[str, Any]]) -> bool:
+def queue_of_all(totals: Totals, part: Part) -> Queue | None:
+    """The requests of engines that made steps, together; None where it is not known of each."""
+    needed = ("num_added_reqs", "num_finished_reqs", "num_running_reqs", "num_waiting_reqs")
+    if not all(map(part.has, needed)):
+        return None
+    return together(totals.queue(e["engine"]) for e in part.engines if totals.of([e["engine"]]).steps.steps)
+
+
+def is_pooling(part: Part) -> bool:
     """Whether these engines pool rather than generate: vLLM says so, or nothing was generated for finished requests."""
-    types = {e.get("runner_type") for e in engines}
+    types = {e.get("runner_type") for e in part.engines}
     if types != {None}:
         return types == {"pooling"}
-    ended = total(steps, "num_finished_reqs") or 0
-    aborted = total(steps, "num_aborted_reqs") or 0
-    of_steps = total(steps, "num_generation_tokens")
-    of_requests = total(requests, "num_generation_tokens") or 0
-    return bool(ended > aborted and total(steps, "num_prompt_tokens")) and of_steps == 0 and of_requests <= 0
+    ended = part.total("num_finished_reqs") or 0
+    aborted = part.total("num_aborted_reqs") or 0
+    of_steps = part.total("num_generation_tokens")
+    of_requests = part.requests.generated if part.has_request("num_generation_tokens") else 0
+    return bool(ended > aborted and part.total("num_prompt_tokens")) and of_steps == 0 and of_requests <= 0

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvhook.analysis.summary import Summary, summarize
+from kvhook.analysis.summarize import summarize
+from kvhook.analysis.summary import Summary
 from kvhook.records.columns import Table, floats, step_seconds, total, with_stats
 from kvhook.records.core import CoreRecords
 from kvhook.records.rows import as_rows

@@ -26,6 +26,10 @@ class Distribution:
     max: float
 
 
+#: Of no values.
+NOTHING = Distribution(0, *[float("nan")] * 5)
+
+
 def distribution(values: npt.ArrayLike, counts: npt.ArrayLike | None = None) -> Distribution:
     """Describe values, each of which occurred `counts` times (once, if not given)."""
     v = np.asarray(values, np.float64)
@@ -33,8 +37,7 @@ def distribution(values: npt.ArrayLike, counts: npt.ArrayLike | None = None) -> 
     keep = (c > 0) & ~np.isnan(v)
     v, c = v[keep], c[keep]
     if not len(v):
-        nan = float("nan")
-        return Distribution(0, nan, nan, nan, nan, nan)
+        return NOTHING
     total = int(c.sum())
     p50, p90, p99 = quantiles(v, c, (0.5, 0.9, 0.99))
     return Distribution(total, float((v * c).sum() / total), p50, p90, p99, float(v.max()))

@@ -27,6 +27,9 @@ TOTALS = (
 #: ``t`` is monotonic, to compare with; ``timestamp`` is Unix time, to show. Both in seconds.
 COLUMNS = ("t", "timestamp", *STATES, *TOTALS)
 
+#: Columns of the steps that a history is made from; of those that are not always there, what there is.
+NEEDED = ("t_end_ns", "has_scheduler_stats", "has_iteration_stats", "level", *STATES, *TOTALS)
+
 History = npt.NDArray[np.void]
 
 _TYPE = np.dtype([(name, "<f8") for name in COLUMNS])

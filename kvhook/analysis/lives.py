@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from kvhook.records.columns import Table, floats, has_times, with_stats
+if TYPE_CHECKING:
+    from kvhook.analysis.part import Part
+    from kvhook.analysis.totals import Totals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,46 +34,39 @@ class EngineLife:
     overlaps: bool
 
 
-def lives(steps: Table, engines: Iterable[dict[str, Any]]) -> list[EngineLife]:
+def lives(totals: Totals, part: Part) -> list[EngineLife]:
     """The engines that made steps, in the order in which they began.
 
     Args:
-        steps: of all of them.
-        engines: their facts.
+        totals: of the run.
+        part: the engines.
     """
     found = []
-    for facts in engines:
-        mine = steps[steps["engine"] == facts["engine"]]
-        if not len(mine):
+    for facts in part.engines:
+        steps = totals.of([facts["engine"]]).steps
+        if not steps.steps:
             continue
-        known = with_stats(mine)
-        running, waiting = _peak(known, "num_running_reqs"), _peak(known, "num_waiting_reqs")
-        began, ended = span(mine)
+        running, waiting = (
+            peak if part.has(name) and (peak := steps.known_peaks.get(name, -1)) >= 0 else None
+            for name in ("num_running_reqs", "num_waiting_reqs")
+        )
+        began, ended = steps.span
+        usage = steps.usage.largest if part.has("kv_cache_usage") else -1
         found.append(
             EngineLife(
                 engine=facts["engine"],
-                steps=len(mine),
+                steps=steps.steps,
                 began=began / 1e9,
                 ended=ended / 1e9,
                 num_kv_blocks=facts.get("num_kv_blocks") or None,
-                kv_cache_usage_peak=_peak(known, "kv_cache_usage"),
-                num_running_reqs_peak=None if running is None else int(running),
-                num_waiting_reqs_peak=None if waiting is None else int(waiting),
+                kv_cache_usage_peak=usage if usage >= 0 else None,
+                num_running_reqs_peak=running,
+                num_waiting_reqs_peak=waiting,
                 overlaps=False,
             )
         )
     found.sort(key=lambda life: (life.began, life.engine))
     return [dataclasses.replace(life, overlaps=_overlaps(life, found)) for life in found]
-
-
-def span(steps: Table) -> tuple[int, int]:
-    """When the first of these steps began and the last one ended, in nanoseconds; there must be some.
-
-    A record without times may have been written long after the last step, for a request that was aborted.
-    """
-    timed = steps[has_times(steps)]
-    timed = timed if len(timed) else steps
-    return int(timed["t_start_ns"].min()), int(timed["t_end_ns"].max())
 
 
 def most_blocks(found: Sequence[EngineLife]) -> int | None:
@@ -85,9 +80,3 @@ def most_blocks(found: Sequence[EngineLife]) -> int | None:
 
 def _overlaps(life: EngineLife, all_of_them: Iterable[EngineLife]) -> bool:
     return any(o.engine != life.engine and o.began < life.ended and life.began < o.ended for o in all_of_them)
-
-
-def _peak(known: Table, name: str) -> float | None:
-    values = floats(known, name)
-    values = values[values >= 0]
-    return float(values.max()) if len(values) else None

@@ -1,7 +1,6 @@
 """What the numbers of the prefix cache's look-ups mean.
 
-Which of them vLLM's own counters missed, which are repeated, which prompt tokens were never looked up, and which hits
-the samples of one prompt had from each other.
+Which of them vLLM's own counters missed, which are repeated, and which prompt tokens were never looked up.
 
 vLLM has changed what it counts:
 
@@ -19,15 +18,11 @@ from 0.27           tokens   once, when it is admitted          apart, once per 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
+from kvhook.analysis.part import Part
 from kvhook.analysis.queue import Queue
-from kvhook.records.columns import Table, has, total, with_stats
-from kvhook.records.levels import level_codes
+from kvhook.analysis.totals import Totals
 
 ONCE, AGAIN_WHILE_WAITING, AGAIN_AND_READMITTED, IN_BLOCKS = "once", "again", "again, and when re-admitted", "in blocks"
 
@@ -52,64 +47,17 @@ class Missed(NamedTuple):
     hits: int
 
 
-def missed_by_vllm(steps: Table, engines: Iterable[Mapping[str, Any]]) -> Missed | None:
+def missed_by_vllm(part: Part, totals: Totals) -> Missed | None:
     """What was looked up in steps whose stats vLLM's front end did not pass on to its loggers.
 
     None where that cannot be told: the user's stats are off, so that there are no counters, or the level is light.
     """
-    counting = [e["engine"] for e in engines if e.get("stats_on") is True]
-    if not has(steps, "scheduler_stats_logged") or not has(steps, "prefix_cache_queries"):
+    if not part.has("scheduler_stats_logged") or not part.has("prefix_cache_queries"):
         return None
-    mine = with_stats(steps[np.isin(steps["engine"], counting) & (level_codes(steps) == 0)])
-    if not len(mine):
+    steps = totals.of([e["engine"] for e in part.engines if e.get("stats_on") is True]).steps
+    if not steps.logged_known:
         return None
-    dropped = mine[mine["scheduler_stats_logged"] == 0]
-    looked = dropped[dropped["prefix_cache_queries"] > 0]
-    return Missed(len(looked), total(looked, "prefix_cache_queries") or 0, total(looked, "prefix_cache_hits") or 0)
-
-
-class SiblingHits(NamedTuple):
-    """Tokens that the samples of one prompt (``n > 1``) found.
-
-    Args:
-        prompts: prompts with several samples.
-        siblings: cached tokens that samples had from other samples of their prompt.
-        others: cached tokens of all requests that other prompts, or earlier runs of the same one, had left there.
-    """
-
-    prompts: int
-    siblings: int
-    others: int
-
-
-def sibling_hits(requests: Table) -> SiblingHits | None:
-    """Tell the hits of samples among each other from hits across prompts; None if no prompt has several samples.
-
-    The sample that is looked up first finds what others had left in the cache, and no sibling has computed anything
-    yet. Each of the n samples would find at least that much without the others: ``n * min(num_cached_tokens)`` of
-    their hits need no sibling, and the rest does. It is an estimate where blocks are evicted between the look-ups of
-    two samples, or where another prompt brings the same beginning meanwhile. An aborted sample whose cached tokens
-    are not known is left out.
-    """
-    names = ("request_id", "sample_index", "num_cached_tokens")
-    if not all(has(requests, name) for name in names) or not (requests["sample_index"] > 0).any():
-        return None
-    groups: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-    seen: dict[tuple[int, int, int], int] = defaultdict(int)
-    siblings = everything = 0
-    columns = (requests[name].tolist() for name in ("engine", *names))
-    for engine, request_id, sample, cached in zip(*columns, strict=True):
-        if cached < 0:
-            continue
-        everything += cached
-        if request_id >= 0 and sample >= 0:
-            # an id that is used again is another prompt
-            use = seen[engine, request_id, sample]
-            seen[engine, request_id, sample] += 1
-            groups[engine, request_id, use].append(cached)
-    several = [cached for cached in groups.values() if len(cached) > 1]
-    siblings = sum(sum(cached) - len(cached) * min(cached) for cached in several)
-    return SiblingHits(len(several), siblings, everything - siblings)
+    return Missed(steps.missed_steps, steps.missed_queries, steps.missed_hits)
 
 
 class NotLookedUp(NamedTuple):
@@ -126,43 +74,40 @@ class NotLookedUp(NamedTuple):
     exact: bool
 
 
-def never_looked_up(steps: Table, vllm: str, queue: Queue | None) -> NotLookedUp | None:
+def never_looked_up(part: Part, vllm: str, queue: Queue | None) -> NotLookedUp | None:
     """Prompt tokens less first look-ups; None if the numbers show none.
 
     Args:
-        steps: of all engines, without a gap.
+        part: all engines, without a gap.
         vllm: their release.
         queue: their requests.
     """
     how = how_counted(vllm)
-    prompt, queries = total(steps, "num_prompt_tokens"), total(steps, "prefix_cache_queries")
+    prompt, queries = part.total("num_prompt_tokens"), part.total("prefix_cache_queries")
     if queue is None or queue.before or how == IN_BLOCKS or prompt is None or queries is None or prompt <= queries:
         return None
-    waited = has(steps, "num_waiting_reqs") and bool((with_stats(steps)["num_waiting_reqs"] > 0).any())
+    waited = part.has("num_waiting_reqs") and part.steps.waited
     # what was looked up for requests without a first token hides others that were never looked up
     settled = not queue.at_end and not queue.aborted
     return NotLookedUp(prompt - queries, prompt, settled and (how == ONCE or (how != "" and not waited)))
 
 
-def repeated(steps: Table, requests: Table, vllm: str, queue: Queue | None) -> int:
+def repeated(part: Part, vllm: str, queue: Queue | None) -> int:
     """Tokens that were looked up again for sure; 0 if the numbers show none, or this release does not do that.
 
     Args:
-        steps: of all engines, without a gap.
-        requests: of all engines.
+        part: all engines, without a gap.
         vllm: their release.
         queue: their requests.
     """
-    prompt, queries = total(steps, "num_prompt_tokens"), total(steps, "prefix_cache_queries")
+    prompt, queries = part.total("num_prompt_tokens"), part.total("prefix_cache_queries")
     if how_counted(vllm) in (ONCE, "") or queue is None or queue.before or queue.at_end:
         return 0
     if prompt is None or queries is None:
         return 0
     if queue.aborted:
-        if not has(requests, "num_prompt_tokens"):
+        gone = part.requests.aborted
+        if not part.has_request("num_prompt_tokens") or gone.count < queue.aborted or gone.unknown:
             return 0
-        gone = requests["num_prompt_tokens"][requests["finish_reason"] == "abort"]
-        if len(gone) < queue.aborted or (gone < 0).any():
-            return 0
-        prompt += int(gone.sum())  # some of them are in it already: it is an upper bound
+        prompt += gone.tokens  # some of them are in it already: it is an upper bound
     return max(0, queries - prompt)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from kvhook.records.columns import Table, floats, has, total, with_stats
+if TYPE_CHECKING:
+    from kvhook.analysis.part import Part
 
 #: Usage inside a step is seen only where the scheduler is in the same process.
 NOT_SEEN = "every request gave its blocks back before its step ended"
@@ -30,17 +30,17 @@ class Usage(NamedTuple):
     not_seen: bool = False
 
 
-def usage_of(steps: Table) -> Usage:
+def usage_of(part: Part) -> Usage:
     """Reduce the usage of steps; those without the scheduler's stats do not count."""
-    known = with_stats(steps)
-    usage, inside = floats(known, "kv_cache_usage"), floats(known, "kv_cache_usage_peak")
-    inside = inside[~np.isnan(inside)]
-    peak_in_step = float(inside.max()) if len(inside) else None
-    if not len(usage):
+    steps = part.steps
+    peak_in_step = steps.usage_peak_in_step if part.has("kv_cache_usage_peak") else None
+    if not part.has("kv_cache_usage") or not steps.known:
         return Usage(peak_in_step=peak_in_step)
-    used = known["num_kv_blocks_used"] if has(known, "num_kv_blocks_used") else usage
-    prefilled = total(steps, "num_prompt_tokens") or total(steps, "prefix_cache_queries")
-    ended = has(known, "num_running_reqs") and not known["num_running_reqs"].any()
-    if peak_in_step is None and prefilled and ended and not used.any():
+    used = steps.blocks_used if part.has("num_kv_blocks_used") else steps.usage_above_0
+    prefilled = part.total("num_prompt_tokens") or part.total("prefix_cache_queries")
+    ended = part.has("num_running_reqs") and not steps.ran
+    if peak_in_step is None and prefilled and ended and not used:
         return Usage(not_seen=True)
-    return Usage(float(usage.mean()), float(np.quantile(usage, 0.95)), float(usage.max()), peak_in_step)
+    if steps.usage_unknown:
+        return Usage(math.nan, math.nan, math.nan, peak_in_step)
+    return Usage(steps.usage.mean, steps.usage.nth(0.95), steps.usage.largest, peak_in_step)

@@ -55,7 +55,7 @@ class MonitoredTimes:
 
     def keep(self, reading: Reading | None) -> None:
         """Keep a sample, if it is of a source that must be polled."""
-        if reading is not None and reading.rows is None:
+        if reading is not None and reading.past is None:
             self._samples.append((reading.t, dict(reading.values)))
             self._sampled_source = reading.source
 

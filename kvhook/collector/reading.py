@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy.typing as npt
 
 from kvhook.analysis.distribution import Distribution, distribution
 from kvhook.analysis.history import History
+from kvhook.analysis.values import Values
 from kvhook.collector.names import TIMES, V0_RATE, VALUES
 
 PREFIX_CACHING_OFF = "prefix caching is off in this engine (enable_prefix_caching=False): nothing is looked up"
@@ -38,6 +41,13 @@ class Histogram:
         if self.exact is not None and self.exact.count:
             out |= {name: getattr(self.exact, name) for name in ("p50", "p90", "p99", "max")}
         return out
+
+
+def histogram_of(values: Values, bounds: tuple[float, ...]) -> Histogram:
+    """Values as a histogram with these bounds."""
+    counts = values.up_to(np.asarray(bounds)) if values.count else [0] * len(bounds)
+    buckets = {str(bound): count for bound, count in zip(bounds, counts, strict=True)}
+    return Histogram(values.count, values.sum, buckets | {"+Inf": values.count}, values.describe())
 
 
 def histogram(
@@ -70,10 +80,15 @@ class Reading:
     prefix_caching: bool | None
     #: since when totals count
     since: str
-    #: the whole past, where the source keeps it; its timestamps are not set
-    rows: History | None = None
+    #: reads the whole past, where the source keeps it; its timestamps are not set
+    past: Callable[[], History] | None = None
     t: float = dataclasses.field(default_factory=time.monotonic)
     timestamp: float = dataclasses.field(default_factory=time.time)
+
+    @functools.cached_property
+    def rows(self) -> History | None:
+        """The whole past, where the source keeps it. It is read when it is asked for."""
+        return None if self.past is None else self.past()
 
     def __post_init__(self) -> None:
         rate, why = hit_rate(self.values, self.absent, self.prefix_caching)

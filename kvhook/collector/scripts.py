@@ -93,7 +93,7 @@ class Simulated:
         """The last sample, with all of them as its past."""
         _, values = self._samples[-1]
         rows = from_samples(self._samples, math.nan)
-        return Reading(self.name, dict(values), {}, {}, {}, True, "the first sample", rows)
+        return Reading(self.name, dict(values), {}, {}, {}, True, "the first sample", lambda: rows)
 
 
 def _samples(begin: float, count: int, interval: float) -> Iterator[tuple[float, dict[str, float]]]:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvhook.adapters.table import read_path
 from kvhook.analysis import history
+from kvhook.analysis.part import Part
+from kvhook.analysis.values import Values
 from kvhook.collector import names, prometheus
-from kvhook.collector.reading import Histogram, Reading, Unavailable, histogram
+from kvhook.collector.reading import Histogram, Reading, Unavailable, histogram_of
 from kvhook.collector.states import v0_states, v1_states
 from kvhook.errors import KvhookError
 from kvhook.recording.installation import attach, current_session, install, uninstall
-from kvhook.records.columns import has
 from kvhook.records.levels import NOT_COUNTED
 from kvhook.records.rows import as_rows
+from kvhook.schema import COUNTED
 
 if TYPE_CHECKING:
+    from kvhook.recording.running import SoFar
     from kvhook.recording.session import Session
-    from kvhook.trace import Trace
 
 #: Gives the engine; None if there is none (any more).
 Engine = Callable[[], Any]
@@ -92,39 +95,55 @@ class HookSource:
         """The totals of the run, the states after its last step, every single latency."""
         if not self._find() or self.session is None:
             raise Unavailable(self._why())
-        trace = self.session.trace()
-        engines = [e for e in trace.meta["engines"] if self.number in (None, e["engine"])]
+        return self.session.ask(self._answer)
+
+    def _answer(self, so_far: SoFar) -> Reading:
+        run = so_far.run
+        engines = [e for e in run.meta["engines"] if self.number in (None, e["engine"])]
         if not engines:
             raise Unavailable("no vLLM engine has been made since kvhook.install()")
         self.engines = engines
-        steps = trace.steps(self.number)
-        rows = history.from_steps(steps, math.nan)
+        columns = {kind: frozenset(c.name for c in run.columns(kind)) for kind in ("step", "request")}
+        part = Part(so_far.totals, engines, columns)
         values: dict[str, float] = {}
-        missing = trace.meta["absent"]
+        missing = run.meta["absent"]
         absent = {name: why for name, why in missing.items() if name in history.COLUMNS}
         absent |= {times.name: missing[times.column] for times in names.TIMES if times.column in missing}
         for name in (*history.STATES, *history.TOTALS):
-            column = rows[name][rows[name] == rows[name]]
-            if name in history.TOTALS and len(column) and rows[name][-1] != rows[name][-1]:
+            if name in COUNTED and part.has(name) and part.steps.uncounted:
                 absent[name] = NOT_COUNTED
-            elif len(column):
-                values[name] = history.count_or_share(name, column[-1])
+            elif name in history.STATES and part.has(name) and name in part.steps.latest:
+                values[name] = history.count_or_share(name, part.steps.latest[name][1])
+            elif name in history.TOTALS and part.has(name) and part.steps.steps:
+                values[name] = part.steps.sums[name]
             elif name not in absent:
                 absent[name] = "no engine step has been recorded yet"
         caching = {e.get("enable_prefix_caching") for e in engines}
-        raw: dict[str, Any] = {"engines": len(engines), "steps": len(steps)}
-        raw |= {name: trace.meta[name] for name in ("records", "records_lost", "records_dropped")}
-        raw["last_step"] = as_rows(steps[-1:], "step")[0] if len(steps) else {}
+        raw: dict[str, Any] = {"engines": len(engines), "steps": part.steps.steps}
+        raw |= {name: run.meta[name] for name in ("records", "records_lost", "records_dropped")}
+        raw["last_step"] = {}
+        if part.steps.last is not None:
+            last = part.steps.last[1]
+            (raw["last_step"],) = as_rows(run.table(last.slots, last.layout, "step"), "step")
         return Reading(
             self.name,
             values,
             absent,
-            self._histograms(trace, missing),
+            _histograms(part, missing),
             raw,
             caching.pop() if len(caching) == 1 else None,
             "kvhook began to record",
-            rows,
+            functools.partial(self._past, self.session, self.number),
         )
+
+    @staticmethod
+    def _past(session: Session | None, number: int | None) -> history.History:
+        """The whole run, one row per step."""
+        assert session is not None
+        trace = session.trace()
+        there = {c.name for c in trace.columns("step")}
+        steps = trace.steps(number, columns=[name for name in history.NEEDED if name in there])
+        return history.from_steps(steps, math.nan)
 
     def _find(self) -> bool:
         """Look for the session that records our engine. What was found stays."""
@@ -149,18 +168,21 @@ class HookSource:
             return NO_ENGINE
         return "kvhook is not installed: call kvhook.install() before LLM(...), or start_monitoring()"
 
-    def _histograms(self, trace: Trace, missing: dict[str, str]) -> dict[str, Histogram]:
-        out = {}
-        requests = trace.requests(self.number)
-        for times in names.TIMES:
-            if times.column in missing:
-                continue
-            if times.series:
-                values, counts = trace.latencies(times.series, self.number)
-                out[times.name] = histogram(values, counts, times.bounds)
-            elif has(requests, times.column):
-                out[times.name] = histogram(requests[times.column], None, times.bounds)
-        return out
+
+def _histograms(part: Part, missing: Mapping[str, str]) -> dict[str, Histogram]:
+    steps, requests = part.steps, part.requests
+    of = {
+        "ttft_count": steps.latencies["ttft"],
+        "itl_count": steps.latencies["itl"],
+        "mean_time_per_output_token": requests.all_per_token,
+        "e2e_latency": requests.e2e,
+    }
+    return {
+        times.name: histogram_of(of[times.column] if times.column in live else Values(), times.bounds)
+        for times in names.TIMES
+        for live in [part.columns["step" if times.series else "request"]]
+        if times.column not in missing and (times.series or times.column in live)
+    }
 
 
 class EngineSource:

@@ -56,6 +56,8 @@ def recover(path: Path, places: Iterable[Path], out: Path | None = None) -> Reco
         KvhookError: it is no trace, its process still runs, or it cannot be written.
     """
     engines, header = _look_at(path)
+    if header.compressed:
+        return Recovered(path, {}, {}, "it is complete: only traces that were closed are compressed")
     if out is not None and out.exists():
         raise KvhookError(f"{out} exists; take another name or remove it")
     if header.state == CLOSED and not any(

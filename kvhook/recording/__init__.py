@@ -5,6 +5,7 @@
 - `plan`: what is to be done with a new engine, decided without touching it
 - `recorder`: one engine's facts, its ring, and the two functions of the step path
 - `spool`: the thread that copies rings to trace files
+- `running`: the run so far, added up as those files grow
 - `budget`, `overhead`: what recording costs, and the limit on it
 
 Threads
@@ -37,6 +38,10 @@ writes trace files               that reads or closes       does: without a lock
                                                             overwritten meanwhile.
 `Session.trace`, and what reads  any                        ``Spool._lock`` while the files are listed. Then it
 with it                                                     reads them through descriptors of its own.
+`Session.summary`,               any, and "kvhook-spool"    ``Running._lock`` for the totals, and in it
+`Session.ask`,                                              ``Spool._lock`` while the files are listed. The spool's
+`Running.keep_up`                                           thread takes no other lock in there: ``close`` waits for
+                                                            it and holds ``session.lock``.
 patching on import               any that imports vLLM      The lock that Python holds while it imports a module.
 `Faults.fault`                   any                        No lock: of two faults at the same moment one may not be
                                                             counted.
@@ -44,7 +49,8 @@ after a fork                     the child's only one       `kvhook.forks`: the 
                                                             parent's session and rings do nothing there.
 ================================ ========================== ========================================================
 
-Locks are taken in this order: ``session.lock``, then ``Spool._lock``, then ``Recorder._closing``.
+Locks are taken in this order: ``session.lock``, then ``Running._lock``, then ``Spool._lock``, then
+``Recorder._closing``.
 
 In a free-threaded Python, little of this changes. The ring's protocol does not rest on the interpreter's lock: its
 readers may be other processes. Dictionaries, sets and deques lock themselves there, so that the single operations above

@@ -4,37 +4,89 @@ from __future__ import annotations
 
 import abc
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from kvhook.recording.running import Opened, Running, SoFar
     from kvhook.records.core import CoreRecords
     from kvhook.text.summary import PrintedSummary
     from kvhook.trace import Trace
+
+T = TypeVar("T")
 
 
 class Readings(abc.ABC):
     """The part of `kvhook.Session` that reads. Nothing here changes the recording."""
 
     @abc.abstractmethod
-    def trace(self) -> Trace:
-        """The run so far as a `kvhook.Trace`."""
-
-    @abc.abstractmethod
     def cores(self) -> CoreRecords:
         """The engine cores of this run so far."""
 
-    def steps(self, engine: int | None = None, *, complete: bool = False) -> npt.NDArray[np.void]:
-        """One row per engine step so far. For states (usage, requests that run or wait) use ``complete=True``: it
-        leaves out steps in which they are not known. A structured array, see `kvhook.Trace.steps`."""
-        return self.trace().steps(engine, complete=complete)
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """What to call the run."""
 
-    def requests(self, engine: int | None = None) -> npt.NDArray[np.void]:
+    @abc.abstractmethod
+    def _up_to_date(self) -> dict[str, Any]:
+        """Have all that was published in the files; gives what is known of the run beside them."""
+
+    @abc.abstractmethod
+    def _opened(self) -> Opened:
+        """The files, see `kvhook.recording.running.Opened`."""
+
+    #: what adds the run up, as soon as somebody needs it
+    _running: dict[str, Running]
+
+    def trace(self) -> Trace:
+        """The run so far as a `kvhook.Trace`. Later steps are not in it."""
+        from kvhook.trace import open_files
+
+        more = self._up_to_date()
+        paths, opened, counts = self._opened()
+        trace = open_files(paths, self.name, more, counts, opened)
+        trace.of_session = self.cores
+        return trace
+
+    def summary(self, engine: int | None = None) -> PrintedSummary:
+        """The run so far in numbers: ``print`` it for people, ``.as_dict()`` for programs. It is added up while the
+        engine works, so that it takes about as long after ten million steps as after a thousand."""
+        from kvhook.recording.running import summary_so_far
+
+        cores = self.cores()
+        return self.ask(lambda so_far: summary_so_far(so_far, engine, cores)) or self.trace().summary(engine)
+
+    def ask(self, question: Callable[[SoFar], T]) -> T:
+        """What a function makes of the run so far, which is only valid inside of it. Reads only what is new."""
+        more = self._up_to_date()
+        return self._adding_up().ask(question, self.name, more)
+
+    def _adding_up(self) -> Running:
+        from kvhook.recording.running import Running
+
+        # no lock: the spool's thread asks as well, and `close` waits for it while it holds one
+        return self._running.get("it") or self._running.setdefault("it", Running(self._opened))
+
+    def _keep_up(self) -> None:
+        """Add up what has come since; the spool's thread calls it now and then."""
+        self._adding_up().keep_up()
+
+    def steps(
+        self, engine: int | None = None, *, complete: bool = False, columns: Sequence[str] | None = None
+    ) -> npt.NDArray[np.void]:
+        """One row per engine step so far. For states (usage, requests that run or wait) use ``complete=True``: it
+        leaves out steps in which they are not known. `columns`: only these. A structured array, see
+        `kvhook.Trace.steps`."""
+        return self.trace().steps(engine, complete=complete, columns=columns)
+
+    def requests(self, engine: int | None = None, *, columns: Sequence[str] | None = None) -> npt.NDArray[np.void]:
         """One row per finished request so far: a structured array, see `kvhook.Trace.requests`."""
-        return self.trace().requests(engine)
+        return self.trace().requests(engine, columns=columns)
 
     def latencies(
         self, series: str, engine: int | None = None
@@ -42,13 +94,9 @@ class Readings(abc.ABC):
         """Every single TTFT or inter-token latency so far, see `kvhook.Trace.latencies`."""
         return self.trace().latencies(series, engine)
 
-    def summary(self, engine: int | None = None) -> PrintedSummary:
-        """The run so far in numbers: ``print`` it for people, ``.as_dict()`` for programs."""
-        return self.trace().summary(engine)
-
-    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False, compress: bool = False) -> list[Path]:
         """Write the run so far to ``path``; the suffix says how (.jsonl, .csv, .kvh). See `kvhook.Trace.dump`."""
-        return self.trace().dump(path, overwrite=overwrite)
+        return self.trace().dump(path, overwrite=overwrite, compress=compress)
 
     def core_steps(self, core: int | None = None) -> npt.NDArray[np.void]:
         """One row per step of an engine core so far, see `kvhook.records.core.CoreRecords.steps`. `cores` says what is

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from kvhook.adapters.table import Adapter
     from kvhook.options import Options
     from kvhook.recording.budget import Level
+    from kvhook.recording.running import Opened, Running
     from kvhook.records.core import CoreRecords
-    from kvhook.trace import Trace
 
 log = logging.getLogger("kvhook")
 
@@ -97,16 +97,16 @@ class Session(Readings):
         self._closed = False
         self._history_dir: Path | None = None
         self._core_side = CoreSide(options, self._ring_dir)
-        self._spool = Spool(self._next_files, options.history_bytes, self._faults.fault)
+        #: what adds the run up, as soon as somebody needs it
+        self._running: dict[str, Running] = {}
+        self._spool = Spool(self._next_files, options.history_bytes, self._faults.fault, self._keep_up)
         self._own_steps = OwnSteps(self._spool.write_meta_again)
         self._call_overhead_ns = 0
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
-    def trace(self) -> Trace:
-        """The run so far as a `kvhook.Trace`. Later steps are not in it."""
-        from kvhook.trace import open_files
-
+    def _up_to_date(self) -> dict[str, Any]:
+        """Have all that was published in the files; gives what is known of the run beside them."""
         self._check_own()
         if not self._closed:
             hooks.flush()
@@ -117,13 +117,13 @@ class Session(Readings):
         }
         if not any(self._spool.published.values()):
             more["why_no_steps"] = self.why_no_steps()
+        return more
+
+    def _opened(self) -> Opened:
         try:
-            paths, opened, counts = self._spool.open()
+            return self._spool.open()
         except OSError as error:
             raise KvhookError(f"what was recorded is gone: {error.filename}: {error.strerror}") from None
-        trace = open_files(paths, self.name, more, counts, opened)
-        trace.of_session = self.cores
-        return trace
 
     def _check_own(self) -> None:
         if self.belongs_to_parent:
@@ -293,6 +293,7 @@ class Session(Readings):
             self._next_number += 1
             self._recorders[number] = recorder
             self._recorders_of.setdefault(id(engine), []).append(recorder)
+            self._adding_up()  # imports what the spool's thread would have to import while the engine works
             self._spool.add(recorder)
             return recorder.functions
 

@@ -29,6 +29,9 @@ SEGMENTS = 8
 #: Slots that are copied at a time: some 2 MB, so that they are still in the processor's cache when they are written.
 BATCH = 4096
 
+#: So many records make it worth while to add them up.
+KEEP_UP = 8192
+
 _WRITING, _THEN = "writing the trace", "records are counted as lost until it can be written again"
 
 
@@ -72,6 +75,7 @@ class Spool:
             its number, from 0.
         limit: bytes on disk, above which the oldest part is dropped and counted; None for no limit.
         fault: is called with errors (where, error, what happens then). None is raised: the thread goes on.
+        keep_up: is called by the thread when `KEEP_UP` records have come since it was called last.
     """
 
     def __init__(
@@ -79,7 +83,9 @@ class Spool:
         new_paths: Callable[[int], Iterable[Path]],
         limit: int | None,
         fault: Callable[[str, BaseException, str], None],
+        keep_up: Callable[[], None] | None = None,
     ) -> None:
+        self._keep_up, self._behind = keep_up, 0
         self._new_paths = new_paths
         self._limit = limit
         self._fault = fault
@@ -226,9 +232,20 @@ class Spool:
             except Exception as error:
                 self._fault("draining the ring", error, "the records stay in the ring until it comes round")
                 continue
+            self._add_up(taken)
             now = time.monotonic()
             smallest = min((e.recorder.ring.capacity for e in list(self._engines.values())), default=1)
             pause, last = next_pause(taken, now - last, smallest, pause), now
+
+    def _add_up(self, taken: int) -> None:
+        self._behind += taken
+        if self._keep_up is None or self._behind < KEEP_UP:
+            return
+        self._behind = 0
+        try:
+            self._keep_up()
+        except Exception as error:
+            self._fault("adding up the run", error, "a summary takes longer: it reads what has not been added up")
 
     def _drain(self, engine: _Engine) -> int:
         taken = 0

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvhook.facts import clean_facts
 from kvhook.records.sources import SlotSource, usable
-from kvhook.ring.layout import BODY_AT, FIELDS_AT, Kinds, Layout
+from kvhook.ring.layout import BODY_AT, FIELDS_AT, Kinds, make_layout
 from kvhook.ring.slots import fields_of, slot_head
 from kvhook.schema import KINDS, META
 
@@ -38,22 +38,47 @@ class Engines:
         self._after = after
         self._facts: dict[int, dict[str, Any]] = {}
         self._numbers: dict[int, tuple[int, int, int]] = {}  # engine -> lowest n, highest n, count
+        # of the source that is being taken in
+        self._layout = make_layout({})
+        self._pieces: dict[int, list[bytes]] = {}
 
     # ---- taking in -------------------------------------------------------------------------------------------------
 
     def scan(self, source: SlotSource) -> None:
         """Take in the facts and the record numbers of a source."""
-        pieces: dict[int, list[bytes]] = {}
-        self._facts |= source.engines
+        self.begin(source)
         for slots in source.chunks():
-            good = usable(slots, self._kinds)
+            self.take(slots)
+
+    def begin(self, source: SlotSource) -> None:
+        """Begin with a source, of which the slots are then taken in."""
+        self._pieces = {}
+        self._layout = source.layout
+        self._facts |= source.engines
+
+    def take(self, slots: Slots) -> Slots:
+        """Take in slots of the source that was begun; gives those that are usable."""
+        good = usable(slots, self._kinds)
+        if not good.all():
             self.damaged += int(len(slots) - good.sum())
             slots = slots[good]
-            head = slot_head(slots)
-            is_meta = head["kind"] == META
+        head = slot_head(slots)
+        is_meta = head["kind"] == META
+        engines, n = head["engine"], head["n"]
+        if is_meta.any():
             for i in is_meta.nonzero()[0]:
-                self._take_piece(slots[i], int(head["engine"][i]), source.layout, pieces)
-            self._count(head["engine"][~is_meta], head["n"][~is_meta])
+                self._take_piece(slots[i], int(engines[i]))
+            engines, n = engines[~is_meta], n[~is_meta]
+        self._count(engines, n)
+        return slots
+
+    def add(self, later: Engines) -> None:
+        """Take in what a later part of the run has told; that stays as it is."""
+        self.damaged += later.damaged
+        for engine, facts in later._facts.items():
+            self.add_facts(engine, facts)
+        for engine, span in later._numbers.items():
+            self._count_of(engine, *span)
 
     def add_facts(self, engine: int, facts: Mapping[str, Any]) -> None:
         """Take in more facts about an engine; they replace earlier ones of the same name."""
@@ -66,10 +91,13 @@ class Engines:
 
     def _count(self, engines: npt.NDArray[np.int32], n: npt.NDArray[np.int64]) -> None:
         """Add to the lowest number, the highest, and the count of records of each engine."""
+        if not len(engines):
+            return
+        if engines[0] == engines.min() == engines.max():
+            self._count_of(int(engines[0]), int(n.min()), int(n.max()), len(n))
+            return
         order = np.argsort(engines, kind="stable")
         different, first = np.unique(engines[order], return_index=True)
-        if not len(different):
-            return
         n = n[order]
         spans = zip(
             different.tolist(),
@@ -78,12 +106,16 @@ class Engines:
             np.diff(first, append=len(n)).tolist(),
             strict=True,
         )
-        for engine, lowest, highest, count in spans:
-            low, high, before = self._numbers.get(engine, (lowest, highest, 0))
-            self._numbers[engine] = min(low, lowest), max(high, highest), before + count
+        for span in spans:
+            self._count_of(*span)
 
-    def _take_piece(self, slot: Slots, engine: int, layout: Layout, pieces: dict[int, list[bytes]]) -> None:
+    def _count_of(self, engine: int, lowest: int, highest: int, count: int) -> None:
+        low, high, before = self._numbers.get(engine, (lowest, highest, 0))
+        self._numbers[engine] = min(low, lowest), max(high, highest), before + count
+
+    def _take_piece(self, slot: Slots, engine: int) -> None:
         """Take in a META record: one piece of an engine's facts."""
+        layout, pieces = self._layout, self._pieces
         if zlib.crc32(slot[BODY_AT:].tobytes()) != int(slot_head(slot[None])["crc"][0]):
             self.damaged += 1
             return

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvhook.errors import KvhookError, TraceFormatError
+from kvhook.ring.frames import Frame, frames_of, read_frame
 from kvhook.ring.layout import Header, Kinds, Layout
 from kvhook.ring.slots import CHUNK_BYTES, slot_head, whole
 from kvhook.ring.trace_file import read_header
@@ -27,8 +28,12 @@ def usable(slots: Slots, kinds: Kinds = KINDS) -> Bools:
     """Which slots hold a whole record of a kind and an engine that there can be."""
     head = slot_head(slots)
     codes = [code for code, _ in kinds.values()]
-    good: Bools = whole(slots) & np.isin(head["kind"], codes)
-    good &= (head["engine"] >= 0) & (head["engine"] < MAX_ENGINES)
+    good: Bools = whole(slots)
+    kind, engine = head["kind"], head["engine"]
+    known = kind == codes[0]
+    for code in codes[1:]:
+        known |= kind == code
+    good &= known & (engine >= 0) & (engine < MAX_ENGINES)
     return good
 
 
@@ -52,7 +57,8 @@ class SlotSource:
 
 
 class FileSlots(SlotSource):
-    """A ``.kvh`` file. It is held open, so that it can be read even after it was dropped from a bounded history.
+    """A ``.kvh`` file, compressed or not. It is held open, so that it can be read even after it was dropped from a
+    bounded history.
 
     Args:
         path: the file.
@@ -71,21 +77,39 @@ class FileSlots(SlotSource):
             self._header = read_header(self._fd, str(path))
             if self._header.capacity:
                 raise TraceFormatError(f"{path} is a ring, not a trace")
+            self._path, self._frames, self._count = path, list[Frame](), 0
+            super().__init__(self._header.layout, self._header)
+            self.refresh()
         except KvhookError:
             close()
             raise
-        super().__init__(self._header.layout, self._header)
+
+    def refresh(self) -> None:
+        """Take in what has been appended to the file since."""
         size = os.fstat(self._fd).st_size
+        if self._header.compressed:
+            self._frames = frames_of(self._fd, self._header.header_bytes, size, str(self._path))
+            self._count = sum(frame.slots for frame in self._frames)
+            return
         self._count = (size - self._header.header_bytes) // self.layout.slot_bytes
 
-    def chunks(self) -> Iterator[Slots]:
-        """The file's slots. A last one that was cut off is left out."""
+    def chunks(self, first: int = 0, nbytes: int = CHUNK_BYTES) -> Iterator[Slots]:
+        """The file's slots from the so-manieth on, so many bytes at a time. A last one that was cut off is left out."""
         slot = self.layout.slot_bytes
-        at_a_time = max(1, CHUNK_BYTES // slot)
-        for first in range(0, self._count, at_a_time):
-            count = min(at_a_time, self._count - first)
-            data = os.pread(self._fd, count * slot, self._header.header_bytes + first * slot)
+        if self._header.compressed:
+            yield from self._decompressed(first)
+            return
+        at_a_time = max(1, nbytes // slot)
+        for at in range(first, self._count, at_a_time):
+            count = min(at_a_time, self._count - at)
+            data = os.pread(self._fd, count * slot, self._header.header_bytes + at * slot)
             yield np.frombuffer(data[: len(data) // slot * slot], np.uint8).reshape(-1, slot)
+
+    def _decompressed(self, first: int) -> Iterator[Slots]:
+        for frame in self._frames:
+            if first < frame.slots:
+                yield read_frame(self._fd, frame, self.layout.slot_bytes, str(self._path))[first:]
+            first = max(0, first - frame.slots)
 
 
 class ArraySlots(SlotSource):

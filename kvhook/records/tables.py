@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from kvhook.errors import KvhookError, TraceFormatError
-from kvhook.facts import NEEDED_COLUMNS
-from kvhook.records.columns import Table, has, with_stats
+from kvhook.errors import KvhookError
+from kvhook.records.columns import Table, has
 from kvhook.records.engines import Engines
-from kvhook.records.sources import SlotSource, usable
-from kvhook.ring.layout import FIELDS_AT, Column, Header, Layout, make_layout
+from kvhook.records.run import Run
+from kvhook.records.sources import usable
+from kvhook.ring.layout import FIELDS_AT, Layout
 from kvhook.ring.slots import fields_of, slot_head
 from kvhook.schema import FINISH_REASONS, KINDS, VALUE_SERIES, VALUES, blank
 
@@ -24,52 +25,24 @@ if TYPE_CHECKING:
 MAX_LATENCIES = 1 << 31
 
 
-class Records:
-    """One run as arrays. `kvhook.Trace` is this, with a summary and exports.
+class Records(Run):
+    """One run as arrays. `kvhook.Trace` is this, with a summary and exports. See `Run` for its arguments."""
 
-    Args:
-        sources: where its slots come from.
-        name: what to call it in errors.
-        more: what goes into `meta` beside what the slots tell.
-        facts: the same for single engines, by their number.
-        after: of a part of a run, engine -> the last record before the part; see `Engines`.
+    def go_over(self, take: Callable[[Slots, Layout], None]) -> None:
+        """One pass over the run: calls `take` with usable slots and their layout, in the order of the run.
 
-    Attributes:
-        sources: as given.
-        engines: the facts about each engine, and which of its records are there.
-        meta: the facts about the run, see `kvhook.Trace`.
+        What is known of the engines is found on the way, if it has not been found before.
+        """
+        engines = Engines(self._after)
+        for source in self.sources:
+            engines.begin(source)
+            for slots in source.chunks():
+                take(engines.take(slots), source.layout)
+        self._found(engines)
 
-    Raises:
-        TraceFormatError: a source lacks a column that every reader needs.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[SlotSource],
-        name: str,
-        more: Mapping[str, Any] | None = None,
-        facts: Mapping[int, Mapping[str, Any]] | None = None,
-        after: Mapping[int, int] | None = None,
-    ) -> None:
-        for source in sources:
-            if "step" not in source.layout.columns:
-                raise TraceFormatError(
-                    f"{name} holds what was recorded in an engine core: open the trace beside it, and ask its cores()"
-                )
-            for kind, needed in NEEDED_COLUMNS.items():
-                if missing := needed - {c.name for c in source.layout.columns[kind]}:
-                    raise TraceFormatError(f"{name} holds no usable {kind} records: they have no {min(missing)}")
-        self.name = name
-        self.sources = sources
-        self.engines = Engines(after)
-        for source in sources:
-            self.engines.scan(source)
-        for engine, known in (facts or {}).items():
-            self.engines.add_facts(engine, known)
-        self.engines.leave_out_idle()
-        self.meta = self._describe() | dict(more or {})
-
-    def steps(self, engine: int | None = None, *, complete: bool = False) -> Table:
+    def steps(
+        self, engine: int | None = None, *, complete: bool = False, columns: Sequence[str] | None = None
+    ) -> Table:
         """One row per engine step, in order. For states (usage, requests that run or wait) use ``complete=True``.
 
         >>> trace = kvhook.open("run.kvh")
@@ -87,18 +60,27 @@ class Records:
         >>> print(steps[["step", "num_running_reqs", "prefix_cache_hits", "num_generation_tokens"]][:3])
         [(0, 3, 128, 3) (1, 3,   0, 3) (2, 3,   0, 3)]
 
+        A long run has more columns than memory may hold. With `columns` only these are read:
+
+        >>> steps = trace.steps(columns=["step", "kv_cache_usage"])
+        >>> steps.dtype.names, steps.itemsize, trace.steps().itemsize
+        (('step', 'kv_cache_usage'), 16, 368)
+
         Args:
             engine: only the steps of this engine.
             complete: only steps that brought the scheduler's stats, so that every state is known.
+            columns: only these columns, in this order.
 
         Returns:
             A structured array with the columns of `kvhook.schema.STEP_FIELDS` that this vLLM fills, and ``engine``,
             the number of the engine in its process.
-        """
-        steps = self._gather("step", engine)
-        return with_stats(steps) if complete else steps
 
-    def requests(self, engine: int | None = None) -> Table:
+        Raises:
+            KvhookError: there is no such column.
+        """
+        return self._gather("step", engine, columns, complete=complete)
+
+    def requests(self, engine: int | None = None, *, columns: Sequence[str] | None = None) -> Table:
         """One row per finished request, in the order of finishing: the columns of `kvhook.schema.REQUEST_FIELDS`
         that this vLLM fills, and ``engine``. ``finish_reason`` is text. At level light there are none.
 
@@ -108,8 +90,12 @@ class Records:
 
         Args:
             engine: only the requests of this engine.
+            columns: only these columns, in this order.
+
+        Raises:
+            KvhookError: there is no such column.
         """
-        return self._gather("request", engine)
+        return self._gather("request", engine, columns)
 
     def latencies(
         self, series: str, engine: int | None = None
@@ -133,7 +119,9 @@ class Records:
         if series not in VALUE_SERIES:
             raise KvhookError(f"there is no series {series!r}; there are {', '.join(VALUE_SERIES)}")
         prefix = ("ttft", "itl")[VALUE_SERIES.index(series)]
-        steps = self.steps(engine)
+        there = {c.name for c in self.columns("step")}
+        wanted = [name for what in ("count", "min", "max") if (name := f"{prefix}_{what}") in there]
+        steps = self.steps(engine, columns=wanted)
         if not has(steps, f"{prefix}_count"):
             return np.empty(0), np.empty(0, np.int64)
         count, low, high = (steps[f"{prefix}_{what}"] for what in ("count", "min", "max"))
@@ -160,45 +148,43 @@ class Records:
             for slots in source.chunks():
                 yield slots[usable(slots)], source.layout
 
-    @property
-    def damaged(self) -> int:
-        """Slots that hold no usable record, and are left out."""
-        return self.engines.damaged
-
-    @property
-    def header(self) -> Header | None:
-        """The header of the first file or ring of this run: its process and its clocks."""
-        return self.sources[0].header if self.sources else None
-
-    def columns(self, kind: str) -> list[Column]:
-        """The columns of ``"step"`` or ``"request"`` records that are live in this run."""
-        layouts = [s.layout for s in self.sources] or [make_layout({})]
-        columns = {c.name: c for layout in layouts for c in layout.columns[kind]}
-        absent = self.engines.absent(kind)
-        return [c for c in columns.values() if c.name not in absent]
-
     def table(self, slots: Slots, layout: Layout, kind: str) -> Table:
         """Raw slots of one kind as the structured array that `steps` and `requests` give."""
-        columns = self.columns(kind)
-        types = [("engine", "<i8")] + [(c.name, "U12" if c.enum else c.type) for c in columns]
-        out = np.empty(len(slots), types)
-        out["engine"] = slot_head(slots)["engine"]
-        stored = {c.name for c in layout.columns[kind]}
-        fields = fields_of(slots, layout.columns[kind])
-        blanks = {f.name: float(blank(f)) for f in KINDS[kind][1]}
-        for c in columns:
-            if c.name not in stored:
-                out[c.name] = blanks.get(c.name, 0)
-            else:
-                out[c.name] = _text(fields[c.name]) if c.enum else fields[c.name]
+        out = np.empty(len(slots), self._types(kind, None))
+        _fill(out, slots, layout, kind)
         return out
 
-    def _gather(self, kind: str, engine: int | None) -> Table:
-        parts = [self.table(slots, layout, kind) for slots, layout in self._slots(KINDS[kind][0], engine)]
-        if not parts:
-            layout = self.sources[0].layout if self.sources else make_layout({})
-            return self.table(np.empty((0, layout.slot_bytes), np.uint8), layout, kind)
-        return np.concatenate(parts)
+    def _types(self, kind: str, columns: Sequence[str] | None) -> list[tuple[str, str]]:
+        there = {"engine": "<i8"} | {c.name: "U12" if c.enum else c.type for c in self.columns(kind)}
+        if columns is None:
+            return list(there.items())
+        for name in columns:
+            if name not in there:
+                raise KvhookError(f"there is no column {name!r} of {kind}s{self._why_not(kind, name, there)}")
+        return [(name, there[name]) for name in dict.fromkeys(columns)]
+
+    def _why_not(self, kind: str, name: str, there: Iterable[str]) -> str:
+        why = self.engines.absent(kind).get(name)
+        if why is not None:
+            return f" in this run: {why}"
+        near = difflib.get_close_matches(name, there, 3)
+        return f"; near it are {', '.join(near)}" if near else f"; there are {', '.join(there)}"
+
+    def _gather(self, kind: str, engine: int | None, columns: Sequence[str] | None, *, complete: bool = False) -> Table:
+        """One array for all rows, filled piece by piece: there is no second copy of them at any moment."""
+        types = self._types(kind, columns)
+        code = KINDS[kind][0]
+        most = self.engines.records  # more rows than these there cannot be; what is not written takes no memory
+        out = np.empty(most, types)
+        end = 0
+        for slots, layout in self._slots(code, engine):
+            if complete:
+                known = fields_of(slots, layout.columns[kind])["has_scheduler_stats"] == 1
+                slots = slots[known]
+            begin, end = end, end + len(slots)
+            _fill(out[begin:end], slots, layout, kind)
+        out.resize(end, refcheck=False)
+        return out
 
     def _slots(self, kind: int, engine: int | None) -> Iterator[tuple[Slots, Layout]]:
         for slots, layout in self.chunks():
@@ -209,29 +195,22 @@ class Records:
             if mine.any():
                 yield slots[mine], layout
 
-    def _describe(self) -> dict[str, Any]:
-        engines = self.engines.facts()
-        first = engines[0] if engines else {}
-        lost, dropped = self.engines.lost_and_dropped()
-        absent = self.engines.absent("request") | self.engines.absent("step")
-        # a name of both kinds of records is absent if neither has it
-        live = {c.name for kind in ("request", "step") for c in self.columns(kind)}
-        clocks = [(s.header.monotonic_ns, s.header.realtime_ns) for s in self.sources if s.header]
-        return {
-            "name": self.name,
-            **{key: first.get(key, "") for key in ("kvhook", "vllm", "python", "adapter")},
-            "engines": engines,
-            "absent": {n: why for n, why in absent.items() if n not in live},
-            "records": self.engines.records,
-            "records_lost": lost,
-            "records_dropped": dropped,
-            "damaged": self.engines.damaged,
-            "monotonic_ns": clocks[0][0] if clocks else 0,
-            "realtime_ns": clocks[0][1] if clocks else 0,
-        }
+
+def _fill(out: Table, slots: Slots, layout: Layout, kind: str) -> None:
+    """Fill the columns of a table from raw slots of one kind; what these do not hold is blank."""
+    stored = {c.name: c for c in layout.columns[kind]}
+    fields = fields_of(slots, layout.columns[kind])
+    blanks = {f.name: float(blank(f)) for f in KINDS[kind][1]}
+    for name in out.dtype.names or ():
+        if name == "engine":
+            out[name] = slot_head(slots)["engine"]
+        elif name in stored:
+            out[name] = reason_texts(fields[name]) if stored[name].enum else fields[name]
+        else:
+            out[name] = blanks.get(name, 0)
 
 
-def _text(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
+def reason_texts(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
     """Finish reasons as text; a code that is newer than this kvhook stays a number."""
     known = np.array(FINISH_REASONS)
     fits = (codes >= 0) & (codes < len(known))

@@ -44,6 +44,8 @@ from kvhook.schema import KINDS, Field, stored
 MAGIC = b"KVHOOK01"
 MAJOR, MINOR = 1, 0
 VERSION = MAJOR << 32 | MINOR
+#: The major layout version of compressed traces, see `kvhook.ring.frames`.
+COMPRESSED = 2
 PAGE = 4096
 CACHE_LINE = 64
 
@@ -126,6 +128,11 @@ class Header(NamedTuple):
     head: int
     meta: dict[str, Any]
 
+    @property
+    def compressed(self) -> bool:
+        """Whether frames follow, and not slots."""
+        return self.version >> 32 == COMPRESSED
+
 
 def make_layout(live: dict[str, tuple[Field, ...]], kinds: Kinds = KINDS) -> Layout:
     """Lay out slots that hold the given live fields.
@@ -153,12 +160,14 @@ def pack_header(
     process_start: int,
     clocks: tuple[int, int],
     crc: bool,
+    version: int = VERSION,
 ) -> bytes:
     """The whole header as bytes, magic included, padded to its pages; the state is live and the head 0.
 
     Args:
         meta: JSON-able facts; ``meta["kvhook"]`` is the version that writes.
         clocks: monotonic and realtime nanoseconds of one moment.
+        version: of the layout.
 
     Raises:
         ValueError: the facts are too long for a header.
@@ -171,7 +180,7 @@ def pack_header(
         raise ValueError(f"the description of this engine takes {len(text)} bytes, more than a header may hold")
     fixed = FIXED.pack(
         MAGIC,
-        VERSION,
+        version,
         layout.slot_bytes,
         capacity,
         pid,
@@ -218,10 +227,11 @@ def parse_header(data: bytes | memoryview, file_bytes: int, name: str) -> Header
     fits = SCHEMA_AT <= at <= at + size <= header_bytes <= min(file_bytes, MAX_HEADER, len(data))
     text = bytes(data[at : at + size]) if fits else b""
     intact = fits and zlib.crc32(text) == crc
-    if version >> 32 != MAJOR:
+    if version >> 32 != MAJOR and (cap or version >> 32 != COMPRESSED):
+        reads = f"layout {MAJOR}" if cap else f"layout {MAJOR} and compressed traces of layout {COMPRESSED}"
         raise TraceFormatError(
             f"{name} was written by {_writer(text) if intact else 'another kvhook'} in layout {version >> 32}; this "
-            f"one reads layout {MAJOR}. Open it with that kvhook, or export it there: kvhook export FILE out.csv"
+            f"one reads {reads}. Open it with that kvhook, or export it there: kvhook export FILE out.csv"
         )
     broken = TraceFormatError(f"{name}: the header is damaged, so its records cannot be read")
     if fixed != seal(fixed):

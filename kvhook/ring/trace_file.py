@@ -12,7 +12,18 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvhook.ring.layout import CLOSED, HEAD_WORD, MAX_HEADER, STATE_WORD, Header, Layout, pack_header, parse_header
+from kvhook.ring.layout import (
+    CLOSED,
+    COMPRESSED,
+    HEAD_WORD,
+    MAX_HEADER,
+    STATE_WORD,
+    VERSION,
+    Header,
+    Layout,
+    pack_header,
+    parse_header,
+)
 from kvhook.ring.place import create_file, process_start
 from kvhook.schema import META
 
@@ -137,7 +148,14 @@ def _write(fd: int, data: memoryview, at: int) -> None:
         done += written
 
 
-def trace_header(layout: Layout, meta: dict[str, Any], *, like: Header | None = None, closed: bool = False) -> bytes:
+def trace_header(
+    layout: Layout,
+    meta: dict[str, Any],
+    *,
+    like: Header | None = None,
+    closed: bool = False,
+    compressed: bool = False,
+) -> bytes:
     """The header of a new trace file.
 
     Args:
@@ -145,6 +163,7 @@ def trace_header(layout: Layout, meta: dict[str, Any], *, like: Header | None = 
         meta: facts for the header.
         like: the header of the run that is written again: its process and its clocks are taken over.
         closed: the file is complete with what is written now.
+        compressed: frames follow, see `kvhook.ring.frames`.
     """
     pid = os.getpid()
     header = bytearray(
@@ -156,6 +175,7 @@ def trace_header(layout: Layout, meta: dict[str, Any], *, like: Header | None = 
             process_start=like.process_start if like else process_start(pid),
             clocks=(like.monotonic_ns, like.realtime_ns) if like else (time.monotonic_ns(), time.time_ns()),
             crc=False,
+            version=COMPRESSED << 32 if compressed else VERSION,
         )
     )
     if closed:

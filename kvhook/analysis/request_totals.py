@@ -1,0 +1,118 @@
+"""What a summary needs of an engine's finished requests, added up as they come."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+
+from kvhook.analysis.raw import Rows
+from kvhook.analysis.siblings import Siblings
+from kvhook.analysis.values import Values
+from kvhook.records.tables import reason_texts
+from kvhook.schema import FINISH_REASONS
+
+_STOP, _ABORT, _ERROR = (FINISH_REASONS.index(name) for name in ("stop", "abort", "error"))
+
+#: Columns of which the sum is wanted, and how many requests do not tell.
+_SUMMED = ("num_cached_tokens", "num_generation_tokens")
+
+
+class Prompts:
+    """Prompts of some requests: how many there are, their tokens, and whether one is not known."""
+
+    __slots__ = ("count", "tokens", "unknown")
+
+    def __init__(self) -> None:
+        self.count = self.tokens = 0
+        self.unknown = False
+
+    def take(self, lengths: npt.NDArray[np.int64]) -> None:
+        """Take prompts in."""
+        self.count += len(lengths)
+        self.tokens += int(lengths.sum())
+        self.unknown |= bool((lengths < 0).any())
+
+    def add(self, other: Prompts) -> None:
+        """Put others to these."""
+        self.count += other.count
+        self.tokens += other.tokens
+        self.unknown |= other.unknown
+
+
+class RequestTotals:
+    """An engine's finished requests in numbers. Engines, and parts of a run, are put together with `add`.
+
+    Args:
+        runs: it will be asked now and then while it grows, see `Values`.
+
+    Attributes:
+        count: how many.
+        reasons: code of the finish reason -> requests.
+        sums: column -> its sum over requests that tell it; `unknown` how many do not.
+        prompts: (whether it was aborted or failed, whether a token was generated) -> its prompts.
+        aborted: the prompts of the aborted ones.
+        e2e, per_token, decode_per_token: values of ``e2e_latency``, ``mean_time_per_output_token``, and of
+            ``decode_time`` by the number of tokens; the last two of requests that generated more than one token.
+    """
+
+    def __init__(self, *, runs: bool = False) -> None:
+        self.count = 0
+        self.reasons: Counter[int] = Counter()
+        self.sums: Counter[str] = Counter()
+        self.unknown: Counter[str] = Counter()
+        self.generated = 0
+        self.prompts = {(gone, begun): Prompts() for gone in (False, True) for begun in (False, True)}
+        self.aborted = Prompts()
+        self.e2e, self.per_token, self.decode_per_token, self.all_per_token = (Values(runs=runs) for _ in range(4))
+        self.siblings = Siblings()
+
+    def take(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """Take in requests; gives the step numbers of those that stopped."""
+        self.count += len(rows)
+        reason = rows.ints("finish_reason")
+        different, counts = np.unique(reason, return_counts=True)
+        self.reasons.update(dict(zip(different.tolist(), counts.tolist(), strict=True)))
+        for name in _SUMMED:
+            values = rows.ints(name)
+            known = values >= 0
+            self.sums[name] += int(values[known].sum())
+            self.unknown[name] += len(values) - int(np.count_nonzero(known))
+        generated, prompts = rows.ints("num_generation_tokens"), rows.ints("num_prompt_tokens")
+        self.generated += int(generated.sum())
+        gone, begun = (reason == _ABORT) | (reason == _ERROR), generated > 0
+        for (is_gone, is_begun), found in self.prompts.items():
+            found.take(prompts[(gone == is_gone) & (begun == is_begun)])
+        self.aborted.take(prompts[reason == _ABORT])
+        several = generated > 1
+        per_token = rows.floats("mean_time_per_output_token")
+        self.all_per_token.take(per_token)
+        self.per_token.take(per_token[several])
+        self.decode_per_token.take(rows.floats("decode_time")[several] / (generated[several] - 1))
+        self.e2e.take(rows.floats("e2e_latency"))
+        self.siblings.take(rows.ints("request_id"), rows.ints("sample_index"), rows.ints("num_cached_tokens"))
+        stopped: npt.NDArray[np.int64] = rows.ints("step")[reason == _STOP]
+        return stopped
+
+    def add(self, later: RequestTotals) -> None:
+        """Put those of another engine, or of a later part of the run, to these; they stay as they are."""
+        self.count += later.count
+        self.generated += later.generated
+        for name in ("reasons", "sums", "unknown"):
+            getattr(self, name).update(getattr(later, name))
+        for key, prompts in later.prompts.items():
+            self.prompts[key].add(prompts)
+        self.aborted.add(later.aborted)
+        for name in ("e2e", "per_token", "decode_per_token", "all_per_token"):
+            getattr(self, name).add(getattr(later, name))
+        self.siblings.add(later.siblings)
+
+    @property
+    def by_reason(self) -> dict[str, int]:
+        """Finish reason -> requests, in alphabetical order."""
+        codes = np.array(list(self.reasons), np.int64)
+        found: Counter[str] = Counter()
+        for text, count in zip(reason_texts(codes).tolist(), self.reasons.values(), strict=True):
+            found[text] += count
+        return dict(sorted(found.items()))

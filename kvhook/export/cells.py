@@ -1,0 +1,97 @@
+"""The cells of a table as text, column by column.
+
+Most columns of a run hold one value for thousands of steps: such a column is one text. Where orjson is installed
+(``pip install "kvhook[fast]"``) it writes the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvhook.records.columns import Table
+from kvhook.records.levels import not_recorded
+from kvhook.records.tables import Records
+from kvhook.ring.slots import slot_head
+from kvhook.schema import GAUGE, KINDS
+
+try:
+    import orjson
+except ImportError:
+    orjson = None
+
+#: Rows that are written at a time: their texts take some 10 MB.
+ROWS = 4096
+
+_GAUGES = {kind: {f.name for f in fields if f.role == GAUGE} for kind, (_, fields) in KINDS.items()}
+
+
+def tables(records: Records) -> Iterator[tuple[str, Table]]:
+    """Kind (``"step"`` or ``"request"``) and rows, in the order of the run, at most `ROWS` at a time."""
+    for slots, layout in records.chunks():
+        for first in range(0, len(slots), ROWS):
+            some = slots[first : first + ROWS]
+            kinds = slot_head(some)["kind"]
+            for kind in ("request", "step"):
+                table = records.table(some[kinds == KINDS[kind][0]], layout, kind)
+                if len(table):
+                    yield kind, table
+
+
+#: The cells of a column: one text if all are the same.
+Cells = list[str] | str
+
+
+def columns(table: Table, kind: str, unknown: str, text: Callable[[str], str] = str) -> Iterator[tuple[str, Cells]]:
+    """Name and cells of each column of a table.
+
+    Args:
+        table: the rows; at least one.
+        kind: ``"step"`` or ``"request"``.
+        unknown: what stands for a value that is not known.
+        text: writes a cell that is text.
+    """
+    masks = not_recorded(table) if kind == "step" else {}
+    for name in table.dtype.names or ():
+        yield name, _cells(table[name], name in _GAUGES[kind], masks.get(name), unknown, text)
+
+
+def _cells(
+    column: npt.NDArray[Any],
+    gauge: bool,
+    masked: npt.NDArray[np.bool_] | None,
+    unknown: str,
+    text: Callable[[str], str],
+) -> Cells:
+    column = np.ascontiguousarray(column)
+    nothing = np.zeros(len(column), np.bool_) if masked is None else masked.copy()
+    if column.dtype.kind == "f":
+        nothing |= np.isnan(column)
+    if gauge:
+        nothing |= column == -1
+    if nothing.all():
+        return unknown
+    if not nothing.any() and (column == column[0]).all():
+        return _texts(column[:1], text)[0]
+    cells = _texts(column, text)
+    for i in nothing.nonzero()[0].tolist():
+        cells[i] = unknown
+    return cells
+
+
+def _texts(column: npt.NDArray[Any], text: Callable[[str], str]) -> list[str]:
+    if column.dtype.kind == "U":
+        return [text(value) for value in column.tolist()]
+    # orjson has no infinity
+    if orjson is not None and not (column.dtype.kind == "f" and np.isinf(column).any()):
+        written: str = orjson.dumps(column, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].decode()
+        return written.split(",")
+    if column.dtype.kind == "f":
+        return [text(repr(value)) if value in _INFINITE else repr(value) for value in column.tolist()]
+    return list(map(str, column.tolist()))
+
+
+_INFINITE = (float("inf"), float("-inf"))

@@ -1,0 +1,119 @@
+"""What is known of a run beside its records: its engines, its facts, its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvhook.errors import TraceFormatError
+from kvhook.facts import NEEDED_COLUMNS
+from kvhook.records.engines import Engines
+from kvhook.records.sources import SlotSource
+from kvhook.ring.layout import Column, Header, make_layout
+
+
+class Run:
+    """One run.
+
+    Args:
+        sources: where its slots come from.
+        name: what to call it in errors.
+        more: what goes into `meta` beside what the slots tell.
+        facts: the same for single engines, by their number.
+        after: of a part of a run, engine -> the last record before the part; see `Engines`.
+        engines: what the slots tell of the engines, where that is known already; it is taken over.
+
+    Attributes:
+        sources: as given.
+
+    Raises:
+        TraceFormatError: a source lacks a column that every reader needs.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SlotSource],
+        name: str,
+        more: Mapping[str, Any] | None = None,
+        facts: Mapping[int, Mapping[str, Any]] | None = None,
+        after: Mapping[int, int] | None = None,
+        engines: Engines | None = None,
+    ) -> None:
+        for source in sources:
+            if "step" not in source.layout.columns:
+                raise TraceFormatError(
+                    f"{name} holds what was recorded in an engine core: open the trace beside it, and ask its cores()"
+                )
+            for kind, needed in NEEDED_COLUMNS.items():
+                if missing := needed - {c.name for c in source.layout.columns[kind]}:
+                    raise TraceFormatError(f"{name} holds no usable {kind} records: they have no {min(missing)}")
+        self.name = name
+        self.sources = sources
+        self._more, self._more_facts, self._after = dict(more or {}), dict(facts or {}), after
+        self._engines: Engines | None = None
+        self._meta: dict[str, Any] = {}
+        if engines is not None:
+            self._found(engines)
+
+    @property
+    def engines(self) -> Engines:
+        """The facts about each engine, and which of its records are there."""
+        if self._engines is None:
+            engines = Engines(self._after)
+            for source in self.sources:
+                engines.scan(source)
+            return self._found(engines)
+        return self._engines
+
+    def _found(self, engines: Engines) -> Engines:
+        if self._engines is None:
+            for engine, known in self._more_facts.items():
+                engines.add_facts(engine, known)
+            engines.leave_out_idle()
+            self._engines = engines
+        return self._engines
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The facts about the run, see `kvhook.Trace`."""
+        if not self._meta:
+            self._meta = self._describe() | self._more
+        return self._meta
+
+    @property
+    def damaged(self) -> int:
+        """Slots that hold no usable record, and are left out."""
+        return self.engines.damaged
+
+    @property
+    def header(self) -> Header | None:
+        """The header of the first file or ring of this run: its process and its clocks."""
+        return self.sources[0].header if self.sources else None
+
+    def columns(self, kind: str) -> list[Column]:
+        """The columns of ``"step"`` or ``"request"`` records that are live in this run."""
+        layouts = [s.layout for s in self.sources] or [make_layout({})]
+        columns = {c.name: c for layout in layouts for c in layout.columns[kind]}
+        absent = self.engines.absent(kind)
+        return [c for c in columns.values() if c.name not in absent]
+
+    def _describe(self) -> dict[str, Any]:
+        engines = self.engines.facts()
+        first = engines[0] if engines else {}
+        lost, dropped = self.engines.lost_and_dropped()
+        absent = self.engines.absent("request") | self.engines.absent("step")
+        # a name of both kinds of records is absent if neither has it
+        live = {c.name for kind in ("request", "step") for c in self.columns(kind)}
+        clocks = [(s.header.monotonic_ns, s.header.realtime_ns) for s in self.sources if s.header]
+        return {
+            "name": self.name,
+            **{key: first.get(key, "") for key in ("kvhook", "vllm", "python", "adapter")},
+            "engines": engines,
+            "absent": {n: why for n, why in absent.items() if n not in live},
+            "records": self.engines.records,
+            "records_lost": lost,
+            "records_dropped": dropped,
+            "damaged": self.engines.damaged,
+            "monotonic_ns": clocks[0][0] if clocks else 0,
+            "realtime_ns": clocks[0][1] if clocks else 0,
+        }
