@@ -10,6 +10,7 @@ REGISTERS: tuple[str, ...]
 STACK_DEPTH: int
 
 def forked() -> None: ...
+def nothing(*_: Any, **__: Any) -> None: ...
 
 class RingStore:
     """Called as ``publish(n, record)``: stores record number n, packed, and gives the next number, n + 1."""

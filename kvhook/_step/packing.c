@@ -54,7 +54,8 @@ static void put_head(Output *output, Cell n, int32_t kind)
 }
 
 /* Pack by Python's struct: n, kind, engine, and these cells. */
-static int put_by_struct(Output *output, PyObject *pack, Cell *n, int32_t kind, const Cell *cells, Py_ssize_t count)
+static int put_by_struct(Output *output, PyObject *pack, Cell *n, int32_t kind, const Cell *const *cells,
+                         Py_ssize_t count)
 {
     PyObject *arguments = PyTuple_New(3 + count), *record = NULL;
     int result = -1;
@@ -62,7 +63,7 @@ static int put_by_struct(Output *output, PyObject *pack, Cell *n, int32_t kind, 
         return -1;
     Cell head[3] = {*n, cell_int(kind), cell_int(output->engine)};
     for (Py_ssize_t i = 0; i < 3 + count; i++) {
-        PyObject *object = cell_object(i < 3 ? head[i] : cells[i - 3]);
+        PyObject *object = cell_object(i < 3 ? head[i] : *cells[i - 3]);
         if (object == NULL)
             goto done;
         PyTuple_SET_ITEM(arguments, i, object);
@@ -107,12 +108,12 @@ static inline bool pack_cell(const Cell *cell, char type, void *into)
     return true;
 }
 
-int put_record(Output *output, const RecordKind *kind, Cell *n, Cell *cells)
+int put_record(Output *output, const RecordKind *kind, Cell *n, const Cell *const *cells)
 {
     if (LIKELY(n->tag == INTEGER)) {
         uint8_t *at = output->body + (FIELDS_AT - BODY_AT);
         Py_ssize_t i = 0;
-        while (i < kind->count && pack_cell(&cells[i], kind->types[i], at))
+        while (i < kind->count && pack_cell(cells[i], kind->types[i], at))
             i++, at += 8;
         if (LIKELY(i == kind->count)) {
             put_head(output, *n, kind->kind);
@@ -145,9 +146,12 @@ int put_value_objects(Output *output, PyObject *pack, Cell *n, Cell step, int64_
 {
     Py_ssize_t count = PyList_GET_SIZE(values);
     Cell *cells = PyMem_Calloc((size_t)room + 3, sizeof(Cell));
-    int result = cells ? 0 : -1;
-    if (cells == NULL)
+    const Cell **places = PyMem_Calloc((size_t)room + 3, sizeof *places);
+    int result = cells && places ? 0 : -1;
+    if (result < 0)
         PyErr_NoMemory();
+    for (Py_ssize_t i = 0; result == 0 && i < room + 3; i++)
+        places[i] = &cells[i];
     for (Py_ssize_t first = 0; result == 0 && first < count; first += room) {
         Py_ssize_t size = count - first < room ? count - first : room;
         cells[0] = cell_copy(step);
@@ -155,10 +159,11 @@ int put_value_objects(Output *output, PyObject *pack, Cell *n, Cell step, int64_
         cells[2] = cell_int(size);
         for (Py_ssize_t i = 0; i < room; i++)
             cells[3 + i] = i < size ? cell_borrow(PyList_GET_ITEM(values, first + i)) : cell_float(0.0);
-        result = put_by_struct(output, pack, n, KIND_VALUES, cells, room + 3);
+        result = put_by_struct(output, pack, n, KIND_VALUES, places, room + 3);
         for (Py_ssize_t i = 0; i < room + 3; i++)
             cell_clear(&cells[i]);
     }
     PyMem_Free(cells);
+    PyMem_Free(places);
     return result;
 }

@@ -64,8 +64,8 @@ int program_visit(const Program *program, visitproc visit, void *arg)
     return 0;
 }
 
-/* An attribute of a value that is kept alive by somebody else. */
-static inline Cell attribute_of(Cell owner, PyObject *name)
+/* An attribute of a value. */
+Cell program_read(Cell owner, PyObject *name)
 {
     if (LIKELY(owner.tag == OBJECT)) {
         Py_INCREF(owner.o); /* what is called here may take it out of its register */
@@ -112,7 +112,7 @@ Cell program_run(const Program *program, Py_ssize_t start, const Cell *registers
         Cell *last = &stack[top - 1];
         switch (operation.code) {
         case OP_REGISTER_ATTRIBUTE:
-            result = attribute_of(registers[operation.argument], constants[operation.attribute].o);
+            result = program_read(registers[operation.argument], constants[operation.attribute].o);
             if (UNLIKELY(result.tag == EMPTY))
                 goto failed;
             if (LIKELY(top == 0 && operations[at + 1].code == OP_END))
@@ -130,7 +130,7 @@ Cell program_run(const Program *program, Py_ssize_t start, const Cell *registers
             stack[top++] = cell_copy(constants[operation.argument]);
             break;
         case OP_ATTRIBUTE:
-            result = attribute_of(*last, constants[operation.argument].o);
+            result = program_read(*last, constants[operation.argument].o);
             cell_set(last, result);
             if (UNLIKELY(result.tag == EMPTY))
                 goto failed;

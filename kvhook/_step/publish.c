@@ -6,16 +6,29 @@
 static int run_statements(Publisher *self)
 {
     Cell *registers = self->registers;
+    const Program *program = &self->program;
     for (Py_ssize_t at = 0; at < self->num_statements; at++) {
         const Statement *statement = &self->statements[at];
-        if (statement->code == SET) {
-            Cell value = program_run(&self->program, statement->where, registers);
-            if (UNLIKELY(value.tag == EMPTY))
-                return -1;
-            cell_set(&registers[statement->reg], value);
+        const Operation *first = &program->operations[statement->where];
+        Cell value;
+        switch (statement->code) {
+        case READ: /* SET of one attribute */
+            value = program_read(registers[first->argument], program->constants[first->attribute].o);
+            break;
+        case BLANK: /* SET of a constant */
+            value = cell_copy(program->constants[first->argument]);
+            break;
+        case SET:
+            value = program_run(program, statement->where, registers);
+            break;
+        default:
+            if (statement->code == SKIP || cell_is_none(registers[statement->reg]))
+                at = statement->where - 1;
+            continue;
         }
-        else if (statement->code == SKIP || cell_is_none(registers[statement->reg]))
-            at = statement->where - 1;
+        if (UNLIKELY(value.tag == EMPTY))
+            return -1;
+        cell_set(&registers[statement->reg], value);
     }
     return 0;
 }
@@ -23,18 +36,28 @@ static int run_statements(Publisher *self)
 /* Evaluate the columns of a record, and store it. */
 static int put(Publisher *self, const RecordKind *kind)
 {
-    Cell cells[MOST_COLUMNS];
-    Py_ssize_t made = 0;
-    int result = -1;
-    for (; made < kind->count; made++) {
-        cells[made] = program_run(&self->program, kind->programs[made], self->registers);
-        if (UNLIKELY(cells[made].tag == EMPTY))
-            goto done;
+    const Program *program = &self->program;
+    const Cell *cells[MOST_COLUMNS];
+    Cell computed[MOST_COLUMNS];
+    int made = 0, result = -1;
+    cells[0] = NULL;
+    for (Py_ssize_t i = 0; i < kind->count; i++) {
+        const Operation *first = &program->operations[kind->programs[i]];
+        if (first[1].code == OP_END && first->code == OP_REGISTER) /* most columns have been read by now */
+            cells[i] = &self->registers[first->argument];
+        else if (first[1].code == OP_END && first->code == OP_CONSTANT)
+            cells[i] = &program->constants[first->argument];
+        else {
+            computed[made] = program_run(program, kind->programs[i], self->registers);
+            if (UNLIKELY(computed[made].tag == EMPTY))
+                goto done;
+            cells[i] = &computed[made++];
+        }
     }
     result = put_record(&self->output, kind, &self->registers[REG_n], cells);
 done:
     while (made > 0)
-        cell_clear(&cells[--made]);
+        cell_clear(&computed[--made]);
     return result;
 }
 

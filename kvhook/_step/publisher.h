@@ -8,7 +8,7 @@
 enum { MOST_COLUMNS = 128, MOST_ARGUMENTS = 16 };
 
 /* What is done at the beginning of a step's record: columns are read from vLLM's objects, or set to their blanks. */
-typedef enum { SET, SKIP_IF_NONE, SKIP, NUM_STATEMENTS } StatementCode;
+typedef enum { SET, SKIP_IF_NONE, SKIP, NUM_STATEMENTS, READ, BLANK } StatementCode;
 
 typedef struct {
     StatementCode code;

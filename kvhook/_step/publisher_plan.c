@@ -51,6 +51,13 @@ static int number(PyObject *plan, const char *name, Py_ssize_t least, Py_ssize_t
     return 0;
 }
 
+/* Most expressions are one attribute, and most blanks one constant. */
+static StatementCode simplest(const Operation *operations)
+{
+    bool one = operations[0].code != OP_END && operations[1].code == OP_END;
+    return one && operations->code == OP_REGISTER_ATTRIBUTE ? READ : one && operations->code == OP_CONSTANT ? BLANK : SET;
+}
+
 static int fill_statements(Publisher *self, PyObject *plan)
 {
     PyObject *given = item(plan, "statements", &PyTuple_Type);
@@ -66,6 +73,8 @@ static int fill_statements(Publisher *self, PyObject *plan)
         if (fits) {
             fits = three[0] == SET ? three[2] < self->program.num_operations : three[2] > i && three[2] <= size;
             self->statements[i] = (Statement){(StatementCode)three[0], (int32_t)three[1], three[2]};
+            if (fits && three[0] == SET)
+                self->statements[i].code = simplest(&self->program.operations[three[2]]);
         }
         PyMem_Free(three);
         if (!fits) {

@@ -128,6 +128,7 @@ typedef struct {
 int program_parse(Program *program, PyObject *operations, PyObject *constants, Py_ssize_t num_registers);
 void program_clear(Program *program);
 int program_visit(const Program *program, visitproc visit, void *arg);
+Cell program_read(Cell owner, PyObject *name); /* an attribute; EMPTY with an exception set */
 /* Evaluate the expression that begins there; EMPTY with an exception set. */
 Cell program_run(const Program *program, Py_ssize_t start, const Cell *registers);
 
@@ -160,7 +161,7 @@ typedef struct {
 } RecordKind;
 
 /* Each stores one record and counts n up; -1 with an exception set, n as it was. */
-int put_record(Output *output, const RecordKind *kind, Cell *n, Cell *cells);
+int put_record(Output *output, const RecordKind *kind, Cell *n, const Cell *const *cells);
 int put_values(Output *output, Cell *n, Cell step, int64_t series, const double *values, Py_ssize_t count,
                Py_ssize_t room);
 int put_value_objects(Output *output, PyObject *pack, Cell *n, Cell step, int64_t series, PyObject *values,
