@@ -16,6 +16,8 @@ Python path records.
 ``publish.c``                 one step's records
 ``publisher.c``, ``.h``       the functions that record an engine; ``publisher_plan.c`` makes them from a plan
 ``step_method.c``             what stands in a class in place of ``LLMEngine.step``
+``output_tap.c``              what stands in an engine core's client in place of ``get_output``
+``counter.c``                 counts a step's outputs at level light
 ============================  ======================================================================
 """
 

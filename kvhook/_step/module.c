@@ -41,7 +41,8 @@ static int fill(PyObject *module)
 #define AS_TEXT(name) #name,
     static const char *const operations[] = {OPERATIONS(AS_TEXT)};
     static const char *const registers[] = {STATE_REGISTERS(AS_TEXT)};
-    PyTypeObject *const types[] = {&RingStore_Type, &Publisher_Type, &StepMethod_Type};
+    PyTypeObject *const types[] = {&RingStore_Type, &Publisher_Type, &StepMethod_Type, &Counter_Type,
+                                   &OutputTap_Type};
     for (size_t i = 0; i < sizeof types / sizeof *types; i++)
         if (PyModule_AddType(module, types[i]) < 0)
             return -1;

@@ -51,3 +51,30 @@ class StepMethod:
         failed: Callable[[BaseException, int], None],
     ) -> StepMethod: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+class Counter:
+    """Counts a step's outputs: ``count(outputs, states, counts)``, see `kvhook.adapters.light.make_counter`."""
+
+    def __new__(cls, preempted: Any, add_prompt: Callable[[Any, Any, Any], None]) -> Counter: ...
+    def __call__(self, outputs: Any, states: Any, counts: Any, /) -> None: ...
+
+class OutputTap:
+    """In place of ``get_output``, see `kvhook.hooks.taps`: at level full with `first`, at level light with `count`."""
+
+    def __new__(
+        cls,
+        get_output: Callable[..., Any],
+        take: Callable[..., bool],
+        failed: Callable[[Exception], None],
+        num_free: Callable[[], int] | None,
+        *,
+        first: Any = ...,
+        rest: Callable[[Any, Any, int, bool], None] | None = ...,
+        count: Callable[[Any, Any, Any], None] | None = ...,
+        make_counts: Callable[[], Any] | None = ...,
+        processor: Any = ...,
+        clock: Callable[[], int] | None = ...,
+        every: int = ...,
+        measure_every: int = ...,
+    ) -> OutputTap: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...

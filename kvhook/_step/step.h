@@ -193,5 +193,6 @@ PyObject *publisher_of(PyObject *callable);
 
 extern PyTypeObject StepMethod_Type;
 extern PyTypeObject Counter_Type;
+extern PyTypeObject OutputTap_Type;
 
 #endif

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from kvhook import _step
 from kvhook.adapters.table import Adapter, Read, Source, Target, attributes, has_field, lookup
 from kvhook.adapters.v1 import ASYNC, ASYNC_LLM, CLIENT, ENGINE, LOGGERS, V1, V1_NO_LOGGER
 from kvhook.adapters.v1 import PROCESSOR as MADE
@@ -54,6 +55,9 @@ def make_counter() -> Counter:
     """
     preempted = lookup(f"{EVENT}.PREEMPTED")
     add_prompt = _prompt_reader()
+    if _step.native is not None:
+        native: Counter = _step.native.Counter(preempted, add_prompt)
+        return native
 
     def count(outputs: Iterable[Any], states: Mapping[str, Any], counts: Counts) -> None:
         generated = 0

@@ -63,7 +63,7 @@ class Program:
         """
         if text not in self._compiled:
             tree = ast.parse(text, mode="eval").body
-            if _depth(tree) >= self._depth_limit:
+            if _depth(tree) > self._depth_limit:
                 raise CannotCompile(f"{text} is nested too deeply")
             self._compiled[text] = len(self.operations)
             self._compile(tree)
@@ -154,10 +154,24 @@ class Program:
             raise CannotCompile(ast.unparse(tree))
 
 
-def _depth(tree: ast.AST) -> int:
-    """More than the values that the machine keeps at once."""
-    children = list(ast.iter_child_nodes(tree))
-    return 1 + len(children) + max(map(_depth, children), default=0)
+def _depth(tree: ast.expr) -> int:
+    """How many values the machine keeps at once while it evaluates an expression."""
+    if isinstance(tree, ast.Attribute):
+        return _depth(tree.value)
+    if isinstance(tree, ast.BinOp):
+        return _depth_of((tree.left, tree.right))
+    if isinstance(tree, ast.Compare):
+        return _depth_of((tree.left, *tree.comparators))
+    if isinstance(tree, ast.IfExp):
+        return max(map(_depth, (tree.test, tree.body, tree.orelse)))
+    if isinstance(tree, ast.Call):
+        return _depth_of((tree.func, *tree.args))
+    return 1
+
+
+def _depth_of(trees: Sequence[ast.expr]) -> int:
+    """The same for expressions whose values are kept until the last of them is there."""
+    return max(kept + _depth(tree) for kept, tree in enumerate(trees))
 
 
 def compile_program(plan: ColumnPlan, layout: Layout, native: ModuleType) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from kvhook import _step
 from kvhook.adapters.light import Counter, Counts, make_counter
 from kvhook.adapters.publisher import MEASURE_EVERY
 from kvhook.adapters.step_functions import Record
@@ -107,29 +108,42 @@ def take_from_core(tap: Tap) -> Undo:
     num_free = tap.num_free_blocks
     fill_in, not_logged = _empty_stats(tap), tap.adapter.tap == "manager"
 
+    def rest(outputs: Any, stats: Any, free: int, uncounted: bool) -> None:
+        """What happens seldom: an engine's first steps, and outputs without stats."""
+        if uncounted:
+            first.take(outputs, free)
+        if stats is None and fill_in is not None:
+            outputs.scheduler_stats = fill_in()
+        elif stats is None and outputs.outputs and not_logged:
+            first.ended(outputs)
+
     def get_output_and_take(*args: Any, **kwargs: Any) -> Any:
         outputs = get_output(*args, **kwargs)
         try:
             stats, free = outputs.scheduler_stats, num_free()
             rank = getattr(outputs, "engine_index", 0)
-            if first.watching or take(stats, None, rank, 0, free, len(outputs.outputs)):
-                first.take(outputs, free)
-            if stats is None and fill_in is not None:
-                outputs.scheduler_stats = fill_in()
-            elif stats is None and outputs.outputs and not_logged:
-                first.ended(outputs)
+            uncounted = first.watching or take(stats, None, rank, 0, free, len(outputs.outputs))
+            if uncounted or stats is None:
+                rest(outputs, stats, free, uncounted)
         except Exception as error:
             failed(error)
         return outputs
 
+    method: Callable[..., Any] = get_output_and_take
+    if _step.native is not None:
+        method = _step.native.OutputTap(get_output, take, failed, _unless_no_blocks(num_free), first=first, rest=rest)
     first.begin()
-    take_out = replace((client, tap.adapter.core_output, get_output_and_take))
+    take_out = replace((client, tap.adapter.core_output, method))
 
     def undo() -> None:
         first.stop()
         take_out()
 
     return undo
+
+
+def _unless_no_blocks(num_free: Callable[[], int]) -> Callable[[], int] | None:
+    return None if num_free is no_blocks else num_free
 
 
 def _announce_outputs(get_output: Callable[..., Any], tap: Tap) -> Callable[..., Any]:
@@ -289,7 +303,21 @@ def tap_core(tap: Tap) -> Undo:
             failed(error)
         return outputs
 
-    return replace((core.client, "get_output", get_output_and_count))
+    method: Callable[..., Any] = get_output_and_count
+    if _step.native is not None:
+        method = _step.native.OutputTap(
+            get_output,
+            take,
+            failed,
+            _unless_no_blocks(num_free),
+            count=count,
+            make_counts=Counts,
+            processor=processor,
+            clock=None if clock is time.monotonic_ns else clock,
+            every=every,
+            measure_every=MEASURE_EVERY,
+        )
+    return replace((core.client, "get_output", method))
 
 
 def tap_own_step(tap: Tap) -> Undo:
