@@ -1,34 +1,20 @@
-/* The writer's side of the ring's protocol: `publish(n, record)` of kvhook/ring/writer.py with C11 memory order.
+/* The ring's writer as an object of Python's, in place of the function that kvhook/ring/writer.py makes: called as
+   `publish(n, record)`. The protocol itself is in ring_protocol.h.
 
-   A reader takes record n if it finds stamp 2n+2 before and after it has copied the slot, or if the head, read again
-   after the copy, says that the writer cannot have come round to it. So three things must hold on every processor:
-
-     1. the odd stamp is seen before any byte of the new body: a release fence stands between them (relaxed store,
-        then the fence, then the body's plain stores: C11 7.17.4, fence-atomic synchronisation);
-     2. a reader that sees the even stamp sees the whole body: the even stamp is a store-release;
-     3. a reader that sees the head at n+1 sees record n's stamp and body: the head is a store-release.
-
-   On x86-64 all three cost nothing: the processor keeps store-store order, so the fence and both store-releases are
-   plain moves, and the compiler is kept from reordering. On ARM64 they become `dmb ish` and `stlr`. The body is not
-   made of atomics, as in every seqlock; a reader copies bytes and believes none of them before it has checked.
-
-   One thread writes a ring, and it holds the GIL while it does. On a free-threaded build nothing here would be
-   shared between threads either: each engine has its own ring, its own publisher and its own thread. The module does
-   not claim that, though: it does not set Py_mod_gil, so a free-threaded Python turns its GIL on when it is imported,
-   because other threads may add a request to an engine while its step is being published. */
+   One thread writes a ring, and it holds the GIL while it does. On a free-threaded build nothing here would be shared
+   between threads either: each engine has its own ring, its own publisher and its own thread. The module does not claim
+   that, though: it does not set Py_mod_gil, so a free-threaded Python turns its GIL on when it is imported, because
+   other threads may add a request to an engine while its step is being published. */
 
 #include "step.h"
 
-#include <stdatomic.h>
 #include <structmember.h>
 
 typedef struct {
     PyObject_HEAD
     vectorcallfunc vectorcall;
     Py_buffer map;
-    uint8_t *first; /* slot 0 */
-    uint64_t mask;
-    uint64_t slot;
+    Ring ring;
     unsigned generation;
     bool crc;
 } RingStore;
@@ -74,22 +60,10 @@ void ring_store(PyObject *object, int64_t number, const void *body)
     RingStore *self = (RingStore *)object;
     if (UNLIKELY(self->generation != generation))
         return; /* a forked child: the ring is its parent's */
-    uint64_t n = (uint64_t)number;
-    uint8_t *slot = self->first + (n & self->mask) * self->slot;
-    _Atomic uint64_t *stamp = (_Atomic uint64_t *)(slot + STAMP_AT);
-    _Atomic uint64_t *head = (_Atomic uint64_t *)((uint8_t *)self->map.buf + HEAD_AT);
-    atomic_store_explicit(stamp, 2 * n + 1, memory_order_relaxed);
-    atomic_thread_fence(memory_order_release);
-    if (self->crc) {
-        uint64_t crc = ring_crc32(body, self->slot - BODY_AT);
-        memcpy(slot + CRC_AT, &crc, sizeof crc);
-    }
-    memcpy(slot + BODY_AT, body, self->slot - BODY_AT);
-    atomic_store_explicit(stamp, 2 * n + 2, memory_order_release);
-    atomic_store_explicit(head, n + 1, memory_order_release);
+    ring_write(&self->ring, (uint64_t)number, body, self->crc ? ring_crc32 : NULL);
 }
 
-Py_ssize_t ring_body_bytes(PyObject *object) { return (Py_ssize_t)((RingStore *)object)->slot - BODY_AT; }
+Py_ssize_t ring_body_bytes(PyObject *object) { return (Py_ssize_t)((RingStore *)object)->ring.slot - BODY_AT; }
 
 static PyObject *store_call(PyObject *object, PyObject *const *args, size_t nargsf, PyObject *names)
 {
@@ -104,7 +78,7 @@ static PyObject *store_call(PyObject *object, PyObject *const *args, size_t narg
     Py_buffer record;
     if (PyObject_GetBuffer(args[1], &record, PyBUF_SIMPLE) < 0)
         return NULL;
-    bool fits = record.len == (Py_ssize_t)self->slot - BODY_AT;
+    bool fits = record.len == (Py_ssize_t)self->ring.slot - BODY_AT;
     if (fits && n >= 0)
         ring_store(object, n, record.buf);
     PyBuffer_Release(&record);
@@ -139,9 +113,10 @@ static PyObject *store_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     self->vectorcall = store_call;
-    self->first = (uint8_t *)self->map.buf + header;
-    self->mask = (uint64_t)capacity - 1;
-    self->slot = (uint64_t)slot;
+    self->ring.map = self->map.buf;
+    self->ring.first = self->ring.map + header;
+    self->ring.mask = (uint64_t)capacity - 1;
+    self->ring.slot = (uint64_t)slot;
     self->generation = generation;
     self->crc = crc;
     return (PyObject *)self;

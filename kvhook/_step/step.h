@@ -11,6 +11,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "ring_protocol.h"
+
 #if defined(__GNUC__)
 #define LIKELY(x) __builtin_expect(!!(x), 1)
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
@@ -19,8 +21,7 @@
 #define UNLIKELY(x) (x)
 #endif
 
-/* Slot offsets and record kinds, as in kvhook/ring/layout.py and kvhook/schema.py; a test compares them. */
-enum { STAMP_AT = 0, CRC_AT = 8, BODY_AT = 16, FIELDS_AT = 32, HEAD_AT = 128 };
+/* Record kinds, as in kvhook/schema.py; a test compares them. */
 enum { KIND_STEP = 1, KIND_REQUEST = 2, KIND_VALUES = 3 };
 
 static inline int64_t clock_ns(void)

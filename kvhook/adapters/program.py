@@ -313,4 +313,10 @@ class _ProgramWriter(Shape):
     def take_arguments(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
         taken = self.taken()
         registers = [self.program.register(s.name) for s in taken]
-        return (*(s.argument for s in taken), ENGINE_INDEX, "spent", "num_free", "outputs"), (*registers, -1, -1, -1, -1)
+        return (*(s.argument for s in taken), ENGINE_INDEX, "spent", "num_free", "outputs"), (
+            *registers,
+            -1,
+            -1,
+            -1,
+            -1,
+        )

@@ -140,6 +140,7 @@ class SourceWriter(Shape):
         self.add(3, "aborted.clear()")
 
     def add(self, depth: int, text: str) -> None:
+        """One line, so many levels deep."""
         self.lines.append("    " * depth + text)
 
     def root(self, root: str) -> None:
@@ -231,4 +232,3 @@ class SourceWriter(Shape):
         cells = ", ".join(self.request_cells())
         self.add(3, f"n = publish_record(n, pack_request(n, {REQUEST}, ENGINE, {cells}))")
         self.add(3, "request_number += 1")
-

@@ -1,4 +1,4 @@
-"""Objects as vLLM never makes them, or not yet: everything that a number, a list or a stats object could turn out to be.
+"""Objects as vLLM never makes them, or not yet: all that a number, a list or a stats object could turn out to be.
 
 All is drawn from a `random.Random`: from the same seed come the same objects again, but not the same ones. So each of
 two publishers gets its own, and an attribute that changes with each read shows which of them read it once more.
@@ -50,7 +50,7 @@ class Index:
     def __index__(self) -> int:
         if isinstance(self.value, Exception):
             raise self.value
-        return self.value  # type: ignore[no-any-return]
+        return self.value
 
 
 class AsFloat:
@@ -73,7 +73,7 @@ class OddSize:
     def __len__(self) -> int:
         if isinstance(self.size, Exception):
             raise self.size
-        return self.size  # type: ignore[no-any-return]
+        return self.size
 
 
 class ListOfOnes(list[Any]):
@@ -213,7 +213,7 @@ def many(r: random.Random, make: Callable[[], Any], odd: float) -> Any:
     makers: tuple[Callable[[], Any], ...] = (
         lambda: tuple(items),
         lambda: iter(items),
-        lambda: {i: item for i, item in enumerate(items)},
+        lambda: dict(enumerate(items)),
         lambda: None,
         lambda: [*items, None],
         lambda: _stops(items),
