@@ -105,7 +105,7 @@ Cell program_run(const Program *program, Py_ssize_t start, const Cell *registers
     static const char signs[] = {'+', '-', '*', '/'};
     const Operation *operations = program->operations;
     const Cell *constants = program->constants;
-    Cell stack[STACK_DEPTH], result;
+    Cell storage[STACK_DEPTH + 1], *stack = storage + 1, result; /* one below, for `last` of an empty stack */
     int top = 0, truth;
     for (Py_ssize_t at = start;; at++) {
         Operation operation = operations[at];
