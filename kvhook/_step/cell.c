@@ -31,8 +31,16 @@ Cell cell_take(PyObject *object)
 
 Cell cell_borrow(PyObject *object)
 {
+    if (object != NULL && PyFloat_CheckExact(object))
+        return cell_float(PyFloat_AS_DOUBLE(object));
+    if (object != NULL && PyLong_CheckExact(object)) {
+        int overflow;
+        int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
+        if (LIKELY(!overflow))
+            return cell_int(value);
+    }
     Py_XINCREF(object);
-    return cell_take(object);
+    return (Cell){object ? OBJECT : EMPTY, {.o = object}};
 }
 
 PyObject *cell_object(Cell cell)

@@ -1,61 +1,11 @@
 /* Counter: counts the outputs of a step at level light, as `count` of kvhook/adapters/light.py does.
 
-   A step has an output per request, so what is read of one is read up to some thousand times. Where a class keeps an
-   attribute in a slot (a msgspec Struct, as EngineCoreOutput is, or a class with __slots__) its place is looked up
-   once, and again when the class has changed, as the interpreter's own inline caches do. */
+   A step has an output per request, so what is read of one is read up to some thousand times: where it is in the
+   objects of its class is looked up once, see place.c. */
 
 #include "step.h"
 
 #include <structmember.h>
-
-/* One attribute of the objects of one class: where it is, or -1 where it must be asked for. */
-typedef struct {
-    PyObject *name;
-    PyTypeObject *type; /* not owned; compared only, together with its version */
-    unsigned version;
-    Py_ssize_t offset;
-} Place;
-
-static unsigned version_of(PyTypeObject *type)
-{
-#if PY_VERSION_HEX < 0x030C0000
-    if (!(type->tp_flags & Py_TPFLAGS_VALID_VERSION_TAG))
-        return 0;
-#endif
-    return type->tp_version_tag; /* 0 after a change, and another number later on */
-}
-
-static void find_place(Place *place, PyTypeObject *type)
-{
-    place->offset = -1;
-    PyObject *found = PyObject_GetAttr((PyObject *)type, place->name); /* gives the class a version, if it has none */
-    if (found == NULL)
-        PyErr_Clear();
-    else if (Py_IS_TYPE(found, &PyMemberDescr_Type) && type->tp_getattro == PyObject_GenericGetAttr) {
-        PyMemberDescrObject *member = (PyMemberDescrObject *)found;
-        if (member->d_member->type == T_OBJECT_EX && PyType_IsSubtype(type, PyDescr_TYPE(member)))
-            place->offset = member->d_member->offset;
-    }
-    Py_XDECREF(found);
-    place->type = type;
-    place->version = version_of(type);
-    if (place->version == 0)
-        place->type = NULL; /* it cannot be told when it changes */
-}
-
-/* An attribute, as a new reference; NULL with an exception set. */
-static PyObject *read_place(Place *place, PyObject *object)
-{
-    PyTypeObject *type = Py_TYPE(object);
-    if (UNLIKELY(type != place->type || version_of(type) != place->version))
-        find_place(place, type);
-    if (place->offset > 0) {
-        PyObject *value = *(PyObject **)((char *)object + place->offset);
-        if (value != NULL)
-            return Py_NewRef(value);
-    }
-    return PyObject_GetAttr(object, place->name);
-}
 
 typedef struct {
     PyObject_HEAD
@@ -109,7 +59,7 @@ static int count_events(Counter *self, PyObject *events, PyObject *counts)
 /* The state of the request that an output is for: a new reference to it, or to None. */
 static PyObject *state_of(Counter *self, PyObject *output, PyObject *states)
 {
-    PyObject *request_id = read_place(&self->request_id, output), *state;
+    PyObject *request_id = place_read(&self->request_id, output), *state;
     if (request_id == NULL)
         return NULL;
     if (LIKELY(PyDict_CheckExact(states))) {
@@ -133,13 +83,13 @@ static int count_one(Counter *self, PyObject *output, PyObject *states, PyObject
         Py_XDECREF(state);
         return state ? 0 : -1;
     }
-    if ((found = read_place(&self->new_token_ids, output)) == NULL)
+    if ((found = place_read(&self->new_token_ids, output)) == NULL)
         goto done;
     Py_ssize_t size = LIKELY(PyList_CheckExact(found)) ? PyList_GET_SIZE(found) : PyObject_Size(found);
     if (size < 0)
         goto done;
     *generated += size;
-    Py_SETREF(found, read_place(&self->is_prefilling, state));
+    Py_SETREF(found, place_read(&self->is_prefilling, state));
     int prefilling = found == Py_False ? 0 : found ? PyObject_IsTrue(found) : -1;
     if (prefilling < 0)
         goto done;
@@ -148,7 +98,7 @@ static int count_one(Counter *self, PyObject *output, PyObject *states, PyObject
         if (found == NULL)
             goto done;
     }
-    Py_SETREF(found, read_place(&self->events, output));
+    Py_SETREF(found, place_read(&self->events, output));
     if (found != NULL)
         result = found == Py_None ? 0 : count_events(self, found, counts);
 done:

@@ -12,7 +12,9 @@ int program_parse(Program *program, PyObject *operations, PyObject *constants, P
     program->num_constants = PyTuple_GET_SIZE(constants);
     program->constants = PyMem_Calloc(program->num_constants + 1, sizeof(Cell));
     program->operations = PyMem_Calloc(size + 1, sizeof(Operation));
-    if (program->constants == NULL || program->operations == NULL) {
+    program->places = PyMem_Calloc(size + 1, sizeof(Place));
+    uint32_t places = 0;
+    if (program->constants == NULL || program->operations == NULL || program->places == NULL) {
         PyErr_NoMemory();
         return -1;
     }
@@ -31,12 +33,19 @@ int program_parse(Program *program, PyObject *operations, PyObject *constants, P
         if (fits && code == OP_CONSTANT)
             fits = argument < program->num_constants;
         if (fits && named)
-            fits = name < program->num_constants && program->constants[name].tag == OBJECT;
+            fits = name < program->num_constants && program->constants[name].tag == OBJECT &&
+                   PyUnicode_CheckExact(program->constants[name].o);
+        if (fits && named)
+            PyUnicode_InternInPlace(&program->constants[name].o);
         if (fits && (code == OP_JUMP || code == OP_JUMP_IF_FALSE))
             fits = argument > i && argument < size; /* forward: every expression ends */
         if (!fits || (i == size - 1 && code != OP_END)) {
             PyErr_SetString(PyExc_ValueError, "kvhook: no such operation");
             return -1;
+        }
+        if (named) {
+            program->places[places].name = program->constants[name].o;
+            attribute = (int)places++;
         }
         program->operations[i] = (Operation){(uint16_t)code, (uint16_t)argument, (uint32_t)attribute};
     }
@@ -51,6 +60,8 @@ void program_clear(Program *program)
             cell_clear(&program->constants[i]);
     PyMem_Free(program->constants);
     PyMem_Free(program->operations);
+    PyMem_Free(program->places);
+    program->places = NULL;
     program->constants = NULL;
     program->operations = NULL;
     program->num_constants = program->num_operations = 0;
@@ -62,21 +73,6 @@ int program_visit(const Program *program, visitproc visit, void *arg)
         if (program->constants[i].tag == OBJECT)
             Py_VISIT(program->constants[i].o);
     return 0;
-}
-
-/* An attribute of a value. */
-Cell program_read(Cell owner, PyObject *name)
-{
-    if (LIKELY(owner.tag == OBJECT)) {
-        Py_INCREF(owner.o); /* what is called here may take it out of its register */
-        PyObject *value = PyObject_GetAttr(owner.o, name);
-        Py_DECREF(owner.o);
-        return cell_take(value);
-    }
-    PyObject *object = cell_object(owner);
-    PyObject *value = object ? PyObject_GetAttr(object, name) : NULL;
-    Py_XDECREF(object);
-    return cell_take(value);
 }
 
 static Cell call(Cell function, const Cell *arguments, int count)
@@ -112,7 +108,7 @@ Cell program_run(const Program *program, Py_ssize_t start, const Cell *registers
         Cell *last = &stack[top - 1];
         switch (operation.code) {
         case OP_REGISTER_ATTRIBUTE:
-            result = program_read(registers[operation.argument], constants[operation.attribute].o);
+            result = place_cell(&program->places[operation.place], registers[operation.argument]);
             if (UNLIKELY(result.tag == EMPTY))
                 goto failed;
             if (LIKELY(top == 0 && operations[at + 1].code == OP_END))
@@ -130,7 +126,7 @@ Cell program_run(const Program *program, Py_ssize_t start, const Cell *registers
             stack[top++] = cell_copy(constants[operation.argument]);
             break;
         case OP_ATTRIBUTE:
-            result = program_read(*last, constants[operation.argument].o);
+            result = place_cell(&program->places[operation.place], *last);
             cell_set(last, result);
             if (UNLIKELY(result.tag == EMPTY))
                 goto failed;

@@ -9,21 +9,20 @@ static int run_statements(Publisher *self)
     const Program *program = &self->program;
     for (Py_ssize_t at = 0; at < self->num_statements; at++) {
         const Statement *statement = &self->statements[at];
-        const Operation *first = &program->operations[statement->where];
         Cell value;
         switch (statement->code) {
-        case READ: /* SET of one attribute */
-            value = program_read(registers[first->argument], program->constants[first->attribute].o);
+        case READ: /* SET to one attribute */
+            value = place_cell(&program->places[statement->where], registers[statement->source]);
             break;
-        case BLANK: /* SET of a constant */
-            value = cell_copy(program->constants[first->argument]);
+        case BLANK: /* SET to a constant */
+            value = cell_copy(program->constants[statement->where]);
             break;
         case SET:
             value = program_run(program, statement->where, registers);
             break;
         default:
             if (statement->code == SKIP || cell_is_none(registers[statement->reg]))
-                at = statement->where - 1;
+                at = (Py_ssize_t)statement->where - 1;
             continue;
         }
         if (UNLIKELY(value.tag == EMPTY))
@@ -42,13 +41,13 @@ static int put(Publisher *self, const RecordKind *kind)
     int made = 0, result = -1;
     cells[0] = NULL;
     for (Py_ssize_t i = 0; i < kind->count; i++) {
-        const Operation *first = &program->operations[kind->programs[i]];
-        if (first[1].code == OP_END && first->code == OP_REGISTER) /* most columns have been read by now */
-            cells[i] = &self->registers[first->argument];
-        else if (first[1].code == OP_END && first->code == OP_CONSTANT)
-            cells[i] = &program->constants[first->argument];
+        Column column = kind->columns[i];
+        if (column.source == OF_REGISTER) /* most columns have been read by now */
+            cells[i] = &self->registers[column.where];
+        else if (column.source == OF_CONSTANT)
+            cells[i] = &program->constants[column.where];
         else {
-            computed[made] = program_run(program, kind->programs[i], self->registers);
+            computed[made] = program_run(program, column.where, self->registers);
             if (UNLIKELY(computed[made].tag == EMPTY))
                 goto done;
             cells[i] = &computed[made++];
@@ -155,7 +154,7 @@ static int put_aborted(Publisher *self)
 {
     if (PyList_GET_SIZE(self->aborted) == 0)
         return 0;
-    if (self->gone.programs != NULL)
+    if (self->gone.columns != NULL)
         for (Py_ssize_t i = 0; i < PyList_GET_SIZE(self->aborted); i++) {
             cell_set(&self->registers[REG_gone], cell_borrow(PyList_GET_ITEM(self->aborted, i)));
             if (put_request(self, &self->gone) < 0)

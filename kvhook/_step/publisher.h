@@ -11,9 +11,10 @@ enum { MOST_COLUMNS = 128, MOST_ARGUMENTS = 16 };
 typedef enum { SET, SKIP_IF_NONE, SKIP, NUM_STATEMENTS, READ, BLANK } StatementCode;
 
 typedef struct {
-    StatementCode code;
-    int32_t reg;      /* the register that is set, or looked at */
-    Py_ssize_t where; /* the expression, or the statement to go on with */
+    uint16_t code;
+    uint16_t reg;    /* the register that is set, or looked at */
+    uint16_t source; /* of READ: the register whose attribute it is */
+    uint32_t where;  /* the expression, the place, the constant, or the statement to go on with */
 } Statement;
 
 /* Where the arguments of `record` or `take` go: registers, or -1 for those that are not kept. */

@@ -52,10 +52,27 @@ static int number(PyObject *plan, const char *name, Py_ssize_t least, Py_ssize_t
 }
 
 /* Most expressions are one attribute, and most blanks one constant. */
-static StatementCode simplest(const Operation *operations)
+static Statement set_statement(const Program *program, uint16_t reg, Py_ssize_t expression)
 {
-    bool one = operations[0].code != OP_END && operations[1].code == OP_END;
-    return one && operations->code == OP_REGISTER_ATTRIBUTE ? READ : one && operations->code == OP_CONSTANT ? BLANK : SET;
+    const Operation *first = &program->operations[expression];
+    bool one = first->code != OP_END && first[1].code == OP_END;
+    if (one && first->code == OP_REGISTER_ATTRIBUTE)
+        return (Statement){READ, reg, first->argument, first->place};
+    if (one && first->code == OP_CONSTANT)
+        return (Statement){BLANK, reg, 0, first->argument};
+    return (Statement){SET, reg, 0, (uint32_t)expression};
+}
+
+/* The same for a column. */
+static Column column_of(const Program *program, Py_ssize_t expression)
+{
+    const Operation *first = &program->operations[expression];
+    bool one = first->code != OP_END && first[1].code == OP_END;
+    if (one && first->code == OP_REGISTER)
+        return (Column){OF_REGISTER, first->argument};
+    if (one && first->code == OP_CONSTANT)
+        return (Column){OF_CONSTANT, first->argument};
+    return (Column){COMPUTED, (uint32_t)expression};
 }
 
 static int fill_statements(Publisher *self, PyObject *plan)
@@ -72,9 +89,10 @@ static int fill_statements(Publisher *self, PyObject *plan)
         bool fits = count == 3 && three[0] < NUM_STATEMENTS && three[1] < self->num_registers;
         if (fits) {
             fits = three[0] == SET ? three[2] < self->program.num_operations : three[2] > i && three[2] <= size;
-            self->statements[i] = (Statement){(StatementCode)three[0], (int32_t)three[1], three[2]};
             if (fits && three[0] == SET)
-                self->statements[i].code = simplest(&self->program.operations[three[2]]);
+                self->statements[i] = set_statement(&self->program, (uint16_t)three[1], three[2]);
+            else
+                self->statements[i] = (Statement){(uint16_t)three[0], (uint16_t)three[1], 0, (uint32_t)three[2]};
         }
         PyMem_Free(three);
         if (!fits) {
@@ -128,8 +146,12 @@ static int fill_kind(Publisher *self, PyObject *plan, const char *name, int32_t 
         return -1;
     Py_INCREF(kind->pack);
     kind->kind = code;
-    kind->programs = numbers(programs, 0, self->program.num_operations, &kind->count);
-    if (kind->programs == NULL)
+    Py_ssize_t *expressions = numbers(programs, 0, self->program.num_operations, &kind->count);
+    kind->columns = expressions ? PyMem_Calloc((size_t)kind->count + 1, sizeof *kind->columns) : NULL;
+    for (Py_ssize_t i = 0; kind->columns != NULL && i < kind->count; i++)
+        kind->columns[i] = column_of(&self->program, expressions[i]);
+    PyMem_Free(expressions);
+    if (kind->columns == NULL)
         return -1;
     bool fits = kind->count == size && size <= MOST_COLUMNS && 8 * size <= self->output.size - (FIELDS_AT - BODY_AT);
     if (!fits || (kind->types = PyMem_Malloc((size_t)size + 1)) == NULL) {
@@ -242,9 +264,9 @@ int publisher_fill(Publisher *self, const Given *given)
     self->parts = self->roots ? numbers(PyDict_GetItemString(plan, "parts"), 0, registers, &self->num_parts) : NULL;
     if (self->parts == NULL)
         return -1;
-    bool sound = self->step.programs != NULL && self->take.count >= 4;
+    bool sound = self->step.columns != NULL && self->take.count >= 4;
     if (self->finished_root >= 0)
-        sound = sound && self->finished >= 0 && self->num_parts >= 1 && self->request.programs != NULL;
+        sound = sound && self->finished >= 0 && self->num_parts >= 1 && self->request.columns != NULL;
     if (!sound || (pack_values = PyDict_GetItemString(plan, "pack_values")) == NULL ||
         (merge = PyDict_GetItemString(plan, "merge")) == NULL) {
         PyErr_SetString(PyExc_ValueError, "kvhook: the plan is not complete");
@@ -260,7 +282,7 @@ int publisher_fill(Publisher *self, const Given *given)
 
 static void free_kind(RecordKind *kind)
 {
-    PyMem_Free(kind->programs);
+    PyMem_Free(kind->columns);
     PyMem_Free(kind->types);
     Py_XDECREF(kind->pack);
 }

@@ -92,6 +92,22 @@ Cell cell_arithmetic(char operator, Cell a, Cell b); /* + - * /; borrows both; E
 int cell_compare(int operator, Cell a, Cell b);      /* Py_GE and so on; -1 with an exception set */
 Cell cell_to_int(Cell cell, PyObject *int_type);     /* int(x); EMPTY with an exception set */
 
+/* ---- places: place.c ----------------------------------------------------------------------------------------- */
+
+typedef enum { ASKED, SLOT, VALUE } PlaceKind;
+
+/* One attribute, and where it is in the objects of the class that was seen last. */
+typedef struct {
+    PyTypeObject *type; /* not owned; compared only, together with its version */
+    PyObject *name;     /* interned, kept alive by whoever has the place */
+    unsigned version;
+    PlaceKind kind : 8;
+    int32_t where : 24;
+} Place;
+
+PyObject *place_read(Place *place, PyObject *object); /* a new reference; NULL with an exception set */
+Cell place_cell(Place *place, Cell owner);            /* EMPTY with an exception set */
+
 /* ---- programs: program.c ------------------------------------------------------------------------------------- */
 
 /* What an expression of an adapter's table is compiled to, by kvhook/adapters/program.py. A stack machine. */
@@ -105,7 +121,7 @@ enum { OPERATIONS(AS_ENUM) NUM_OPERATIONS };
 typedef struct {
     uint16_t code;
     uint16_t argument; /* a register, a constant, a comparison, a number of arguments, or where to jump */
-    uint32_t attribute; /* of REGISTER_ATTRIBUTE: which constant is its name */
+    uint32_t place;    /* of ATTRIBUTE and REGISTER_ATTRIBUTE */
 } Operation;
 
 /* The registers that C knows by name; behind them come the table's own. */
@@ -124,12 +140,12 @@ typedef struct {
     Py_ssize_t num_operations;
     Cell *constants;
     Py_ssize_t num_constants;
+    Place *places; /* one for each operation that reads an attribute */
 } Program;
 
 int program_parse(Program *program, PyObject *operations, PyObject *constants, Py_ssize_t num_registers);
 void program_clear(Program *program);
 int program_visit(const Program *program, visitproc visit, void *arg);
-Cell program_read(Cell owner, PyObject *name); /* an attribute; EMPTY with an exception set */
 /* Evaluate the expression that begins there; EMPTY with an exception set. */
 Cell program_run(const Program *program, Py_ssize_t start, const Cell *registers);
 
@@ -152,11 +168,19 @@ typedef struct {
     int32_t engine;
 } Output;
 
-/* One kind of record: its code, its columns, and Python's packer for cells that C does not pack. */
+/* Where a column comes from; then one kind of record: its code, its columns, and Python's packer for what C does not
+   pack. */
+typedef enum { OF_REGISTER, OF_CONSTANT, COMPUTED } ColumnSource;
+
+typedef struct {
+    uint32_t source : 2;
+    uint32_t where : 30; /* the register, the constant, or the expression */
+} Column;
+
 typedef struct {
     int32_t kind;
     Py_ssize_t count;
-    Py_ssize_t *programs;
+    Column *columns;
     char *types; /* q or d */
     PyObject *pack;
 } RecordKind;
