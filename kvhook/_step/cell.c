@@ -3,7 +3,9 @@
 
 #include "step.h"
 
-Cell cell_take(PyObject *object)
+HOT void cell_drop(PyObject *object) { Py_DECREF(object); }
+
+HOT Cell cell_take(PyObject *object)
 {
     Cell cell = {EMPTY, {.o = NULL}};
     if (object == NULL)
@@ -29,7 +31,7 @@ Cell cell_take(PyObject *object)
     return cell;
 }
 
-Cell cell_borrow(PyObject *object)
+HOT Cell cell_borrow(PyObject *object)
 {
     if (object != NULL && PyFloat_CheckExact(object))
         return cell_float(PyFloat_AS_DOUBLE(object));
@@ -103,7 +105,7 @@ static inline bool is_small(Cell cell) { return cell.tag != INTEGER || (cell.i <
 
 static inline double as_double(Cell cell) { return cell.tag == FLOAT ? cell.d : (double)cell.i; }
 
-Cell cell_arithmetic(char operator, Cell a, Cell b)
+HOT Cell cell_arithmetic(char operator, Cell a, Cell b)
 {
     if (a.tag == INTEGER && b.tag == INTEGER && operator != '/') {
         long long result;
@@ -156,7 +158,7 @@ int cell_compare(int operator, Cell a, Cell b)
     return result;
 }
 
-Cell cell_to_int(Cell cell, PyObject *int_type)
+HOT Cell cell_to_int(Cell cell, PyObject *int_type)
 {
     if (cell.tag == INTEGER)
         return cell;

@@ -139,7 +139,7 @@ done:
 #endif
 }
 
-int list_stats(const Series *series, PyObject *values, Cell *registers, const ValuesOut *out)
+HOT int list_stats(const Series *series, PyObject *values, Cell *registers, const ValuesOut *out)
 {
     enum { ON_THE_STACK = 512 };
     double here[2 * ON_THE_STACK], *numbers = here;

@@ -31,7 +31,7 @@ static int put_bytes(Output *output, Cell *n, PyObject *record)
 }
 
 /* What stands in `output->body`. */
-static int put_body(Output *output, Cell *n)
+HOT static int put_body(Output *output, Cell *n)
 {
     if (LIKELY(output->native)) {
         ring_store(output->publish, n->i, output->body);
@@ -108,7 +108,7 @@ static inline bool pack_cell(const Cell *cell, char type, void *into)
     return true;
 }
 
-int put_record(Output *output, const RecordKind *kind, Cell *n, const Cell *const *cells)
+HOT int put_record(Output *output, const RecordKind *kind, Cell *n, const Cell *const *cells)
 {
     if (LIKELY(n->tag == INTEGER)) {
         uint8_t *at = output->body + (FIELDS_AT - BODY_AT);

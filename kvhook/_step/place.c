@@ -108,13 +108,13 @@ static inline PyObject *at_place(Place *place, PyObject *object)
     return NULL;
 }
 
-PyObject *place_read(Place *place, PyObject *object)
+HOT PyObject *place_read(Place *place, PyObject *object)
 {
     PyObject *value = at_place(place, object);
     return LIKELY(value != NULL) ? Py_NewRef(value) : PyObject_GetAttr(object, place->name);
 }
 
-Cell place_cell(Place *place, Cell owner)
+HOT Cell place_cell(Place *place, Cell owner)
 {
     PyObject *object = cell_object(owner); /* what is called here may take it out of its register */
     if (object == NULL)

@@ -50,6 +50,7 @@ int program_parse(Program *program, PyObject *operations, PyObject *constants, P
         program->operations[i] = (Operation){(uint16_t)code, (uint16_t)argument, (uint32_t)attribute};
     }
     program->num_operations = size;
+    program->num_places = places;
     return 0;
 }
 
@@ -96,7 +97,7 @@ static Cell length(Cell cell)
     return size < 0 ? (Cell){EMPTY, {.o = NULL}} : cell_int(size);
 }
 
-Cell program_run(const Program *program, Py_ssize_t start, const Cell *registers)
+HOT Cell program_run(const Program *program, Py_ssize_t start, const Cell *registers)
 {
     static const char signs[] = {'+', '-', '*', '/'};
     const Operation *operations = program->operations;

@@ -3,7 +3,28 @@
 
 #include "publisher.h"
 
-static int run_statements(Publisher *self)
+/* Have the processor fetch what this step's record will touch: code, plan, state, and the slot. After a forward pass
+   none of it is in the caches; fetched one after the other, as they are needed, 100 lines of memory take 10 us, fetched
+   at once a tenth of that. Called when the stats are handed over, a while before the step ends. */
+void publisher_prefetch(const Publisher *self)
+{
+    const Program *program = &self->program;
+#if HAVE_HOT
+    prefetch(__start_kvhook_hot, (size_t)(__stop_kvhook_hot - __start_kvhook_hot));
+#endif
+    prefetch(self->registers, (size_t)self->num_registers * sizeof(Cell));
+    prefetch(self->statements, (size_t)self->num_statements * sizeof(Statement));
+    prefetch(program->places, (size_t)program->num_places * sizeof(Place));
+    prefetch(program->operations, (size_t)program->num_operations * sizeof(Operation));
+    prefetch(program->constants, (size_t)program->num_constants * sizeof(Cell));
+    prefetch(self->step.columns, (size_t)self->step.count * sizeof(Column));
+    prefetch(self->step.types, (size_t)self->step.count);
+    prefetch(self->output.body, (size_t)self->output.size);
+    if (self->output.native && self->registers[REG_n].tag == INTEGER)
+        ring_prefetch(self->output.publish, self->registers[REG_n].i);
+}
+
+HOT static int run_statements(Publisher *self)
 {
     Cell *registers = self->registers;
     const Program *program = &self->program;
@@ -33,7 +54,7 @@ static int run_statements(Publisher *self)
 }
 
 /* Evaluate the columns of a record, and store it. */
-static int put(Publisher *self, const RecordKind *kind)
+HOT static int put(Publisher *self, const RecordKind *kind)
 {
     const Program *program = &self->program;
     const Cell *cells[MOST_COLUMNS];
@@ -70,7 +91,7 @@ static int put_request(Publisher *self, const RecordKind *kind)
     return next.tag == EMPTY ? -1 : 0;
 }
 
-static int put_lists(Publisher *self)
+HOT static int put_lists(Publisher *self)
 {
     for (Py_ssize_t i = 0; i < self->num_series; i++) {
         const Series *series = &self->series[i];
@@ -113,7 +134,7 @@ static int put_item(Publisher *self, PyObject *item)
     return put_request(self, &self->request);
 }
 
-static int put_finished(Publisher *self)
+HOT static int put_finished(Publisher *self)
 {
     if (self->finished_root < 0)
         return 0;
@@ -203,7 +224,7 @@ static int measure(Publisher *self)
     return 0;
 }
 
-int publish_step(Publisher *self, Cell t_start_ns, Cell t_end_ns)
+HOT int publish_step(Publisher *self, Cell t_start_ns, Cell t_end_ns)
 {
     Cell *registers = self->registers;
     cell_set(&registers[REG_t_start_ns], cell_copy(t_start_ns));

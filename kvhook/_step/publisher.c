@@ -7,7 +7,7 @@
 
 /* Sort arguments by name into `into` (borrowed; NULL where one is not given). Names that are not known are passed
    over or refused, as `**_` does or its absence. */
-static int sort_arguments(const Arguments *wanted, PyObject *const *args, Py_ssize_t nargs, PyObject *names,
+HOT static int sort_arguments(const Arguments *wanted, PyObject *const *args, Py_ssize_t nargs, PyObject *names,
                           PyObject **into, bool pass_over)
 {
     if (nargs > wanted->count) {
@@ -43,7 +43,7 @@ static void set_object(Publisher *self, int reg, PyObject *object)
 }
 
 /* `value or 0` */
-static int set_index(Publisher *self, PyObject *value)
+HOT static int set_index(Publisher *self, PyObject *value)
 {
     int truth = value == NULL ? 0 : PyObject_IsTrue(value);
     if (truth < 0)
@@ -54,11 +54,12 @@ static int set_index(Publisher *self, PyObject *value)
 
 /* ---- the functions of the step path ---------------------------------------------------------------------------- */
 
-static PyObject *record(PyObject *object, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
+HOT static PyObject *record(PyObject *object, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
 {
     Publisher *self = (Publisher *)object;
     const Arguments *wanted = &self->record; /* behind vLLM's, engine_idx among them, comes `spent` */
     PyObject *given[MOST_ARGUMENTS], *index = NULL;
+    publisher_prefetch(self);
     if (sort_arguments(wanted, args, nargs, names, given, true) < 0)
         return NULL;
     cell_set(&self->registers[REG_pending], cell_int(1));
@@ -89,7 +90,7 @@ static PyObject *record(PyObject *object, PyObject *const *args, Py_ssize_t narg
     Py_RETURN_NONE;
 }
 
-int publisher_publish(PyObject *publisher, Cell t_start_ns, Cell t_end_ns)
+HOT int publisher_publish(PyObject *publisher, Cell t_start_ns, Cell t_end_ns)
 {
     return publish_step((Publisher *)publisher, t_start_ns, t_end_ns);
 }
@@ -134,11 +135,12 @@ static Cell uncounted(const Publisher *self)
     return cell_copy(self->registers[REG_num_outputs]);
 }
 
-static PyObject *take(PyObject *object, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
+HOT static PyObject *take(PyObject *object, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
 {
     Publisher *self = (Publisher *)object;
     const Arguments *wanted = &self->take; /* the last four: engine_idx, spent, num_free, outputs */
     PyObject *given[MOST_ARGUMENTS];
+    publisher_prefetch(self);
     if (sort_arguments(wanted, args, nargs, names, given, false) < 0)
         return NULL;
     if (cell_true(self->registers[REG_pending])) {

@@ -60,6 +60,7 @@ typedef struct {
 
 int publisher_fill(Publisher *self, const Given *given); /* publisher_plan.c */
 void publisher_free(Publisher *self);
+void publisher_prefetch(const Publisher *self);
 int publish_step(Publisher *self, Cell t_start_ns, Cell t_end_ns);
 Cell publisher_clock(const Publisher *self);
 

@@ -55,12 +55,23 @@ uint32_t ring_crc32(const uint8_t *data, size_t size)
     return ~crc;
 }
 
-void ring_store(PyObject *object, int64_t number, const void *body)
+HOT void ring_store(PyObject *object, int64_t number, const void *body)
 {
     RingStore *self = (RingStore *)object;
     if (UNLIKELY(self->generation != generation))
         return; /* a forked child: the ring is its parent's */
     ring_write(&self->ring, (uint64_t)number, body, self->crc ? ring_crc32 : NULL);
+}
+
+void ring_prefetch(PyObject *object, int64_t n)
+{
+#if defined(__GNUC__)
+    const Ring *ring = &((RingStore *)object)->ring;
+    const uint8_t *slot = ring->first + ((uint64_t)n & ring->mask) * ring->slot;
+    for (uint64_t at = 0; at < ring->slot; at += CACHE_LINE)
+        __builtin_prefetch(slot + at, 1);
+    __builtin_prefetch(ring->map + HEAD_AT, 1);
+#endif
 }
 
 Py_ssize_t ring_body_bytes(PyObject *object) { return (Py_ssize_t)((RingStore *)object)->ring.slot - BODY_AT; }

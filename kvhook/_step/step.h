@@ -24,6 +24,29 @@
 /* Record kinds, as in kvhook/schema.py; a test compares them. */
 enum { KIND_STEP = 1, KIND_REQUEST = 2, KIND_VALUES = 3 };
 
+/* What runs in every step lies together, so that it can be fetched together: see publisher_prefetch in publish.c. */
+#if defined(__GNUC__) && defined(__linux__)
+#define HOT __attribute__((section("kvhook_hot")))
+#define HAVE_HOT 1
+extern const char __start_kvhook_hot[] __attribute__((visibility("hidden"))); /* made by the linker */
+extern const char __stop_kvhook_hot[] __attribute__((visibility("hidden")));
+#else
+#define HOT
+#define HAVE_HOT 0
+#endif
+
+enum { CACHE_LINE = 64 };
+
+static inline void prefetch(const void *from, size_t size)
+{
+#if defined(__GNUC__)
+    for (const char *at = from, *end = at + size; at < end; at += CACHE_LINE)
+        __builtin_prefetch(at);
+#else
+    (void)from, (void)size;
+#endif
+}
+
 static inline int64_t clock_ns(void)
 {
     struct timespec now;
@@ -58,12 +81,14 @@ static inline Cell cell_float(double value)
     return cell;
 }
 
+void cell_drop(PyObject *object); /* Py_DECREF, in one place: what is repeated in every step is short */
+
 static inline void cell_clear(Cell *cell)
 {
     if (cell->tag == OBJECT) {
         PyObject *object = cell->o;
         cell->tag = EMPTY;
-        Py_DECREF(object);
+        cell_drop(object);
     }
 }
 
@@ -141,6 +166,7 @@ typedef struct {
     Cell *constants;
     Py_ssize_t num_constants;
     Place *places; /* one for each operation that reads an attribute */
+    Py_ssize_t num_places;
 } Program;
 
 int program_parse(Program *program, PyObject *operations, PyObject *constants, Py_ssize_t num_registers);
@@ -155,6 +181,7 @@ extern PyTypeObject RingStore_Type;
 /* Store a body of the ring's length as record n. */
 void ring_store(PyObject *store, int64_t n, const void *body);
 Py_ssize_t ring_body_bytes(PyObject *store);
+void ring_prefetch(PyObject *store, int64_t n); /* what storing record n will touch */
 PyObject *ring_forked(PyObject *module, PyObject *nothing);
 uint32_t ring_crc32(const uint8_t *data, size_t size);
 

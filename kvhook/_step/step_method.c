@@ -27,7 +27,7 @@ static PyObject *publish_of(StepMethod *self, PyObject *key)
     return found;
 }
 
-static int publish(PyObject *function, int64_t start, int64_t end)
+HOT static int publish(PyObject *function, int64_t start, int64_t end)
 {
     PyObject *publisher = publisher_of(function);
     if (LIKELY(publisher != NULL))
@@ -53,7 +53,7 @@ static int contain(StepMethod *self, PyObject *key)
     return answer ? 0 : -1;
 }
 
-static PyObject *step_call(PyObject *object, PyObject *const *args, size_t nargsf, PyObject *names)
+HOT static PyObject *step_call(PyObject *object, PyObject *const *args, size_t nargsf, PyObject *names)
 {
     StepMethod *self = (StepMethod *)object;
     if (UNLIKELY(PyVectorcall_NARGS(nargsf) < 1))
