@@ -24,6 +24,7 @@ take 0.07 % of a processor each (`spool.py`). Arms:
     poll      vLLM's own stats on, and a thread that calls get_metrics() ten times a second of this arm's time
     steps     inside the engine core: what kvhook.install(core="steps") adds, and nothing else; no stats
     blocks    the same with core="blocks"
+    light_python, full_python   as light and full, on the step path in Python although the one in C is there
 """
 
 from __future__ import annotations
@@ -55,9 +56,11 @@ from switching import ARMS, Plug
 BASELINES = {
     "noise": ("off",),
     "core": ("off",),
-    "light": ("off", "core", "stats"),
+    "light": ("off", "core", "light_python", "stats"),
+    "light_python": ("off", "core"),
     "made": ("off",),
-    "full": ("off", "made", "stats"),
+    "full": ("off", "made", "full_python", "stats"),
+    "full_python": ("off", "made"),
     "stats": ("off",),
     "both": ("stats",),
     "poll": ("stats",),
