@@ -57,7 +57,7 @@ static int count_events(Counter *self, PyObject *events, PyObject *counts)
 }
 
 /* The state of the request that an output is for: a new reference to it, or to None. */
-static PyObject *state_of(Counter *self, PyObject *output, PyObject *states)
+HOT static PyObject *state_of(Counter *self, PyObject *output, PyObject *states)
 {
     PyObject *request_id = place_read(&self->request_id, output), *state;
     if (request_id == NULL)
@@ -75,7 +75,7 @@ static PyObject *state_of(Counter *self, PyObject *output, PyObject *states)
 }
 
 /* One output; its tokens are added to `generated`. */
-static int count_one(Counter *self, PyObject *output, PyObject *states, PyObject *counts, int64_t *generated)
+HOT static int count_one(Counter *self, PyObject *output, PyObject *states, PyObject *counts, int64_t *generated)
 {
     PyObject *state = state_of(self, output, states), *found = NULL;
     int result = -1;
@@ -107,7 +107,7 @@ done:
     return result;
 }
 
-static PyObject *counter_call(PyObject *object, PyObject *const *args, size_t nargsf, PyObject *keywords)
+HOT static PyObject *counter_call(PyObject *object, PyObject *const *args, size_t nargsf, PyObject *keywords)
 {
     Counter *self = (Counter *)object;
     if (PyVectorcall_NARGS(nargsf) != 3 || (keywords != NULL && PyTuple_GET_SIZE(keywords))) {
@@ -155,7 +155,7 @@ static PyObject *counter_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     self->add_prompt = Py_NewRef(add_prompt);
     Place *places[] = {&self->request_id, &self->new_token_ids, &self->events, &self->is_prefilling};
     for (int i = 0; i < 4; i++)
-        if ((places[i]->name = PyUnicode_InternFromString(attributes[i])) == NULL) {
+        if (place_begin(places[i], attributes[i]) < 0) {
             Py_DECREF(self);
             return NULL;
         }

@@ -18,9 +18,10 @@ typedef struct {
     PyObject *count, *make_counts, *processor; /* level light */
     PyObject *clock;                          /* NULL: the monotonic clock */
     int64_t every, measure_every, steps, spent, counting;
+    Place scheduler_stats, outputs, watching, request_states;
 } OutputTap;
 
-#define NAMES(X) X(scheduler_stats) X(outputs) X(engine_index) X(watching) X(request_states) X(states) X(before)
+#define NAMES(X) X(engine_index) X(states) X(before)
 #define AS_NAME(name) static PyObject *name_##name;
 NAMES(AS_NAME)
 #define AS_INTERNED(name)                                                                                              \
@@ -46,12 +47,13 @@ static int64_t tap_clock(OutputTap *self)
 /* getattr(outputs, "engine_index", 0) */
 static PyObject *rank_of(PyObject *outputs)
 {
-    PyObject *rank = PyObject_GetAttr(outputs, name_engine_index);
-    if (rank == NULL && PyErr_ExceptionMatches(PyExc_AttributeError)) {
-        PyErr_Clear();
-        rank = PyLong_FromLong(0);
-    }
-    return rank;
+    PyObject *rank;
+#if PY_VERSION_HEX < 0x030D0000
+    int found = _PyObject_LookupAttr(outputs, name_engine_index, &rank);
+#else
+    int found = PyObject_GetOptionalAttr(outputs, name_engine_index, &rank);
+#endif
+    return found == 0 ? PyLong_FromLong(0) : rank;
 }
 
 static PyObject *free_blocks(OutputTap *self)
@@ -60,7 +62,7 @@ static PyObject *free_blocks(OutputTap *self)
 }
 
 /* take(stats, counts, rank, spent, free, size): whether outputs wait that nobody has counted; -1 with an exception. */
-static int give(OutputTap *self, PyObject *stats, PyObject *counts, PyObject *rank, int64_t spent, PyObject *free,
+HOT static int give(OutputTap *self, PyObject *stats, PyObject *counts, PyObject *rank, int64_t spent, PyObject *free,
                 Py_ssize_t size)
 {
     PyObject *args[7] = {NULL, stats, counts, rank, PyLong_FromLongLong(spent), free, PyLong_FromSsize_t(size)};
@@ -74,14 +76,14 @@ static int give(OutputTap *self, PyObject *stats, PyObject *counts, PyObject *ra
     return truth;
 }
 
-static int look_full(OutputTap *self, PyObject *outputs)
+HOT static int look_full(OutputTap *self, PyObject *outputs)
 {
-    PyObject *stats = PyObject_GetAttr(outputs, name_scheduler_stats), *free = stats ? free_blocks(self) : NULL;
-    PyObject *rank = free ? rank_of(outputs) : NULL, *watching = rank ? PyObject_GetAttr(self->first, name_watching) : NULL;
+    PyObject *stats = place_read(&self->scheduler_stats, outputs), *free = stats ? free_blocks(self) : NULL;
+    PyObject *rank = free ? rank_of(outputs) : NULL, *watching = rank ? place_read(&self->watching, self->first) : NULL;
     PyObject *list = NULL, *answer = NULL;
     int result = -1, looks = watching ? PyObject_IsTrue(watching) : -1;
     if (looks == 0) {
-        list = PyObject_GetAttr(outputs, name_outputs);
+        list = place_read(&self->outputs, outputs);
         Py_ssize_t size = list ? PyObject_Size(list) : -1;
         looks = size < 0 ? -1 : give(self, stats, Py_None, rank, 0, free, size);
     }
@@ -101,10 +103,10 @@ static int look_full(OutputTap *self, PyObject *outputs)
 }
 
 /* Counts() of these outputs: a new reference; NULL with an exception set. */
-static PyObject *counted(OutputTap *self, PyObject *list)
+HOT static PyObject *counted(OutputTap *self, PyObject *list)
 {
     PyObject *counts = PyObject_CallNoArgs(self->make_counts);
-    PyObject *states = counts ? PyObject_GetAttr(self->processor, name_request_states) : NULL, *before = NULL;
+    PyObject *states = counts ? place_read(&self->request_states, self->processor) : NULL, *before = NULL;
     if (states != NULL && PyObject_SetAttr(counts, name_states, states) == 0) {
         Py_ssize_t size = PyObject_Size(states);
         before = size < 0 ? NULL : PyLong_FromSsize_t(size);
@@ -122,12 +124,12 @@ static PyObject *counted(OutputTap *self, PyObject *list)
 
 static int64_t divided(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
 
-static int look_light(OutputTap *self, PyObject *outputs)
+HOT static int look_light(OutputTap *self, PyObject *outputs)
 {
     PyObject *list = NULL, *counts = NULL, *stats = NULL, *rank = NULL, *free = NULL;
     int result = -1;
     int64_t start = self->steps % self->measure_every ? 0 : tap_clock(self); /* as often as the publisher */
-    if (PyErr_Occurred() || (list = PyObject_GetAttr(outputs, name_outputs)) == NULL)
+    if (PyErr_Occurred() || (list = place_read(&self->outputs, outputs)) == NULL)
         goto done;
     int any = PyObject_IsTrue(list);
     if (any < 0)
@@ -141,7 +143,7 @@ static int look_light(OutputTap *self, PyObject *outputs)
         }
     }
     self->steps++;
-    stats = PyObject_GetAttr(outputs, name_scheduler_stats);
+    stats = place_read(&self->scheduler_stats, outputs);
     rank = stats ? rank_of(outputs) : NULL;
     free = rank ? free_blocks(self) : NULL;
     if (free == NULL || give(self, stats, counts ? counts : Py_None, rank, self->spent, free, 0) < 0)
@@ -158,12 +160,13 @@ done:
     return result;
 }
 
-static PyObject *tap_call(PyObject *object, PyObject *const *args, size_t nargsf, PyObject *names)
+HOT static PyObject *tap_call(PyObject *object, PyObject *const *args, size_t nargsf, PyObject *names)
 {
     OutputTap *self = (OutputTap *)object;
     PyObject *outputs = PyObject_Vectorcall(self->get_output, args, nargsf, names);
     if (outputs == NULL)
         return NULL;
+    prefetch_code();
     Py_INCREF(self); /* `failed` takes it out of the engine */
     int result = self->count ? look_light(self, outputs) : look_full(self, outputs);
     if (UNLIKELY(result < 0)) {
@@ -217,6 +220,9 @@ static PyObject *tap_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         *held[i] = unless_none(given[i]);
     self->every = every;
     self->measure_every = measure_every;
+    if (place_begin(&self->scheduler_stats, "scheduler_stats") < 0 || place_begin(&self->outputs, "outputs") < 0 ||
+        place_begin(&self->watching, "watching") < 0 || place_begin(&self->request_states, "request_states") < 0)
+        Py_CLEAR(self);
     return (PyObject *)self;
 }
 
@@ -259,6 +265,10 @@ static void tap_dealloc(PyObject *object)
                         self->rest,       self->count,       self->make_counts, self->processor, self->clock};
     for (size_t i = 0; i < sizeof held / sizeof *held; i++)
         Py_XDECREF(held[i]);
+    Py_XDECREF(self->scheduler_stats.name);
+    Py_XDECREF(self->outputs.name);
+    Py_XDECREF(self->watching.name);
+    Py_XDECREF(self->request_states.name);
     type->tp_free(object);
 }
 

@@ -64,6 +64,7 @@ static int32_t index_of(PyTypeObject *type, PyObject *name)
 static void find_place(Place *place, PyTypeObject *type)
 {
     place->kind = ASKED;
+    place->of_class = NULL;
     PyObject *found = PyObject_GetAttr((PyObject *)type, place->name); /* gives the class a version, if it has none */
     if (found == NULL)
         PyErr_Clear();
@@ -77,11 +78,16 @@ static void find_place(Place *place, PyTypeObject *type)
         }
     }
 #if HAVE_VALUES
-    /* Looked up in the class itself: its metaclass may have such an attribute, or __get__ may have given something. */
-    else if (_PyType_Lookup(type, place->name) == NULL || Py_TYPE(_PyType_Lookup(type, place->name))->tp_descr_set == NULL) {
-        place->where = index_of(type, place->name);
-        if (place->where >= 0)
-            place->kind = VALUE;
+    else {
+        /* looked up in the class itself: `found` may be its metaclass's, or what a descriptor's __get__ has given */
+        PyObject *there = _PyType_Lookup(type, place->name);
+        if (there == NULL || Py_TYPE(there)->tp_descr_set == NULL) {
+            place->where = index_of(type, place->name);
+            if (place->where >= 0)
+                place->kind = VALUE;
+            if (there != NULL && Py_TYPE(there)->tp_descr_get == NULL)
+                place->of_class = there; /* it stays alive as long as the class does not change */
+        }
     }
 #endif
     Py_XDECREF(found);
@@ -102,10 +108,20 @@ static inline PyObject *at_place(Place *place, PyObject *object)
 #if HAVE_VALUES
     if (place->kind == VALUE) {
         PyObject **values = values_of(object);
-        return values ? values[place->where] : NULL;
+        if (values == NULL)
+            return NULL;
+        PyObject *value = values[place->where];
+        return value ? value : place->of_class;
     }
 #endif
     return NULL;
+}
+
+int place_begin(Place *place, const char *name)
+{
+    memset(place, 0, sizeof *place);
+    place->name = PyUnicode_InternFromString(name);
+    return place->name ? 0 : -1;
 }
 
 HOT PyObject *place_read(Place *place, PyObject *object)

@@ -9,9 +9,7 @@
 void publisher_prefetch(const Publisher *self)
 {
     const Program *program = &self->program;
-#if HAVE_HOT
-    prefetch(__start_kvhook_hot, (size_t)(__stop_kvhook_hot - __start_kvhook_hot));
-#endif
+    prefetch_code();
     prefetch(self->registers, (size_t)self->num_registers * sizeof(Cell));
     prefetch(self->statements, (size_t)self->num_statements * sizeof(Statement));
     prefetch(program->places, (size_t)program->num_places * sizeof(Place));

@@ -47,6 +47,13 @@ static inline void prefetch(const void *from, size_t size)
 #endif
 }
 
+static inline void prefetch_code(void)
+{
+#if HAVE_HOT
+    prefetch(__start_kvhook_hot, (size_t)(__stop_kvhook_hot - __start_kvhook_hot));
+#endif
+}
+
 static inline int64_t clock_ns(void)
 {
     struct timespec now;
@@ -125,11 +132,13 @@ typedef enum { ASKED, SLOT, VALUE } PlaceKind;
 typedef struct {
     PyTypeObject *type; /* not owned; compared only, together with its version */
     PyObject *name;     /* interned, kept alive by whoever has the place */
+    PyObject *of_class; /* the class's own value, for objects that have none; not owned */
     unsigned version;
     PlaceKind kind : 8;
     int32_t where : 24;
 } Place;
 
+int place_begin(Place *place, const char *name); /* a place that is not known yet, with a name of its own */
 PyObject *place_read(Place *place, PyObject *object); /* a new reference; NULL with an exception set */
 Cell place_cell(Place *place, Cell owner);            /* EMPTY with an exception set */
 

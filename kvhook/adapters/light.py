@@ -47,6 +47,17 @@ class Counts:
     before = 0
 
 
+def _know_all_names() -> None:
+    """Let an object have every attribute once. The extension finds an attribute at the same place in all objects of a
+    class once the interpreter knows all names that they may have, see place.c."""
+    counts = Counts()
+    for name in [n for n in vars(Counts) if not n.startswith("_")]:
+        setattr(counts, name, getattr(Counts, name))
+
+
+_know_all_names()
+
+
 def make_counter() -> Counter:
     """The counter for the vLLM that is loaded. It counts what IterationStats.update_from_output does, output by output.
 

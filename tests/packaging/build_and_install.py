@@ -19,7 +19,9 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parents[2]
 DIST = ROOT / "dist"
@@ -144,11 +146,11 @@ def use(python: Path, folder: Path, step_path: str) -> None:
         raise SystemExit(f"kvhook doctor was to say that there is no vLLM, and said:\n{said}")
 
 
-def run(*command: str | Path, cwd: Path = ROOT, code: int = 0, **more: str) -> str:
+def run(*command: str | Path, cwd: Path = ROOT, code: int = 0, more: Mapping[str, str] = MappingProxyType({})) -> str:
     """Run a command, which must give this exit code; what it printed."""
     shown = " ".join("'...'" if part == USE else str(part) for part in command)
     print(f"$ {shown}", flush=True)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | more
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | dict(more)
     if cwd != ROOT:
         environment["KVHOOK_DIR"] = str(cwd / "rings")
     done = subprocess.run(
