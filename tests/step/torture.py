@@ -149,9 +149,9 @@ def sanitized(scenarios: int) -> int:
         for what in (["differences", str(scenarios)], ["refcounts", "20000"]):
             code = f"import runpy, sys; sys.argv = ['torture', *{what!r}]; sys.path.insert(0, {str(ROOT)!r}); "
             code += f"import tests.step.torture as t; t.load({module!r}); sys.exit(t.main())"
-            done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT)
-            if done.returncode:
-                return done.returncode
+            ended = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=False)
+            if ended.returncode:
+                return ended.returncode
     return 0
 
 
