@@ -121,18 +121,8 @@ def install(python: Path, *what: str | Path, **environment: str) -> None:
     pins = python.parents[1] / "pins.txt"
     lines = [line for path in PINS for line in path.read_text(encoding="utf-8").splitlines()]
     pins.write_text("\n".join(line for line in lines if line.startswith(("numpy==", "wrapt=="))), encoding="utf-8")
-    run(
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--constraint",
-        pins,
-        *what,
-        **environment,
-    )
+    options = ("--quiet", "--disable-pip-version-check", "--constraint", pins)
+    run(python, "-m", "pip", "install", *options, *what, more=environment)
 
 
 def use(python: Path, folder: Path, step_path: str) -> None:
