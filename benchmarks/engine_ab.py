@@ -291,11 +291,11 @@ def main() -> int:
     print(", ".join(f"{k}: {v}" for k, v in about.items()))
     for r in results:
         print(f"\nbatch {r['batch']}, {r['cycles']} cycles of {r['steps_per_block']} steps for each arm")
-        print(f"  {'arm':8}{'step p50':>12}   {'throughput':24}{'typical':24}{'step p50':24}{'step p99':24}against")
+        print(f"  {'arm':14}{'step p50':>12}   {'throughput':24}{'typical':24}{'step p50':24}{'step p99':24}against")
         for arm, row in r["arms"].items():
             for base, ratios in (row["against"] or {"": {}}).items():
                 cells = "".join(f"{_ratio(ratios.get(figure)):24}" for figure in FIGURES)
-                print(f"  {arm:8}{row['step_ms_p50']:9.3f} ms   {cells}{base}")
+                print(f"  {arm:14}{row['step_ms_p50']:9.3f} ms   {cells}{base}")
             if "steps" in row:
                 made = f"; vLLM's stats for it {row['vllm_stats_us_p50']:.1f} us" if "vllm_stats_us_p50" in row else ""
                 share = row["recorded"] / row["steps"]
