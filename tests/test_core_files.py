@@ -131,10 +131,10 @@ def test_the_mark_of_a_session_is_removed_with_it_and_that_of_a_killed_process_b
     left = tmp_path / f"{MARK_PREFIX}{dead.pid}-1-bb"
     plan = CorePlan("steps", "/rings", 64, "/run", None, "s", "00", os.getpid(), str(mine)).publish()
     left.touch()
-    assert not plan.is_over
+    over = [plan.is_over]
     assert [one.path for one in leftovers([], tmp_path)] == [left]
     plan.withdraw()
-    assert plan.is_over
+    assert [*over, plan.is_over] == [False, True]
     assert not mine.exists()
 
 

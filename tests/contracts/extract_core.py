@@ -78,8 +78,9 @@ def _assigned(cls: ast.ClassDef) -> Iterator[str]:
     for method in cls.body:
         if isinstance(method, ast.FunctionDef) and method.name == "__init__":
             for node in ast.walk(method):
-                stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-                if stored and isinstance(node.value, ast.Name) and node.value.id == "self":
+                if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Store):
+                    continue
+                if isinstance(node.value, ast.Name) and node.value.id == "self":
                     yield node.attr
 
 
