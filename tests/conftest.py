@@ -73,10 +73,17 @@ BOTH_PATHS = (
 )
 
 
+#: Tests of the Python path alone: they count its instructions.
+PYTHON_PATH = ("test_step_cost.py",)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     here = Path(metafunc.module.__file__ or "")
-    if here.is_relative_to(ROOT / "tests") and str(here.relative_to(ROOT / "tests")) in BOTH_PATHS:
+    name = str(here.relative_to(ROOT / "tests")) if here.is_relative_to(ROOT / "tests") else ""
+    if name in BOTH_PATHS:
         metafunc.parametrize("step_path", ("c", "python"), indirect=True)
+    elif name in PYTHON_PATH:
+        metafunc.parametrize("step_path", ("python",), indirect=True)
 
 
 @pytest.fixture(autouse=True)
