@@ -7,12 +7,15 @@ thread      single calls, one by one, while another thread wants the interpreter
 busy        the same, and this thread has churned as well before each call
 own caches  single calls, each after a walk over four times the caches that the processor's core has for itself
 cold        single calls, each after a walk over a buffer larger than the last-level cache
+forward     single calls, each after a forward pass of a small transformer with torch, run by this thread in eager mode:
+            what comes before the end of a step in an engine. Left out where torch is not installed
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import random
 import statistics
 import threading
@@ -140,6 +143,27 @@ def cold(candidates: dict[str, Candidate], calls: int) -> Times:
     return single(candidates, calls, walk(eviction_bytes()))
 
 
+def forward(candidates: dict[str, Candidate], calls: int) -> Times:
+    """Single calls, each after a forward pass."""
+    return single(candidates, calls, forward_pass())
+
+
+def forward_pass() -> Call:
+    """A forward pass of some milliseconds: 8 layers of width 512, one sequence of 16, 100 MB of weights."""
+    import torch
+
+    torch.set_num_threads(1)
+    layer = torch.nn.TransformerEncoderLayer(512, 8, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 8, enable_nested_tensor=False).eval()
+    given = torch.randn(1, 16, 512)
+
+    def run() -> object:
+        with torch.inference_mode():
+            return model(given)
+
+    return run
+
+
 #: The states in which single calls are timed.
 SINGLE: dict[str, Callable[[dict[str, Candidate], int], Times]] = {
     "thread": thread,
@@ -147,6 +171,8 @@ SINGLE: dict[str, Callable[[dict[str, Candidate], int], Times]] = {
     "own caches": own_caches,
     "cold": cold,
 }
+if importlib.util.find_spec("torch") is not None:
+    SINGLE["forward"] = forward
 
 
 def walk(size: int) -> Call:

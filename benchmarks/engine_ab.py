@@ -24,6 +24,7 @@ take 0.07 % of a processor each (`spool.py`). Arms:
     poll      vLLM's own stats on, and a thread that calls get_metrics() ten times a second of this arm's time
     steps     inside the engine core: what kvhook.install(core="steps") adds, and nothing else; no stats
     blocks    the same with core="blocks"
+    light_python, full_python   as light and full, on the step path in Python although the one in C is there
 """
 
 from __future__ import annotations
@@ -55,9 +56,11 @@ from switching import ARMS, Plug
 BASELINES = {
     "noise": ("off",),
     "core": ("off",),
-    "light": ("off", "core", "stats"),
+    "light": ("off", "core", "light_python", "stats"),
+    "light_python": ("off", "core"),
     "made": ("off",),
-    "full": ("off", "made", "stats"),
+    "full": ("off", "made", "full_python", "stats"),
+    "full_python": ("off", "made"),
     "stats": ("off",),
     "both": ("stats",),
     "poll": ("stats",),
@@ -288,11 +291,11 @@ def main() -> int:
     print(", ".join(f"{k}: {v}" for k, v in about.items()))
     for r in results:
         print(f"\nbatch {r['batch']}, {r['cycles']} cycles of {r['steps_per_block']} steps for each arm")
-        print(f"  {'arm':8}{'step p50':>12}   {'throughput':24}{'typical':24}{'step p50':24}{'step p99':24}against")
+        print(f"  {'arm':14}{'step p50':>12}   {'throughput':24}{'typical':24}{'step p50':24}{'step p99':24}against")
         for arm, row in r["arms"].items():
             for base, ratios in (row["against"] or {"": {}}).items():
                 cells = "".join(f"{_ratio(ratios.get(figure)):24}" for figure in FIGURES)
-                print(f"  {arm:8}{row['step_ms_p50']:9.3f} ms   {cells}{base}")
+                print(f"  {arm:14}{row['step_ms_p50']:9.3f} ms   {cells}{base}")
             if "steps" in row:
                 made = f"; vLLM's stats for it {row['vllm_stats_us_p50']:.1f} us" if "vllm_stats_us_p50" in row else ""
                 share = row["recorded"] / row["steps"]

@@ -50,13 +50,15 @@ from cost_objects import (
 )
 from cost_timing import Call, Candidate
 
+from kvhook import _step
 from kvhook.adapters.fit import adapter_for, choose
 from kvhook.adapters.table import vllm_version
 from kvhook.hooks.engines import clock
 from kvhook.hooks.quiet import do_nothing
 from kvhook.hooks.registry import RecordedEngine, registry
-from kvhook.hooks.taps import TAPS, Tap
-from kvhook.hooks.wrappers import on_finished, on_record, on_step
+from kvhook.hooks.tap import Tap
+from kvhook.hooks.taps import TAPS
+from kvhook.hooks.wrappers import around_step, on_finished, on_record, on_step
 from kvhook.recording.recorder import Recorder
 from kvhook.ring.place import find_directory
 
@@ -79,9 +81,15 @@ class Settings(NamedTuple):
     stand_ins: bool = False
 
 
-QUICK = Settings(1, 10, SOME_STEPS[:2], {"thread": 400, "busy": 150, "own caches": 80, "cold": 4}, SOME_STEPS[:2])
-USUAL = Settings(3, 15, ALL_STEPS, {"thread": 800, "busy": 400, "own caches": 200, "cold": 7}, SOME_STEPS)
-THOROUGH = Settings(5, 30, ALL_STEPS, {"thread": 2000, "busy": 1000, "own caches": 500, "cold": 15}, ALL_STEPS)
+QUICK = Settings(
+    1, 10, SOME_STEPS[:2], {"thread": 400, "busy": 150, "own caches": 80, "cold": 4, "forward": 80}, SOME_STEPS[:2]
+)
+USUAL = Settings(
+    3, 15, ALL_STEPS, {"thread": 800, "busy": 400, "own caches": 200, "cold": 7, "forward": 150}, SOME_STEPS
+)
+THOROUGH = Settings(
+    5, 30, ALL_STEPS, {"thread": 2000, "busy": 1000, "own caches": 500, "cold": 15, "forward": 400}, ALL_STEPS
+)
 
 
 # ---- ways to record ------------------------------------------------------------------------------------------------
@@ -98,6 +106,8 @@ class Recording(NamedTuple):
     close: Call
     #: parts of the path that can be called by themselves; see `part_candidates`
     parts: dict[str, Call]
+    #: whether the step path is Python's although the extension is there
+    in_python: bool = False
 
 
 def bare_step(self: Any) -> Any:
@@ -164,7 +174,7 @@ def beside_vllm(objects: Objects, folder: Path) -> Recording:
 def light(objects: Objects, folder: Path) -> Recording:
     """Level light: the engine core's client is tapped, outputs are counted; the front end makes no stats."""
     adapter, _, _ = choose(f"{ENGINE}:LLMEngine", "light")
-    facts = {"num_kv_blocks": 1000, **{name: ask() for name, ask in adapter.asks.items()}}
+    facts = {"num_kv_blocks": 1000, "stats_from_core": True, **{name: ask() for name, ask in adapter.asks.items()}}
     recorder = Recorder(0, adapter, facts, folder, 8192, clock)
     sent, states = objects.outputs_and_states()
     outputs = SimpleNamespace(outputs=sent, scheduler_stats=objects.scheduler)
@@ -187,12 +197,28 @@ def light(objects: Objects, folder: Path) -> Recording:
     return Recording(step, bare, members, recorder.functions.publish, recorder.close, {})
 
 
+def in_python(open_recording: Callable[[Objects, Path], Recording]) -> Callable[[Objects, Path], Recording]:
+    """The same on Python's step path."""
+
+    def opened(objects: Objects, folder: Path) -> Recording:
+        native, _step.native = _step.native, None
+        try:
+            return open_recording(objects, folder)._replace(in_python=True, parts={})
+        finally:
+            _step.native = native
+
+    return opened
+
+
 #: Every way to record that is measured; the first is the one that others are compared with.
 RECORDINGS: dict[str, Callable[[Objects, Path], Recording]] = {
     "kvhook full": full,
     "kvhook full, vLLM's stats on": beside_vllm,
     "kvhook light": light,
 }
+if _step.native is not None:
+    for each in ("kvhook full", "kvhook light"):
+        RECORDINGS[cost_report.IN_PYTHON.format(each)] = in_python(RECORDINGS[each])
 
 
 def pack_and_store(recorder: Recorder) -> dict[str, Call]:
@@ -209,9 +235,12 @@ def pack_and_store(recorder: Recorder) -> dict[str, Call]:
     return {"pack": lambda: pack(*cells), "store": store_one}
 
 
-def make_engine(step: Callable[[Any], Any], members: dict[str, Any], publish: Any, *, wrapped: bool) -> Any:
+def make_engine(
+    step: Callable[[Any], Any], members: dict[str, Any], publish: Any, *, wrapped: bool, in_python: bool = False
+) -> Any:
     """Something with a step, hooked exactly as LLMEngine is."""
-    wrapper = wrapt.FunctionWrapper(step, on_step) if wrapped else step
+    hooked = wrapt.FunctionWrapper(step, on_step) if in_python else around_step(step)
+    wrapper = hooked if wrapped else step
     engine = type("Engine", (), {"step": wrapper})()
     vars(engine).update(members | {"outputs": []})
     if wrapped:
@@ -251,7 +280,9 @@ def recorded(objects: Objects) -> Iterator[dict[str, tuple[Recording, Any]]]:
         try:
             for name, open_recording in RECORDINGS.items():
                 recording = open_recording(objects, Path(folder))
-                engine = make_engine(recording.step, recording.members, recording.publish, wrapped=True)
+                engine = make_engine(
+                    recording.step, recording.members, recording.publish, wrapped=True, in_python=recording.in_python
+                )
                 made[name] = recording, engine
             # the hook on finished requests asks whether any engine is recorded
             registry.engines[0] = RecordedEngine(do_nothing)
@@ -363,6 +394,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model or platform.processor(),
         "python": platform.python_version(),
+        "step_path": "the extension" if _step.native is not None else f"Python ({_step.why_not})",
         "wrapt": wrapt.__version__,
         "wrapt_c_extension": wrapt.FunctionWrapper.__module__ != "wrapt.wrappers",
         "vllm": vllm_version() or None,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import kvhook
-from kvhook import hooks
+from kvhook import _step, hooks
 from kvhook.adapters.core import read_core
 from kvhook.core.ledger import LedgerRing
 from kvhook.core.recorder import CoreRecorder
@@ -33,9 +33,13 @@ ARMS = {
     "poll": ("on", None, True),
     "steps": ("off", None, False),
     "blocks": ("off", None, False),
+    "light_python": ("core", "light", False),
+    "full_python": ("quiet", "full", False),
 }
 #: Arm -> how much is recorded inside the engine core, a value of kvhook.options.CORE_LEVELS; the others record nothing.
 INSIDE = {"steps": "steps", "blocks": "blocks"}
+#: Arms that record on Python's step path although the extension is there.
+IN_PYTHON = ("light_python", "full_python")
 #: What kvhook's hooks know, all of it for one engine and one session.
 TABLES: tuple[dict[Any, Any], ...] = (registry.steps, registry.records, registry.engines, registry.patched)
 
@@ -123,6 +127,7 @@ class Plug:
         self.processor = self.engine.output_processor
         self.client = self.engine.engine_core
         self.stats, self.level, polled = ARMS[arm]
+        self.native = None if arm in IN_PYTHON else _step.native
         self.poller = make_poller(self.engine) if polled else None
         self.manager = None
         self.session: Any = None
@@ -136,8 +141,10 @@ class Plug:
         self.manager = manager_for(self.stats, vllms)
         set_stats(self.engine, self.stats, self.manager)
         if self.level:
+            there, _step.native = _step.native, self.native
             self.session = kvhook.install(level=self.level)
             hooks.watch(self.engine, stats_were_on=self.stats == "on")
+            _step.native = there
             self.owner = registry.owner
             self.patches = list(registry.patches)
             self.tables = [dict(table) for table in TABLES]

@@ -24,7 +24,7 @@ with contextlib.suppress(ImportError):  # some environments of the matrix do wit
     settings.load_profile("kvhook")
 
 #: Variables of the tests' own, which the user may set.
-FOR_THE_TESTS = ("KVHOOK_KILLS",)
+FOR_THE_TESTS = ("KVHOOK_KILLS", "KVHOOK_PURE", "KVHOOK_SEEDS")
 #: A terminal sends these to all that it has started. Whoever starts the tests in the background of a script has them
 #: ignored, and means it; a test that sends one to a program of its own sees to it that this program minds it.
 OF_THE_TERMINAL = {signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
@@ -52,6 +52,45 @@ def _signals_as_usual() -> Iterator[None]:
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+#: Tests that run over both step paths, the extension's and Python's.
+BOTH_PATHS = (
+    "contracts/test_adapters.py",
+    "contracts/test_from_core.py",
+    "contracts/test_light.py",
+    "golden/test_golden.py",
+    "ring/test_fork.py",
+    "ring/test_ring_kill.py",
+    "ring/test_spool.py",
+    "ring/test_torn.py",
+    "test_aborted_requests.py",
+    "test_hooks.py",
+    "test_levels.py",
+    "test_no_silent_loss.py",
+    "test_ring_basics.py",
+    "test_session.py",
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    here = Path(metafunc.module.__file__ or "")
+    if here.is_relative_to(ROOT / "tests") and str(here.relative_to(ROOT / "tests")) in BOTH_PATHS:
+        metafunc.parametrize("step_path", ("c", "python"), indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def step_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The step path that a test runs over. Where a test does not say, it is the one that a user would have."""
+    from kvhook import _step
+
+    wanted: str = getattr(request, "param", "")
+    if wanted == "c" and _step.native is None:
+        pytest.skip(f"no extension here: {_step.why_not}")
+    if wanted == "python":
+        monkeypatch.setattr(_step, "native", None)
+        monkeypatch.setenv(_step.ENV_PURE, "1")
+    return wanted
 
 
 @pytest.fixture

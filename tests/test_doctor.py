@@ -8,6 +8,7 @@ import pytest
 
 from kvhook import doctor
 from kvhook.cli import main
+from tests.conftest import Python
 from tests.contracts.loader import build_stub_modules, load, stubs
 
 
@@ -65,3 +66,14 @@ def test_source_prints_the_code_of_the_step_path(capsys: pytest.CaptureFixture[s
     with stubs(build_stub_modules(load("0.32.0"), use_v1=True)):
         main(["doctor", "--source"])
     assert "def publish(t_start_ns, t_end_ns):" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wanted", ["", "1"])
+def test_it_says_which_step_path_records_and_why(python: Python, wanted: str):
+    told = json.loads(python("from kvhook.cli import main\nmain(['doctor', '--json'])", KVHOOK_PURE=wanted).stdout)
+    notes = [note for note in told["notes"] if "the step path runs in Python" in note]
+    if wanted:
+        assert told["step_path"] == "python"
+        assert "KVHOOK_PURE is set" in notes[0]
+    else:
+        assert (told["step_path"] == "c") == (not notes)

@@ -17,6 +17,7 @@ from kvhook import VLLMMetricsCollector, hooks
 from kvhook.adapters import BY_LEVEL
 from kvhook.cli import main
 from kvhook.hooks import taps, wrappers
+from kvhook.hooks.tap import Tap
 from kvhook.recording import budget as cost
 from kvhook.schema import COUNTED, FULL_ONLY
 from tests.contracts.behaviour import V0_ENGINE, make_engine
@@ -161,7 +162,7 @@ def test_what_counting_takes_is_shared_by_the_steps_in_which_nothing_is_counted(
         told = spent.setdefault(every, [])
         adapter = BY_LEVEL["light"][0]
         functions = SimpleNamespace(record=print, take=lambda *given, told=told: told.append(given[3]))
-        taps.tap_core(taps.Tap(engine, adapter, functions, {}, print, every))
+        taps.tap_core(Tap(engine, adapter, functions, {}, print, every))
         for _ in range(10):
             client.get_output()
     # the first step is timed, and the ninth; each is told with the next

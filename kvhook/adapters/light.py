@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from kvhook import _step
 from kvhook.adapters.table import Adapter, Read, Source, Target, attributes, has_field, lookup
 from kvhook.adapters.v1 import ASYNC, ASYNC_LLM, CLIENT, ENGINE, LOGGERS, V1, V1_NO_LOGGER
 from kvhook.adapters.v1 import PROCESSOR as MADE
@@ -46,6 +47,17 @@ class Counts:
     before = 0
 
 
+def _know_all_names() -> None:
+    """Let an object have every attribute once. The extension finds an attribute at the same place in all objects of a
+    class once the interpreter knows all names that they may have, see place.c."""
+    counts = Counts()
+    for name in [n for n in vars(Counts) if not n.startswith("_")]:
+        setattr(counts, name, getattr(Counts, name))
+
+
+_know_all_names()
+
+
 def make_counter() -> Counter:
     """The counter for the vLLM that is loaded. It counts what IterationStats.update_from_output does, output by output.
 
@@ -54,6 +66,9 @@ def make_counter() -> Counter:
     """
     preempted = lookup(f"{EVENT}.PREEMPTED")
     add_prompt = _prompt_reader()
+    if _step.native is not None:
+        native: Counter = _step.native.Counter(preempted, add_prompt)
+        return native
 
     def count(outputs: Iterable[Any], states: Mapping[str, Any], counts: Counts) -> None:
         generated = 0

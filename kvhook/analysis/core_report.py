@@ -87,6 +87,8 @@ class CoreReport:
     waste: float | None
     blocks: BlockTimes | None
     records_lost: int
+    #: why the recording of a core ended early, where it did
+    failures: tuple[str, ...] = ()
 
     def usage_peak(self, engines: Sequence[Mapping[str, Any]]) -> float | None:
         """The peak as a share of the same blocks as vLLM's own usage, so that both can be compared.
@@ -144,6 +146,7 @@ def report(cores: CoreRecords, *, ledger: bool = True) -> CoreReport:
         waste=_waste(steps, size),
         blocks=_block_times(cores.blocks(), size) if ledger else None,
         records_lost=cores.lost,
+        failures=tuple(str(facts["failed"]) for facts in cores.facts if facts.get("failed")),
     )
 
 

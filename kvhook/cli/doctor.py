@@ -52,6 +52,7 @@ def _lines(d: Diagnosis) -> Iterator[str]:
     yield f"kvhook {d.kvhook}, Python {d.python}, {d.machine}"
     yield f"vLLM {d.vllm or 'not found'} (this kvhook knows releases up to {d.newest_known})"
     yield f"wrapt {d.wrapt}, {'with' if d.wrapt_c_extension else 'WITHOUT'} its C extension"
+    yield f"step path in {'C' if d.step_path == 'c' else 'Python'}"
     if d.ring_directory:
         yield f"rings go to {d.ring_directory} ({d.ring_directory_free_bytes / 2**20:,.0f} MiB free)"
     for name, value in d.environment.items():

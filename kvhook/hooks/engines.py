@@ -21,7 +21,8 @@ from kvhook.hooks.quiet import do_nothing, make_no_stats
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER, RecordedEngine, registry
 from kvhook.hooks.requests import request_methods, sees_requests
 from kvhook.hooks.schedule import FreeBlocks
-from kvhook.hooks.taps import TAPS, Tap, core_of, has_core_output, no_blocks, replace
+from kvhook.hooks.tap import Tap, no_blocks, replace
+from kvhook.hooks.taps import TAPS, core_of, has_core_output
 
 clock = time.monotonic_ns
 

@@ -17,7 +17,7 @@ from kvhook.adapters.settings import Settings
 from kvhook.adapters.table import Adapter, Target, lookup, release, vllm_version
 from kvhook.hooks.engines import forget
 from kvhook.hooks.registry import Owner, Patch, PatchedAdapter, registry
-from kvhook.hooks.wrappers import ROLES
+from kvhook.hooks.wrappers import ROLES, around_step
 
 
 def arm(owner: Owner, level: str = "full") -> None:
@@ -108,8 +108,12 @@ def _patch(adapter: Adapter, found: tuple[Target, ...]) -> None:
             parent, attribute, original = wrapt.resolve_path(sys.modules[module], name)
             if not target.role or any(p.parent is parent and p.attribute == attribute for p in registry.patches):
                 continue
-            wrapper: Any = Settings(original)
-            if target.role != "settings":
+            wrapper: Any
+            if target.role == "settings":
+                wrapper = Settings(original)
+            elif target.role == "engine_step":
+                wrapper = around_step(original)
+            else:
                 wrapper = wrapt.FunctionWrapper(original, ROLES[target.role])
             inherited = attribute not in vars(parent)
             setattr(parent, attribute, wrapper)

@@ -8,64 +8,17 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from kvhook import _step
 from kvhook.adapters.light import Counter, Counts, make_counter
 from kvhook.adapters.publisher import MEASURE_EVERY
-from kvhook.adapters.step_functions import Record
 from kvhook.adapters.table import Adapter, lookup, release, vllm_version
-from kvhook.hooks.own_step import FirstOutputs, OutputCounts
 from kvhook.hooks.quiet import OnlyLogger, QuietManager, do_nothing
-
-Undo = Callable[[], None]
+from kvhook.hooks.tap import Tap, Undo, no_blocks, replace
 
 clock = time.monotonic_ns
-
-
-def no_blocks() -> int:
-    """The number of free blocks where the scheduler is in another process."""
-    return -1
-
-
-class Functions(Protocol):
-    """What a tap hands over to: `StepFunctions`, or an `EventLoopRecorder`."""
-
-    @property
-    def record(self) -> Record:
-        """What vLLM's loggers are given."""
-
-    @property
-    def take(self) -> Callable[..., bool]:
-        """What the engine core sent."""
-
-
-class Tap(NamedTuple):
-    """What a tap needs to know.
-
-    ``records`` is where the patched methods look for their `record`: id of the object that the stats pass -> record.
-    ``failed`` is called with an error of kvhook's. ``every``: outputs are counted in one of so many steps (`tap_core`
-    alone). ``num_free_blocks`` returns the fewest free KV blocks after a schedule since it was last called, -1 where
-    that is not known. ``outputs_came`` is called with the engine core's outputs, on an event loop. ``first`` looks at
-    the first outputs at level full, and ``counts`` counts outputs (`tap_own_step`).
-    """
-
-    engine: Any
-    adapter: Adapter
-    functions: Functions
-    records: dict[int, Record]
-    failed: Callable[[Exception], None]
-    every: int = 1
-    facts: Mapping[str, Any] = {}
-    num_free_blocks: Callable[[], int] = no_blocks
-    outputs_came: Callable[[Any], None] = do_nothing
-    first: FirstOutputs | None = None
-    counts: OutputCounts | None = None
-
-    @property
-    def record(self) -> Record:
-        """What vLLM's loggers are given."""
-        return self.functions.record
 
 
 def tap_manager(tap: Tap) -> Undo:
@@ -107,29 +60,42 @@ def take_from_core(tap: Tap) -> Undo:
     num_free = tap.num_free_blocks
     fill_in, not_logged = _empty_stats(tap), tap.adapter.tap == "manager"
 
+    def rest(outputs: Any, stats: Any, free: int, uncounted: bool) -> None:
+        """What happens seldom: an engine's first steps, and outputs without stats."""
+        if uncounted:
+            first.take(outputs, free)
+        if stats is None and fill_in is not None:
+            outputs.scheduler_stats = fill_in()
+        elif stats is None and outputs.outputs and not_logged:
+            first.ended(outputs)
+
     def get_output_and_take(*args: Any, **kwargs: Any) -> Any:
         outputs = get_output(*args, **kwargs)
         try:
             stats, free = outputs.scheduler_stats, num_free()
             rank = getattr(outputs, "engine_index", 0)
-            if first.watching or take(stats, None, rank, 0, free, len(outputs.outputs)):
-                first.take(outputs, free)
-            if stats is None and fill_in is not None:
-                outputs.scheduler_stats = fill_in()
-            elif stats is None and outputs.outputs and not_logged:
-                first.ended(outputs)
+            uncounted = first.watching or take(stats, None, rank, 0, free, len(outputs.outputs))
+            if uncounted or stats is None:
+                rest(outputs, stats, free, uncounted)
         except Exception as error:
             failed(error)
         return outputs
 
+    method: Callable[..., Any] = get_output_and_take
+    if _step.native is not None:
+        method = _step.native.OutputTap(get_output, take, failed, _unless_no_blocks(num_free), first=first, rest=rest)
     first.begin()
-    take_out = replace((client, tap.adapter.core_output, get_output_and_take))
+    take_out = replace((client, tap.adapter.core_output, method))
 
     def undo() -> None:
         first.stop()
         take_out()
 
     return undo
+
+
+def _unless_no_blocks(num_free: Callable[[], int]) -> Callable[[], int] | None:
+    return None if num_free is no_blocks else num_free
 
 
 def _announce_outputs(get_output: Callable[..., Any], tap: Tap) -> Callable[..., Any]:
@@ -289,7 +255,21 @@ def tap_core(tap: Tap) -> Undo:
             failed(error)
         return outputs
 
-    return replace((core.client, "get_output", get_output_and_count))
+    method: Callable[..., Any] = get_output_and_count
+    if _step.native is not None:
+        method = _step.native.OutputTap(
+            get_output,
+            take,
+            failed,
+            _unless_no_blocks(num_free),
+            count=count,
+            make_counts=Counts,
+            processor=processor,
+            clock=None if clock is time.monotonic_ns else clock,
+            every=every,
+            measure_every=MEASURE_EVERY,
+        )
+    return replace((core.client, "get_output", method))
 
 
 def tap_own_step(tap: Tap) -> Undo:
@@ -370,16 +350,3 @@ TAPS: dict[str, Callable[[Tap], Undo]] = {
     "core": tap_core,
     "own_step": tap_own_step,
 }
-
-
-def replace(*replaced: tuple[Any, str, Callable[..., Any]]) -> Undo:
-    """Replace methods of single objects. The function that is returned takes out those that are still in place."""
-    for owner, name, function in replaced:
-        setattr(owner, name, function)
-
-    def undo() -> None:
-        for owner, name, function in replaced:
-            if vars(owner).get(name) is function:
-                delattr(owner, name)
-
-    return undo

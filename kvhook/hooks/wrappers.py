@@ -8,9 +8,13 @@ from __future__ import annotations
 import inspect
 import sys
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
+import wrapt
+
+from kvhook import _step
 from kvhook.hooks.engines import watch
 from kvhook.hooks.quiet import make_no_stats, quiet_manager
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER, Building, building, registry
@@ -39,6 +43,25 @@ def on_step(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
             _failed("recording a step", error, _steps, id(instance))
             if not isinstance(error, Exception):
                 raise  # Ctrl-C belongs to the user
+
+
+def publishing_failed(error: BaseException, engine_id: int) -> None:
+    """What `on_step` does if publishing fails, for the extension's `StepMethod`, which does the rest of it."""
+    _failed("recording a step", error, _steps, engine_id)
+    if not isinstance(error, Exception):
+        raise error
+
+
+def around_step(original: Any) -> Any:
+    """What is put in a class in place of its ``step``: it behaves as the original and records the step.
+
+    Where the extension is there, this is not a wrapt proxy: with cold caches its call alone takes 4 to 5 us, one of
+    the extension's 1. A step that is no plain function (somebody else has wrapped it) keeps to wrapt, which knows how
+    to bind any callable.
+    """
+    if _step.native is not None and isinstance(original, types.FunctionType):
+        return _step.native.StepMethod(original, _steps, publishing_failed)
+    return wrapt.FunctionWrapper(original, on_step)
 
 
 def on_record(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ from kvhook.discovery.cleaning import HISTORY_PREFIX, MARK_PREFIX
 from kvhook.discovery.recovery import recover, rings_of
 from kvhook.errors import KvhookError
 from kvhook.records.core import CoreRecords, files_of, open_cores
+from kvhook.ring.layout import CLOSED
 from kvhook.ring.place import history_root, process_start
 from kvhook.ring.reader import writer_alive
 from kvhook.ring.trace_file import header_of
@@ -60,6 +61,8 @@ class CoreSide:
         self._key = secrets.token_bytes(16)
         self._plan: CorePlan | None = None
         self._closed = False
+        #: whether temporary files are about to be removed
+        self.ends = False
 
     def arm(self) -> None:
         """Record the engine cores that are made from now on, if they are to be recorded."""
@@ -105,7 +108,8 @@ class CoreSide:
             with contextlib.suppress(KvhookError, OSError):
                 header = header_of(path)
                 if header.meta.get("session") == self._session and not writer_alive(header):
-                    recover(path, [self._ring_dir])
+                    if header.state != CLOSED and not self.ends:
+                        recover(path, [self._ring_dir])
                     for ring in rings_of(header, [self._ring_dir]):
                         ring.unlink()
 

@@ -7,11 +7,10 @@ import mmap
 from collections.abc import Callable
 from typing import Any
 
-import wrapt
-
+from kvhook import _step
 from kvhook.hooks.engines import clock
 from kvhook.hooks.registry import registry
-from kvhook.hooks.wrappers import on_step
+from kvhook.hooks.wrappers import around_step
 
 
 @functools.cache
@@ -24,22 +23,29 @@ def call_overhead_ns() -> int:
     """
     given: Any = None
 
-    def record(scheduler_stats: Any = None, iteration_stats: Any = None, mm_cache_stats: Any = None, **_: Any) -> None:
+    def remember(
+        scheduler_stats: Any = None, iteration_stats: Any = None, mm_cache_stats: Any = None, **_: Any
+    ) -> None:
         nonlocal given
         given = scheduler_stats, iteration_stats, mm_cache_stats
+
+    # what stands for the functions that take the stats over and publish them is in the language that those are in
+    native = _step.native
+    record: Callable[..., None] = remember if native is None else native.nothing
+    publish: Callable[[int, int], None] = (lambda start, end: None) if native is None else native.nothing
 
     class Bare:
         def step(self) -> None:
             return None
 
     class Wrapped:
-        def _step(self) -> None:
+        def bare_step(self) -> None:
             record(scheduler_stats=None, iteration_stats=None, mm_cache_stats=None)
 
-        step = wrapt.FunctionWrapper(_step, on_step)
+        step = around_step(bare_step)
 
     bare, hooked = Bare(), Wrapped()
-    registry.steps[id(hooked)] = lambda start, end: None
+    registry.steps[id(hooked)] = publish
     try:
         # a separate map, because giving 8 MB back to malloc would make it keep large blocks from then on
         with mmap.mmap(-1, _MORE_THAN_CACHES) as buffer:

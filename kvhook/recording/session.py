@@ -224,6 +224,7 @@ class Session(Readings):
 
     def end(self) -> None:
         """The process ends: complete what was recorded, remove what was temporary."""
+        self._core_side.ends = self.options.trace is None
         self.close()
         self.remove_history()
 

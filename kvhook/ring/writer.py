@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvhook import forks
+from kvhook import _step, forks
 from kvhook.ring.layout import (
     BODY_AT,
     CLOSED,
@@ -99,6 +99,11 @@ class RingWriter:
             del self.publish, self.words, self.map
 
     def _make_publish(self) -> Publish:
+        if _step.native is not None:
+            store: Publish = _step.native.RingStore(
+                self.map, self.header_bytes, self.layout.slot_bytes, self.capacity, self.crc
+            )
+            return store
         memory, words, mask, slot = self.map, self.words, self.capacity - 1, self.layout.slot_bytes
         first, body_at, body, head_word = self.header_bytes, BODY_AT, slot - BODY_AT, HEAD_WORD
         crc, crc32, generation = self.crc, zlib.crc32, self._generation

@@ -60,6 +60,8 @@ def _lines(r: CoreReport, name: str) -> Iterator[str]:
     if r.blocks is not None:
         yield ""
         yield from _ledger(r.blocks)
+    for failure in r.failures:
+        yield _row("ended early", f"kvhook failed in an engine core: {failure}")
     if r.records_lost:
         yield _row("lost", f"{r.records_lost:,} records: the numbers above are too small")
 

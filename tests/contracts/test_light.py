@@ -390,7 +390,7 @@ def test_an_error_in_the_counter_stops_the_recording_of_that_engine_alone(
     with stubs(engines_of(release)), kvhook.install(level="light", ring_slots=64) as session:
         bad, good = begin(path), begin(path)
         own = dict(vars(bad.output_processor)), dict(vars(bad.engine_core))
-        monkeypatch.setattr("kvhook.hooks.taps.Counts", lambda: 1 / 0)
+        monkeypatch.setattr(Counts, "__init__", lambda self: 1 / 0)
         outputs = go(bad)
         monkeypatch.undo()
         assert outputs in ([], [["a", "b"], ["b", "a"], [], ["c", "b"], ["c", "a"], []])

@@ -53,6 +53,9 @@ def record(model: str, folder: Path, name: str, core: str, *, killed: bool) -> d
         }
     if killed:
         os.kill(results["cores"][0]["pid"], signal.SIGKILL)
+        # a step that is under way when the core dies never comes back, with kvhook or without
+        while not llm.llm_engine.engine_core.resources.engine_dead:
+            time.sleep(0.01)
         try:
             run(llm, calls)
         except Exception as error:

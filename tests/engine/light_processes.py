@@ -43,6 +43,9 @@ def told(session: kvhook.Session) -> dict[str, Any]:
         "lost": summary.records_lost + summary.records_dropped,
         "faults": session.faults,
         "text": str(summary),
+        "scheduled in the core": int(session.core_steps()["num_scheduled_tokens"].sum()),
+        "ended in the core": len(session.core_requests()),
+        "why no core": session.cores().why_none,
     }
 
 

@@ -56,6 +56,15 @@ def test_sums_are_what_was_sent_and_returned(run: dict[str, Any], which: str):
 
 
 @both
+def test_the_core_is_recorded_and_has_computed_what_was_neither_found_nor_sampled_last(run: dict[str, Any], which: str):
+    one = run[which]
+    assert one["why no core"] == ""
+    needed = sum(one["prompts"]) - CALM_HITS + sum(one["generated"]) - len(one["generated"])
+    assert one["scheduled in the core"] == needed
+    assert one["ended in the core"] == len(SENT)
+
+
+@both
 def test_hits_are_the_whole_blocks_of_the_shared_beginning(run: dict[str, Any], which: str):
     sums = run[which]["sums"]
     assert sums["prefix_cache_hits"] == CALM_HITS

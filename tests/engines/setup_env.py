@@ -80,7 +80,10 @@ def wanted_key(root: str = ROOT) -> dict[str, Any]:
                 h.update(f.read())
         return h.hexdigest()
 
-    # The editable install copies kvhook's metadata, so it grows stale with pyproject.toml and the version.
+    # The editable install copies kvhook's metadata, so it grows stale with pyproject.toml and the version; and it
+    # builds the extension beside its sources.
+    step = os.path.join(root, "kvhook", "_step")
+    sources = [os.path.join(step, name) for name in sorted(os.listdir(step)) if name.endswith((".c", ".h"))]
     version = ""
     try:
         with open(os.path.join(root, "kvhook", "__init__.py"), encoding="utf-8") as f:
@@ -91,7 +94,8 @@ def wanted_key(root: str = ROOT) -> dict[str, Any]:
     return {
         "recipe": RECIPE,
         "packages": digest(LOCK, DEV),
-        "kvhook": digest(os.path.join(root, "pyproject.toml")) + version,
+        "kvhook": digest(*(os.path.join(root, name) for name in ("pyproject.toml", "hatch_build.py")), *sources)
+        + version,
         "where": os.path.realpath(root),
     }
 

@@ -2,8 +2,10 @@
 
 1. `python -m build` makes the sdist, and the wheel from that sdist; both go to `dist/`.
 2. `twine check --strict` reads their metadata and renders the README as the package index does.
-3. The wheel holds the package's files, all of them and no others; the sdist holds what a packager needs.
-4. A new environment gets the wheel with pip, then the sdist; in it `kvhook` runs, without vLLM.
+3. The wheel holds the package's files, the extension and no others; the sdist holds what a packager needs, the C
+   sources among it.
+4. A new environment gets the wheel with pip, then the sdist with a C compiler and without one; in it `kvhook` runs,
+   without vLLM, on the step path in C or the one in Python.
 
 The environment lies in a temporary folder. wrapt and numpy come from the package index at the versions that the
 tests use.
@@ -17,7 +19,9 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parents[2]
 DIST = ROOT / "dist"
@@ -32,6 +36,7 @@ IN_THE_SDIST = (
     "SECURITY.md",
     "docs/conf.py",
     "examples/quick_start.py",
+    "hatch_build.py",
     "pyproject.toml",
     "tests/conftest.py",
 )
@@ -39,7 +44,9 @@ IN_THE_SDIST = (
 USE = """
 import sys
 import kvhook
+from kvhook import _step
 
+assert (_step.native is None) == (sys.argv[1] == "python"), _step.why_not
 assert not {"numpy", "vllm"} & set(sys.modules), "import kvhook must stay light"
 session = kvhook.install()
 assert len(session.steps()) == 0
@@ -57,9 +64,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kvhook-package-") as folder:
         python = make_environment(Path(folder))
         install(python, wheel)
-        use(python, Path(folder))
+        use(python, Path(folder), "c")
         install(python, "--force-reinstall", "--no-deps", sdist)
-        use(python, Path(folder))
+        use(python, Path(folder), "c")
+        install(python, "--force-reinstall", "--no-deps", "--no-cache-dir", sdist, CC="/bin/false", CXX="/bin/false")
+        use(python, Path(folder), "python")
     print(f"\nThe packages are whole and work: {wheel.relative_to(ROOT)}, {sdist.relative_to(ROOT)}")
     return 0
 
@@ -68,7 +77,7 @@ def build() -> tuple[Path, Path]:
     """Wheel and sdist of this checkout; those of earlier builds are removed."""
     for old in [*DIST.glob("kvhook-*.whl"), *DIST.glob("kvhook-*.tar.gz")]:
         old.unlink()
-    # hatchling is here at its pinned version: an environment for the build alone would fetch another one
+    # hatchling and setuptools are here at their pinned versions: an environment for the build alone would fetch others
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", DIST, ROOT)
     (wheel,) = DIST.glob("kvhook-*.whl")
     (sdist,) = DIST.glob("kvhook-*.tar.gz")
@@ -80,11 +89,14 @@ def compare_with_checkout(wheel: Path, sdist: Path) -> None:
     here = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "kvhook").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
     }
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    expect("the wheel", packed, here)
+    extensions = {name for name in packed if name.startswith("kvhook/_step/native.") and name.endswith(".so")}
+    if len(extensions) != 1:
+        raise SystemExit(f"the wheel holds {len(extensions)} extensions, not one")
+    expect("the wheel", packed - extensions, {name for name in here if not name.endswith((".c", ".h"))})
     with tarfile.open(sdist) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
     lacking = sorted({*IN_THE_SDIST, *here} - found)
@@ -104,17 +116,18 @@ def make_environment(folder: Path) -> Path:
     return folder / "venv" / "bin" / "python"
 
 
-def install(python: Path, *what: str | Path) -> None:
+def install(python: Path, *what: str | Path, **environment: str) -> None:
     """pip install, with the versions that the tests use."""
     pins = python.parents[1] / "pins.txt"
     lines = [line for path in PINS for line in path.read_text(encoding="utf-8").splitlines()]
     pins.write_text("\n".join(line for line in lines if line.startswith(("numpy==", "wrapt=="))), encoding="utf-8")
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", pins, *what)
+    options = ("--quiet", "--disable-pip-version-check", "--constraint", pins)
+    run(python, "-m", "pip", "install", *options, *what, more=environment)
 
 
-def use(python: Path, folder: Path) -> None:
+def use(python: Path, folder: Path, step_path: str) -> None:
     """What was installed works, away from the checkout."""
-    run(python, "-c", USE, cwd=folder)
+    run(python, "-c", USE, step_path, cwd=folder)
     kvhook = python.with_name("kvhook")
     run(kvhook, "--version", cwd=folder)
     run(kvhook, "ls", cwd=folder)
@@ -123,11 +136,11 @@ def use(python: Path, folder: Path) -> None:
         raise SystemExit(f"kvhook doctor was to say that there is no vLLM, and said:\n{said}")
 
 
-def run(*command: str | Path, cwd: Path = ROOT, code: int = 0) -> str:
+def run(*command: str | Path, cwd: Path = ROOT, code: int = 0, more: Mapping[str, str] = MappingProxyType({})) -> str:
     """Run a command, which must give this exit code; what it printed."""
     shown = " ".join("'...'" if part == USE else str(part) for part in command)
     print(f"$ {shown}", flush=True)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | dict(more)
     if cwd != ROOT:
         environment["KVHOOK_DIR"] = str(cwd / "rings")
     done = subprocess.run(

@@ -1,0 +1,184 @@
+"""The extension under AddressSanitizer and UBSan, its reference counts, and its ring: ``make torture``.
+
+    python tests/step/torture.py                   everything; some minutes
+    python tests/step/torture.py refcounts 10e6    ten million steps in this process, without a sanitizer
+    python tests/step/torture.py differences 3000  so many scenarios of the differential test in this process
+    python tests/step/torture.py ring 1e9          so many reads of a ring by one C process that another one writes
+
+With the sanitizers the extension is built anew, into a folder of its own, and loaded in the place of the usual one.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+def differences(scenarios: int) -> int:
+    """Scenarios of the differential test; 1 if one of them was not alike on both paths."""
+    from tests.step.two_paths import differences as play
+
+    warnings.simplefilter("ignore")  # numpy's, of numbers that overflow
+    first = int(os.environ.get("KVHOOK_FIRST_SEED", "1000000"))
+    for seed in range(first, first + scenarios):
+        found = play(seed)
+        if found:
+            print(*found, sep="\n")
+            return 1
+    print(f"{scenarios} scenarios, alike on both paths")
+    return 0
+
+
+def refcounts(steps: int) -> int:
+    """Steps of both levels: no object that was there before is referred to more often afterwards, no memory is lost."""
+    from kvhook import _step
+    from kvhook.adapters.step_functions import Counters
+    from tests.step import two_paths
+
+    problems = []
+    for where in (("0.32.0", "full", "v1"), ("0.32.0", "light", "v1-light")):
+        with two_paths.table(*where) as adapter:
+            r = random.Random(1)
+            compiled = two_paths.compile_one(adapter, r)
+            made = two_paths.Made(compiled, 0.0)
+            stats = [{a: made.stats(a, r) for a in compiled.plan.arguments if a != "engine_idx"} for _ in range(16)]
+            records = [0]
+
+            def publish_record(n: int, record: bytes, records: list[int] = records) -> int:
+                records[0] += 1
+                return n + 1
+
+            functions = compiled._bind_native(
+                publish_record, 0, time.monotonic_ns, lambda *_: -1, Counters(), lambda: None
+            )
+            watched = [None, 0, 1, 257, publish_record, *_every_object(stats)]
+
+            def play(count: int, functions: Any = functions, stats: Any = stats) -> None:
+                for i in range(count):
+                    functions.record(**stats[i & 15])
+                    functions.publish(1, 2)
+
+            play(1000)
+            gc.collect()
+            before, memory = [sys.getrefcount(each) for each in watched], _memory()
+            start = time.monotonic()
+            play(steps)
+            seconds = time.monotonic() - start
+            gc.collect()
+            # a reference lost or kept at each step would show as some millions; a handful are the interpreter's own
+            moved = Counter(
+                type(each).__name__
+                for each, count in zip(watched, before, strict=True)
+                if abs(sys.getrefcount(each) - count) > 50
+            )
+            grown = _memory() - memory
+            print(f"{where}: {steps:,} steps, {records[0]:,} records, {seconds:.0f} s, memory {grown:+,} KiB")
+            print(*(f"references to {kind} have moved, {count} objects" for kind, count in moved.items()), sep="\n")
+            # a sanitizer keeps what is freed for a while
+            if moved or (grown > 4096 and "ASAN_OPTIONS" not in os.environ):
+                problems.append(where)
+    assert _step.native is not None
+    return 1 if problems else 0
+
+
+def _every_object(start: Any) -> list[Any]:
+    """Everything that can be reached from vLLM's objects here."""
+    found: dict[int, Any] = {}
+    todo = [start]
+    while todo:
+        each = todo.pop()
+        if id(each) not in found and not isinstance(each, type):
+            found[id(each)] = each
+            todo += gc.get_referents(each)
+    return [each for each in found.values() if not isinstance(each, (type(sys), type(_memory), dict))]
+
+
+def _memory() -> int:
+    """The most memory that this process has had, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def ring(reads: int) -> int:
+    """The ring's protocol between two C processes; and that the reader finds a writer out that is broken."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "ring_torture"
+        compiler = [os.environ.get("CC", "cc"), "-std=c11", "-O2", "-o", str(program)]
+        subprocess.run([*compiler, str(ROOT / "tests/step/ring_torture.c")], check=True)
+        for more in ([str(reads)], [str(reads), "4096"], [str(reads), "4096", "break"]):
+            done = subprocess.run([str(program), *more], capture_output=True, text=True, check=False)
+            print(*more, ":", done.stdout.strip())
+            if done.returncode:
+                return 1
+    return 0
+
+
+def sanitized(scenarios: int) -> int:
+    """The differential test, and a short count of references, with the extension under ASan and UBSan."""
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
+    library = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "KVHOOK_CFLAGS": flags,
+        "KVHOOK_LDFLAGS": "-fsanitize=address,undefined",
+        "LD_PRELOAD": str(Path(library.stdout.strip()).resolve()),
+        # CPython itself keeps what it has at the end; each object has a block of its own, so that none hides another
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        built = {name: value for name, value in environment.items() if name != "LD_PRELOAD"}
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from hatch_build import *; "
+        code += f"print(build(Path({str(ROOT)!r}), Path({folder!r})))"
+        done = subprocess.run([sys.executable, "-c", code], env=built, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        if done.returncode:
+            return done.returncode
+        module = done.stdout.split()[-1]
+        for what in (["differences", str(scenarios)], ["refcounts", "2000"]):
+            code = f"import runpy, sys; sys.argv = ['torture', *{what!r}]; sys.path.insert(0, {str(ROOT)!r}); "
+            code += f"import tests.step.torture as t; t.load({module!r}); sys.exit(t.main())"
+            ended = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=False)
+            if ended.returncode:
+                return ended.returncode
+    return 0
+
+
+def load(path: str) -> None:
+    """Load an extension from another file than the usual one, before anything imports it."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("kvhook._step.native", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["kvhook._step.native"] = module
+    print("loaded", path)
+
+
+def main() -> int:
+    """See the head of this file."""
+    parts = {"differences": differences, "refcounts": refcounts, "ring": ring, "sanitized": sanitized}
+    if len(sys.argv) == 3 and sys.argv[1] in parts:
+        return parts[sys.argv[1]](int(float(sys.argv[2])))
+    if len(sys.argv) > 1:
+        print(__doc__)
+        return 2
+    return sanitized(300) or differences(2000) or refcounts(10_000_000) or ring(1_000_000_000)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
