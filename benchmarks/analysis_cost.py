@@ -211,7 +211,7 @@ def live(path: Path, steps: int, size: float) -> None:
     r = json.loads(done.stdout)
     wall, cpu = (sorted(values)[len(values) // 2] for values in zip(*r["answers"], strict=True))
     late, late_cpu = r["late"]
-    for what, seconds, its_cpu in (("session.summary()", wall, cpu), ("the same, 8,192 new records", late, late_cpu)):
+    for what, seconds, its_cpu in (("session.summary()", wall, cpu), ("the same, with new records", late, late_cpu)):
         print(
             f"| {steps:,} | {size:,.0f} | {what} | {seconds:.3f} | {its_cpu:.3f} | {r['anonymous_mb']:.0f} |",
             flush=True,

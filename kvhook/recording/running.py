@@ -25,7 +25,7 @@ from kvhook.text.summary import PrintedSummary, printed
 _T = TypeVar("_T")
 
 #: Bytes that are taken in at a time: so few that the engine's process does not become larger by it.
-CHUNK_BYTES = 1 << 19
+CHUNK_BYTES = 1 << 20
 
 #: What `kvhook.recording.spool.Spool.open` gives: files, descriptors, counts of records.
 Opened = tuple[list[Path], list[int], dict[int, dict[str, int]]]

@@ -30,7 +30,7 @@ SEGMENTS = 8
 BATCH = 4096
 
 #: So many records make it worth while to add them up.
-KEEP_UP = 8192
+KEEP_UP = 4096
 
 _WRITING, _THEN = "writing the trace", "records are counted as lost until it can be written again"
 
