@@ -115,15 +115,16 @@ def _forget_loggers() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("release", ALL)
-def test_light_patches_what_it_needs_and_puts_it_back(release: str, said: Any):
+@pytest.mark.parametrize("core", ["off", "steps"])
+def test_light_patches_what_it_needs_and_puts_it_back(release: str, core: str, said: Any):
     modules = engines_of(release)
     with stubs(modules):
         before = everything(modules)
-        kvhook.install(level="light", ring_slots=64)
+        kvhook.install(level="light", core=core, ring_slots=64)
         assert list(hooks.patched()) == expected_adapters(release)
         now = everything(modules)
         changed = {name for name, value in now.items() if before[name] is not value}
-        if between(release, "0.8.0"):
+        if between(release, "0.8.0") and core == "off":
             assert {name for name in changed if not name[0].startswith(V0_ENGINE)} == expected_patches(release)
         kvhook.uninstall()
         assert same(everything(modules), before)
