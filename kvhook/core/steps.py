@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvhook.core.writer import Writer
 
 clock = time.monotonic_ns
+Failed = Callable[[BaseException], None]
 
 _NONE_WAITING = LIMITS.index("none_waiting")
 _NOBODY: list[Life] = []
@@ -35,9 +36,7 @@ _LOOK_UP = 255
 class StepAccount:
     """Follows one scheduler, and hands each step, request, preemption and look-up to a writer."""
 
-    def __init__(
-        self, core: Core, pool: PoolAccount, writer: Writer, taps: Taps, failed: Callable[[BaseException], None]
-    ) -> None:
+    def __init__(self, core: Core, pool: PoolAccount, writer: Writer, taps: Taps, failed: Failed) -> None:
         self.core, self.pool, self.writer, self._taps, self._failed = core, pool, writer, taps, failed
         self.lookups = Lookups(core, pool, self.life_of)
         #: what writes down every block's events, where that is wanted; set before `tap`
