@@ -47,7 +47,7 @@ def checked(folder: Path) -> dict[str, Any]:
         "engines": engines(),
         "metrics": in_registry(),
         "environment_changed": [n for n in ENVIRONMENT if environment.get(n) != os.environ.get(n)],
-        "rings": len(list(rings.glob("*"))) if rings.exists() else 0,
+        "rings": sorted(each.name for each in rings.glob("*")),
     }
 
 
