@@ -188,8 +188,8 @@ def test_header_whose_magic_is_not_yet_there_is_refused():
 
 def test_another_major_version_is_refused_by_the_name_of_its_writer():
     data = pack()
-    put(data, 8, 2 << 32)
-    with pytest.raises(TraceFormatError, match=r"kvhook 9\.9 in layout 2; this one reads layout 1"):
+    put(data, 8, 3 << 32)
+    with pytest.raises(TraceFormatError, match=r"kvhook 9\.9 in layout 3; this one reads layout 1"):
         parse_header(bytes(data), len(data), "x")
 
 
