@@ -19,9 +19,11 @@ from kvhook.ring.slots import slot_head
 from kvhook.schema import GAUGE, KINDS
 
 try:
-    import orjson
+    import orjson as _orjson
 except ImportError:
-    orjson = None
+    orjson: Any = None
+else:
+    orjson = _orjson
 
 #: Rows that are written at a time: their texts take some 10 MB.
 ROWS = 4096

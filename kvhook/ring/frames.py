@@ -31,9 +31,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvhook.errors import TraceFormatError
 
 try:
-    import zstandard
+    import zstandard as _zstandard
 except ImportError:
-    zstandard = None
+    zstandard: Any = None
+else:
+    zstandard = _zstandard
 
 if TYPE_CHECKING:
     import numpy as np
