@@ -7,6 +7,7 @@ the plan is handed as data (`kvhook.adapters.program`). The extension is taken w
 from __future__ import annotations
 
 import linecache
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from kvhook.schema import LEVELS, REQUEST_FIELDS, STEP_FIELDS, blank
 #: ``on_sample(*counters, t_start_ns, t_end_ns, kvhook_ns)`` is called after each step that was measured; it returns
 #: the ``vllm_stats_ns`` of the next record.
 OnSample = Callable[[int, int, int, int, int, int], int]
+
+log = logging.getLogger("kvhook")
 
 
 def no_sample(*_: int) -> int:
@@ -65,8 +68,9 @@ class Compiled(NamedTuple):
         if _step.native is not None:
             try:
                 return self._bind_native(*arguments)
-            except CannotCompile:
-                pass  # an adapter of somebody else's; those of kvhook are tested to compile
+            except CannotCompile as error:
+                # an adapter of somebody else's; those of kvhook are tested to compile
+                log.info("kvhook: engine %d is recorded on the step path in Python: %s", engine, error)
         return self._bind_source(*arguments)
 
     def _packers(self) -> tuple[Any, Any, Any]:
