@@ -80,6 +80,9 @@ def since(*release: int) -> bool:
 
 def no_binding() -> str:
     """The value of VLLM_CPU_OMP_THREADS_BIND with which a thread may run on any core."""
+    if since(0, 20) and not since(0, 21):
+        # 0.20 fails when it wants to log that nothing is bound
+        return ",".join(map(str, sorted(os.sched_getaffinity(0))))
     return "nobind" if since(0, 11) else "all"
 
 

@@ -69,6 +69,8 @@ class Ran:
     accounts: list[Any]
     prediction: Prediction
     asynchronous: bool
+    #: the engine has a prefix cache
+    caching: bool
     #: what the scheduler and its pool held after each `schedule`, and what kvhook recorded inside the core
     batches: list[Batch]
     core_steps: Any
@@ -199,6 +201,7 @@ class Bench:
             summary=Window(session.trace(), before).summary(),
             prediction=prediction,
             asynchronous=view.asynchronous,
+            caching=view.caching,
             batches=view.batches,
             core_steps=session.core_steps(),
             core_requests=session.core_requests()[core_rows:],
@@ -228,14 +231,16 @@ def rules(settings: Settings, view: View) -> Rules:
         block_size=options["block_size"],
         chunk=options["max_num_batched_tokens"],
         seqs=options["max_num_seqs"],
-        caching=options["enable_prefix_caching"],
+        caching=view.caching,
         by_priority="scheduling_policy" in options,
         unhashed_first=release.unhashed_first(),
     )
 
 
 def of_kind(settings: Settings) -> dict[str, Any]:
-    return {"runner": "pooling"} if settings.kind == "pooling" else {}
+    if settings.kind != "pooling":
+        return {}
+    return {"runner": "pooling"} if release.says("engine/arg_utils.py", "runner: ") else {"task": "embed"}
 
 
 @contextlib.contextmanager

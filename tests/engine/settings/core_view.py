@@ -133,6 +133,8 @@ class View:
         self.pool = self.scheduler.kv_cache_manager.block_pool
         #: a step gives out what an earlier batch made
         self.asynchronous = bool(getattr(engine.vllm_config.scheduler_config, "async_scheduling", False))
+        #: what the engine made of what was asked for: before 0.10 it has no prefix cache for pooling
+        self.caching = bool(engine.vllm_config.cache_config.enable_prefix_caching)
         self._open: Step | None = None
         self._batches = 0
         self.begin()

@@ -164,4 +164,5 @@ def sampling(options: dict[str, Any], cumulative: bool = False) -> Any:
 def pooling() -> Any:
     from vllm import PoolingParams  # type: ignore[import-not-found, unused-ignore]
 
-    return PoolingParams(task="embed")
+    # before 0.10 the engine alone has a task
+    return PoolingParams(task="embed") if hasattr(PoolingParams, "task") else PoolingParams()

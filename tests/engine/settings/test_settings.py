@@ -306,7 +306,8 @@ def test_the_reference_model_predicts_each_step(ran: Ran):
         if ran.has(column):
             expected = as_sent([getattr(seen, column) for seen in model], column, ran)
             ran.same(f"{column}, by the model", ran.steps[column].tolist(), expected)
-    ran.same("blocks, by the model", ran.steps["num_kv_blocks_used"].tolist(), [seen.blocks_after for seen in model])
+    blocks = [seen.blocks_after if step.stats else -1 for seen, step in zip(model, ran.core, strict=True)]
+    ran.same("blocks, by the model", ran.steps["num_kv_blocks_used"].tolist(), blocks)
     ran.same("cached, by the model", *paired(cached(ran), ran.prediction.cached))
 
 
@@ -332,7 +333,7 @@ def as_sent(values: list[int], column: str, ran: Ran) -> list[int]:
 
 
 def test_every_admitted_prompt_is_looked_up_at_least_once(ran: Ran):
-    if not ran.case.settings.options["enable_prefix_caching"]:
+    if not ran.caching:
         ran.same("prefix_cache_queries", int(ran.steps["prefix_cache_queries"].sum()), 0)
         return
     last = max((i for i, step in enumerate(ran.core) if step.stats), default=-1)
@@ -353,7 +354,7 @@ def test_no_request_finds_more_than_it_shares_with_another(ran: Ran):
         shared = max((common(request.prompt, other) for other in others), default=0)
         most = min(shared, len(request.prompt) - 1) // size * size
         assert (found or 0) <= most, ran.say(f"{request.id} found {found} tokens, and shares {most}")
-    if ran.case.settings.options["enable_prefix_caching"]:
+    if ran.caching:
         found_at_first = sum(found or 0 for found in cached(ran).values())
         hits = int(ran.steps["prefix_cache_hits"].sum())
         assert hits >= found_at_first, ran.say(f"prefix_cache_hits: {hits}, but requests were given {found_at_first}")
