@@ -24,6 +24,8 @@ take 0.07 % of a processor each (`spool.py`). Arms:
     poll      vLLM's own stats on, and a thread that calls get_metrics() ten times a second of this arm's time
     steps     inside the engine core: what kvhook.install(core="steps") adds, and nothing else; no stats
     blocks    the same with core="blocks"
+    core_spared   as core, but `Scheduler.make_stats` makes none: the most that can be spared of the core's part
+    made_spared   as made, but no output is counted into the `IterationStats`: the most that can be spared in front
     light_python, full_python   as light and full, on the step path in Python although the one in C is there
 """
 
@@ -59,6 +61,8 @@ BASELINES = {
     "light": ("off", "core", "light_python", "stats"),
     "light_python": ("off", "core"),
     "made": ("off",),
+    "core_spared": ("off", "core"),
+    "made_spared": ("off", "made"),
     "full": ("off", "made", "full_python", "stats"),
     "full_python": ("off", "made"),
     "stats": ("off",),

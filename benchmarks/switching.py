@@ -16,7 +16,7 @@ from kvhook.adapters.core import read_core
 from kvhook.core.ledger import LedgerRing
 from kvhook.core.recorder import CoreRecorder
 from kvhook.hooks.patching import restore
-from kvhook.hooks.quiet import quiet_manager
+from kvhook.hooks.quiet import do_nothing, quiet_manager
 from kvhook.hooks.registry import registry
 from kvhook.recording.installation import set_current_session
 
@@ -33,11 +33,16 @@ ARMS = {
     "poll": ("on", None, True),
     "steps": ("off", None, False),
     "blocks": ("off", None, False),
+    "core_spared": ("core", None, False),
+    "made_spared": ("quiet", None, False),
     "light_python": ("core", "light", False),
     "full_python": ("quiet", "full", False),
 }
 #: Arm -> how much is recorded inside the engine core, a value of kvhook.options.CORE_LEVELS; the others record nothing.
 INSIDE = {"steps": "steps", "blocks": "blocks"}
+#: Arm -> what of vLLM's own work on stats is left out, a method of the scheduler or the output processor: the most that
+#: could be spared there.
+SPARED = {"core_spared": ("scheduler", "make_stats"), "made_spared": ("processor", "_update_stats_from_output")}
 #: Arms that record on Python's step path although the extension is there.
 IN_PYTHON = ("light_python", "full_python")
 #: What kvhook's hooks know, all of it for one engine and one session.
@@ -134,6 +139,8 @@ class Plug:
         self.patches: list[Any] = []
         self.tables: list[dict[Any, Any]] = []
         self.replaced: list[tuple[Any, str, Any]] = []
+        owner, self.spared = SPARED.get(arm, ("processor", ""))
+        self.sparing = self.client.engine_core.scheduler if owner == "scheduler" else self.processor
         self.inside = InCore(self.client.engine_core.scheduler, INSIDE[arm]) if arm in INSIDE else None
 
     def make(self, vllms: Any) -> None:
@@ -163,6 +170,8 @@ class Plug:
             setattr(owner, name, function)
         if self.level:
             registry.owner = self.owner
+        if self.spared:
+            setattr(self.sparing, self.spared, do_nothing)
         if self.inside:
             self.inside.put_in()
         if self.poller:
@@ -174,6 +183,8 @@ class Plug:
             self.poller.end()
         if self.inside:
             self.inside.out()
+        if self.spared:
+            vars(self.sparing).pop(self.spared, None)
         for patch in reversed(self.patches):
             restore(patch)
         for table, content in zip(TABLES, self.tables, strict=False):
