@@ -26,6 +26,7 @@ VERBS: dict[str, dict[str, str]] = {
     },
     "read a recorded run": {
         "summary": "kvhook.cli.summary:SummaryCommand",
+        "compare": "kvhook.cli.compare:CompareCommand",
         "cache": "kvhook.cli.cache:CacheCommand",
         "export": "kvhook.cli.export:ExportCommand",
     },
@@ -98,7 +99,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; gives the exit code (2 for wrong usage, 1 for a mistake, 130 for Ctrl-C)."""
+    """Run the command line; gives the exit code: 2 for wrong usage, 1 for a mistake or a finding, 3 for a condition of
+    ``--fail-if`` that holds, 130 for Ctrl-C."""
     args = make_parser().parse_args(argv)
     try:
         code = load(args.verb).run(args)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 
+from kvhook.cli.conditions import CONDITION_HOLDS, add_fail_if, failed
+
 
 class SummaryCommand:
     """Print the summary of a recorded run, or of several side by side.
 
     FILE is a .kvh trace, or the ring of a process (kvhook ls names them). With more than one FILE there is a column
-    for each; they may be of different vLLM versions.
+    for each; they may be of different vLLM versions. Which differences are more than chance says kvhook compare.
+
+    The exit code is 3 if a condition of --fail-if is true for one of the files, 1 if one of its numbers is not known.
 
     Example:
       $ kvhook summary run.kvh
@@ -26,11 +30,12 @@ class SummaryCommand:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
         parser.add_argument("files", metavar="FILE", nargs="+", help="a .kvh trace or a ring")
+        add_fail_if(parser, "prefix_cache_hit_rate < 0.8")
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
     def run(self, args: argparse.Namespace) -> int:
         """Print it."""
-        from kvhook.text.compare import side_by_side
+        from kvhook.text.compare import table_of
         from kvhook.trace import open_trace
 
         summaries = [open_trace(file).summary() for file in args.files]
@@ -40,5 +45,7 @@ class SummaryCommand:
         elif len(summaries) == 1:
             print(summaries[0])
         else:
-            print(side_by_side(summaries, args.files))
-        return 0
+            print(table_of(summaries, args.files))
+        return (
+            CONDITION_HOLDS if failed(args.fail_if, {f: [s] for f, s in zip(args.files, summaries, strict=True)}) else 0
+        )

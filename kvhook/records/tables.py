@@ -130,17 +130,28 @@ class Records(Run):
         equal, pair = (count > 0) & (low == high), (count == 2) & (low != high)
         values = [low[equal], low[pair], high[pair]]
         counts = [count[equal], np.ones(2 * pair.sum(), np.int64)]
+        for _, _, single in self.latency_lists(series, engine):
+            values.append(single)
+            counts.append(np.ones(len(single), np.int64))
+        return np.concatenate(values), np.concatenate(counts)
+
+    def latency_lists(
+        self, series: str, engine: int | None = None
+    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
+        """Engines, steps and values of the latencies of a series that step records do not tell by themselves, some
+        thousands at a time. A step record tells its values where they are equal (they are its min and max), and where
+        there are two of them."""
+        code = VALUE_SERIES.index(series)
         for slots, layout in self._slots(VALUES, engine):
             fields = fields_of(slots, layout.columns["values"])
-            mine = fields["series"] == VALUE_SERIES.index(series)
             first = FIELDS_AT + 8 * len(layout.columns["values"])
             room = layout.values_per_slot
             lists = np.ascontiguousarray(slots[:, first : first + 8 * room]).view("<f8")
             inside = np.arange(room) < np.clip(fields["count"], 0, room)[:, None]
-            single = lists[inside & mine[:, None]]
-            values.append(single)
-            counts.append(np.ones(len(single), np.int64))
-        return np.concatenate(values), np.concatenate(counts)
+            inside &= (fields["series"] == code)[:, None]
+            counts = inside.sum(axis=1)
+            engines = np.repeat(slot_head(slots)["engine"].astype(np.int64), counts)
+            yield engines, np.repeat(fields["step"], counts), lists[inside]
 
     def chunks(self) -> Iterator[tuple[Slots, Layout]]:
         """All usable slots in the order of the run, some thousands at a time, with their layout."""

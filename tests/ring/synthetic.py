@@ -90,6 +90,19 @@ class Recording:
         self.record("request", **given)
         self.requests += 1
 
+    def values_of(self, step: int, values: list[float], series: int = 1) -> None:
+        """Single latencies of a step, before it: inter-token latencies unless `series` says otherwise."""
+        code, _ = KINDS["values"]
+        room = LAYOUT.values_per_slot
+        pack = LAYOUT.struct_of("values", tail=f"{room}d").pack
+        for at in range(0, len(values), room):
+            some = values[at : at + room]
+            head = {"step": step, "series": series, "count": len(some)}
+            cells = [head[c.name] for c in LAYOUT.columns["values"]]
+            self.n = self.ring.publish(
+                self.n, pack(self.n, code, self.engine, *cells, *some, *[0.0] * (room - len(some)))
+            )
+
     def run(self, steps: int) -> Recording:
         """So many plain steps."""
         for _ in range(steps):
