@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvhook.analysis.summarize import summarize
 from kvhook.errors import KvhookError, TraceFormatError
-from kvhook.export import export
+from kvhook.export import export, export_to_folder
+from kvhook.export.hive import is_folder
 from kvhook.records.core import CoreRecords, core_files, is_of_core, open_cores
 from kvhook.records.sources import ArraySlots, FileSlots, RenumberedSlots, SlotSource
 from kvhook.records.tables import Records
@@ -76,22 +77,39 @@ class Trace(Records):
         """
         return printed(summarize(self, engine, self.cores()))
 
-    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False, compress: bool = False) -> list[Path]:
-        """Write the whole run to a file; its suffix says how: ``.jsonl``, ``.csv`` or ``.kvh``.
+    def dump(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        compress: bool = False,
+        run: str | None = None,
+    ) -> list[Path]:
+        """Write the whole run to a file; its suffix says how: ``.parquet``, ``.arrow``, ``.jsonl``, ``.csv``, ``.kvh``,
+        or ``.perfetto.json.gz`` for https://ui.perfetto.dev.
+
+        A path that ends in ``/``, or that is a folder, is for the Parquet files of many runs: then this run goes into
+        ``PATH/run=NAME/engine=N/``, so that DuckDB, Polars or Spark read them all with one pattern.
+
+        Parquet and Arrow need pyarrow (``pip install "kvhook[arrow]"``).
 
         Args:
+            run: in a folder of many runs, the name of this one; without it, that of its file.
             overwrite: replace a file that is there; without it, that is an error.
             compress: a ``.kvh`` file in a tenth of the space, which opens like any other. With zstd where that is
                 installed (``pip install "kvhook[fast]"``), else with zlib.
 
         Returns:
-            The files that were written (CSV: steps and requests are two tables).
+            The files that were written, a file for each table (``.jsonl`` and ``.kvh`` are a single one).
 
         Raises:
-            ExportError: unknown suffix, or the file exists.
+            ExportError: unknown suffix, a package is missing, or the file exists.
             OSError: it cannot be written; what was there before is untouched.
         """
-        return export(self, Path(path), overwrite=overwrite, compress=compress)
+        if is_folder(path):
+            name = Path(self.name).stem if run is None else run
+            return export_to_folder(self, Path(path), name, cores=self.cores(), overwrite=overwrite)
+        return export(self, Path(path), cores=self.cores(), overwrite=overwrite, compress=compress)
 
 
 def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Trace:

@@ -21,7 +21,14 @@ from kvhook.records.rows import rows
 from tests.ring.synthetic import Recording
 from tests.standin import NO_STATS, fake_vllm, step_stats
 
-NAMES = {".csv": ["run.csv", "run.requests.csv"], ".jsonl": ["run.jsonl"], ".kvh": ["run.kvh"]}
+NAMES = {
+    ".csv": ["run.csv", "run.requests.csv"],
+    ".jsonl": ["run.jsonl"],
+    ".kvh": ["run.kvh"],
+    ".parquet": ["run.parquet", "run.requests.parquet", "run.latencies.parquet"],
+    ".arrow": ["run.arrow", "run.requests.arrow", "run.latencies.arrow"],
+    ".perfetto.json.gz": ["run.perfetto.json.gz"],
+}
 every_format = pytest.mark.parametrize("suffix", NAMES)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from kvhook.errors import KvhookError
 
@@ -11,8 +10,12 @@ from kvhook.errors import KvhookError
 class ExportCommand:
     """Write a recorded run in another format.
 
-    The suffix of OUT says which: .jsonl (metadata, requests and steps, a line each), .csv (steps; finished requests
-    go to OUT.requests.csv beside it), .kvh.
+    The suffix of OUT says which: .parquet and .arrow (a file for each table; needs pyarrow), .jsonl (metadata,
+    requests and steps, a line each), .csv (steps; finished requests go to OUT.requests.csv beside it), .kvh, or
+    .perfetto.json.gz, which https://ui.perfetto.dev opens.
+
+    If OUT ends in / it is a folder of Parquet files for many runs: OUT/run=NAME/engine=N/steps.parquet. DuckDB,
+    Polars, Spark and Ray read all of its runs with one pattern, OUT/*/*/steps.parquet.
 
     Example:
       $ kvhook export run.kvh run.csv
@@ -23,7 +26,8 @@ class ExportCommand:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
         parser.add_argument("file", metavar="FILE", help="a .kvh trace or a ring")
-        parser.add_argument("out", metavar="OUT", type=Path, help="the file to write")
+        parser.add_argument("out", metavar="OUT", help="the file to write, or a folder of many runs")
+        parser.add_argument("--run", metavar="NAME", help="the run's name in a folder of many (default: FILE's name)")
         parser.add_argument(
             "--compress",
             action="store_true",
@@ -37,7 +41,7 @@ class ExportCommand:
 
         trace = open_trace(args.file)
         try:
-            written = trace.dump(args.out, overwrite=args.force, compress=args.compress)
+            written = trace.dump(args.out, overwrite=args.force, compress=args.compress, run=args.run)
         except OSError as error:
             raise KvhookError(f"cannot write {args.out}: {error.strerror or error}") from None
         for path in written:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvhook.export.unknown import Mask, unknown
 from kvhook.records.columns import Table
-from kvhook.records.levels import not_recorded
 from kvhook.records.tables import Records
 from kvhook.ring.slots import slot_head
-from kvhook.schema import GAUGE, KINDS
+from kvhook.schema import KINDS
 
 try:
     import orjson as _orjson
@@ -27,8 +27,6 @@ else:
 
 #: Rows that are written at a time: their texts take some 10 MB.
 ROWS = 4096
-
-_GAUGES = {kind: {f.name for f in fields if f.role == GAUGE} for kind, (_, fields) in KINDS.items()}
 
 
 def tables(records: Records) -> Iterator[tuple[str, Table]]:
@@ -47,40 +45,29 @@ def tables(records: Records) -> Iterator[tuple[str, Table]]:
 Cells = list[str] | str
 
 
-def columns(table: Table, kind: str, unknown: str, text: Callable[[str], str] = str) -> Iterator[tuple[str, Cells]]:
+def columns(table: Table, kind: str, nothing: str, text: Callable[[str], str] = str) -> Iterator[tuple[str, Cells]]:
     """Name and cells of each column of a table.
 
     Args:
         table: the rows; at least one.
         kind: ``"step"`` or ``"request"``.
-        unknown: what stands for a value that is not known.
+        nothing: what stands for a value that is not known.
         text: writes a cell that is text.
     """
-    masks = not_recorded(table) if kind == "step" else {}
+    masks = unknown(table, kind)
     for name in table.dtype.names or ():
-        yield name, _cells(table[name], name in _GAUGES[kind], masks.get(name), unknown, text)
+        yield name, _cells(table[name], masks.get(name), nothing, text)
 
 
-def _cells(
-    column: npt.NDArray[Any],
-    gauge: bool,
-    masked: npt.NDArray[np.bool_] | None,
-    unknown: str,
-    text: Callable[[str], str],
-) -> Cells:
+def _cells(column: npt.NDArray[Any], mask: Mask | None, nothing: str, text: Callable[[str], str]) -> Cells:
     column = np.ascontiguousarray(column)
-    nothing = np.zeros(len(column), np.bool_) if masked is None else masked.copy()
-    if column.dtype.kind == "f":
-        nothing |= np.isnan(column)
-    if gauge:
-        nothing |= column == -1
-    if nothing.all():
-        return unknown
-    if not nothing.any() and (column == column[0]).all():
+    if mask is not None and mask.all():
+        return nothing
+    if mask is None and (column == column[0]).all():
         return _texts(column[:1], text)[0]
     cells = _texts(column, text)
-    for i in nothing.nonzero()[0].tolist():
-        cells[i] = unknown
+    for i in mask.nonzero()[0].tolist() if mask is not None else ():
+        cells[i] = nothing
     return cells
 
 

@@ -94,9 +94,17 @@ class Readings(abc.ABC):
         """Every single TTFT or inter-token latency so far, see `kvhook.Trace.latencies`."""
         return self.trace().latencies(series, engine)
 
-    def dump(self, path: str | os.PathLike[str], *, overwrite: bool = False, compress: bool = False) -> list[Path]:
-        """Write the run so far to ``path``; the suffix says how (.jsonl, .csv, .kvh). See `kvhook.Trace.dump`."""
-        return self.trace().dump(path, overwrite=overwrite, compress=compress)
+    def dump(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        compress: bool = False,
+        run: str | None = None,
+    ) -> list[Path]:
+        """Write the run so far to ``path``; the suffix says how: .parquet, .arrow, .jsonl, .csv, .kvh or
+        .perfetto.json.gz. See `kvhook.Trace.dump`."""
+        return self.trace().dump(path, overwrite=overwrite, compress=compress, run=run)
 
     def core_steps(self, core: int | None = None) -> npt.NDArray[np.void]:
         """One row per step of an engine core so far, see `kvhook.records.core.CoreRecords.steps`. `cores` says what is
