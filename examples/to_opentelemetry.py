@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from itertools import pairwise
+from typing import Any
 
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, MetricReader, PeriodicExportingMetricReader
@@ -48,7 +50,7 @@ def send(trace: kvhook.Trace, exporter: SpanExporter, reader: MetricReader, *, a
     tracers.add_span_processor((SimpleSpanProcessor if at_once else BatchSpanProcessor)(exporter))
     tracer = tracers.get_tracer("kvhook", kvhook.__version__)
     # spans are on the wall clock, steps on the monotonic one: the trace says both for one moment
-    shift = meta["realtime_ns"] - meta["monotonic_ns"]
+    shift = int(meta["realtime_ns"] - meta["monotonic_ns"])
 
     def nanoseconds(seconds: float) -> int:
         return round(seconds * 1e9) + shift
@@ -58,26 +60,26 @@ def send(trace: kvhook.Trace, exporter: SpanExporter, reader: MetricReader, *, a
         # a NaN is not equal to itself: a time that is not known
         moments = [(name, float(row[name])) for name in ("arrived", "scheduled", "first_token", "ended")]
         known = [(name, at) for name, at in moments if at == at]
-        attributes = {name: int(row[column]) for name, column in ATTRIBUTES.items() if row[column] >= 0}
+        attributes: dict[str, Any] = {name: int(row[column]) for name, column in ATTRIBUTES.items() if row[column] >= 0}
         attributes |= {
             "gen_ai.response.finish_reasons": [str(row["finish_reason"])],
             "kvhook.engine": int(row["engine"]),
         }
         span = tracer.start_span("request", start_time=nanoseconds(known[0][1]), attributes=attributes)
         phases = {"arrived": "queued", "scheduled": "prefill", "first_token": "decode"}
-        for (name, at), (_, until) in zip(known, known[1:]):
+        for (name, at), (_, until) in pairwise(known):
             tracer.start_span(phases[name], set_span_in_context(span), start_time=nanoseconds(at)).end(
                 nanoseconds(until)
             )
         span.end(nanoseconds(known[-1][1]))
     tracers.shutdown()
 
-    meters = MeterProvider([reader], about)
+    meters = MeterProvider([reader], about, shutdown_on_exit=False)
     meter = meters.get_meter("kvhook", kvhook.__version__)
     for engine in meta["engines"]:
         steps = trace.steps(engine["engine"])
         for name, column in COUNTERS.items():
-            if column in steps.dtype.names:  # not every vLLM has every column
+            if column in (steps.dtype.names or ()):  # not every vLLM has every column
                 meter.create_counter(name).add(int(steps[column].sum()), {"kvhook.engine": engine["engine"]})
     meters.force_flush()
 
@@ -90,7 +92,9 @@ if __name__ == "__main__":
         from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        send(kvhook.open(args.trace), OTLPSpanExporter(), PeriodicExportingMetricReader(OTLPMetricExporter()))
+        periodic = PeriodicExportingMetricReader(OTLPMetricExporter())
+        send(kvhook.open(args.trace), OTLPSpanExporter(), periodic)
+        periodic.shutdown()
     else:
         memory, reader = InMemorySpanExporter(), InMemoryMetricReader()
         send(kvhook.open(args.trace), memory, reader, at_once=True)
