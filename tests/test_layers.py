@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("hooks",),
     ("recording", "core"),
     ("plugin",),
-    ("stat_logger", "collector", "doctor"),
+    ("stat_logger", "collector", "doctor", "launch"),
     ("kvhook",),  # the public face: kvhook/__init__.py
     ("demo", "pytest_plugin"),
     ("check",),

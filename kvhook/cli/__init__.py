@@ -24,6 +24,9 @@ VERBS: dict[str, dict[str, str]] = {
         "doctor": "kvhook.cli.doctor:DoctorCommand",
         "check": "kvhook.cli.check:CheckCommand",
     },
+    "record a program without a change to it": {
+        "run": "kvhook.cli.run:RunCommand",
+    },
     "read a recorded run": {
         "summary": "kvhook.cli.summary:SummaryCommand",
         "compare": "kvhook.cli.compare:CompareCommand",

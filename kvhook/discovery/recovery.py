@@ -74,7 +74,9 @@ def recover(path: Path, places: Iterable[Path], out: Path | None = None) -> Reco
             rings.append((reader.header, reader.remains()))
     if not rings:
         return Recovered(path, {}, {}, f"process {header.pid} has left no ring, so there is nothing to add")
-    pieces = [piece for ring, slots in rings if (piece := _new(engines, ring, slots)) is not None]
+    pieces = [
+        piece for ring, slots in _own(rings, header.realtime_ns) if (piece := _new(engines, ring, slots)) is not None
+    ]
     target = out or path
     try:
         _write(path, header, pieces, target)
@@ -123,6 +125,20 @@ def rings_of(header: Header, places: Iterable[Path]) -> Iterator[Path]:
             # engines whose columns differ went to another file of the same run
             if _writer(ring) == _writer(header) and ring.layout == header.layout:
                 yield path
+
+
+def _own(rings: list[tuple[Header, Slots]], made_ns: int) -> list[tuple[Header, Slots]]:
+    """Of several rings for an engine of one number, that which belongs to a file made at that time.
+
+    A process that became another program (``exec``), or installed kvhook twice, has numbered its engines anew. The ring
+    of a session's first engine is made just before its file.
+    """
+    own: dict[int, tuple[Header, Slots]] = {}
+    for ring in sorted(rings, key=lambda ring: ring[0].realtime_ns):
+        number = int(ring[0].meta.get("engine") or 0)
+        if number not in own or ring[0].realtime_ns <= made_ns:
+            own[number] = ring
+    return list(own.values())
 
 
 def _writer(header: Header) -> tuple[object, ...]:

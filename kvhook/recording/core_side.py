@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +42,8 @@ _NO_PLUGIN = (
     "pip install kvhook (pip install -e . for a checkout). With VLLM_ENABLE_V1_MULTIPROCESSING=0 the engine core is in "
     "this process, and is recorded without that"
 )
-_PLUGIN_OFF = (
-    "VLLM_PLUGINS is set and does not name kvhook, so that vLLM does not load it in engine cores of their own process: "
-    "add kvhook to it"
+PLUGIN_OFF = (
+    "VLLM_PLUGINS is set and does not name kvhook, so that vLLM does not load it in its processes: add kvhook to it"
 )
 
 
@@ -148,11 +148,16 @@ class CoreSide:
 
 def why_not_in_own_process() -> str:
     """Why an engine core in a process of its own, if it is spawned, is not recorded; "" if it is."""
-    wanted = os.environ.get("VLLM_PLUGINS")
-    if wanted is not None and "kvhook" not in wanted.split(","):
-        return _PLUGIN_OFF
+    if is_kept_out(os.environ):
+        return PLUGIN_OFF
     plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
     return "" if any(plugin.name == "kvhook" for plugin in plugins) else _NO_PLUGIN
+
+
+def is_kept_out(environment: Mapping[str, str]) -> bool:
+    """Whether ``VLLM_PLUGINS`` keeps vLLM from loading kvhook."""
+    wanted = environment.get("VLLM_PLUGINS")
+    return wanted is not None and "kvhook" not in wanted.split(",")
 
 
 def _why_none() -> str:

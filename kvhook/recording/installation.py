@@ -10,6 +10,7 @@ from typing import Any
 from kvhook import forks, hooks
 from kvhook.errors import KvhookError, StatsOffError
 from kvhook.options import HISTORY, RING_SLOTS, Options
+from kvhook.recording.from_environment import completed
 from kvhook.recording.session import Session, lock
 
 log = logging.getLogger("kvhook")
@@ -61,6 +62,9 @@ def install(
             KV block (`Session.blocks`), in a file of its own, which takes more. ``"off"``: nothing is done there.
             ``session.cores().why_none`` says so where a vLLM's engine core cannot be recorded.
 
+    With ``KVHOOK=1`` in the environment, ``KVHOOK_TRACE``, ``KVHOOK_LEVEL`` and ``KVHOOK_CORE`` stand for the arguments
+    that are left out (`kvhook.recording.from_environment`).
+
     Raises:
         RingDirectoryError: there is no place for the ring; the message gives each place that was tried.
         KvhookError: an argument is not usable; the message says which and why.
@@ -75,6 +79,7 @@ def install(
         max_overhead=max_overhead,
         core=core,
     )
+    options = completed(options)
     with lock:
         if _current is not None and _current.is_closed:
             hooks.disarm()  # closed by hand: it records nothing any more

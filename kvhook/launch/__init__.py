@@ -1,0 +1,6 @@
+"""``kvhook run``: a program is started with kvhook in its environment, and told about when it has ended.
+
+- `child`: starts it and waits for it; signals and the exit code are its own
+- `interpreter`: which Python a command runs in, and whether kvhook is there
+- `traces`: what it has recorded, completed where it was killed
+"""

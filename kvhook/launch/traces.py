@@ -1,0 +1,72 @@
+"""What a program that was started by ``kvhook run`` has recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from kvhook.discovery.recovery import recover
+from kvhook.errors import KvhookError
+from kvhook.records.core import core_files, is_of_core
+from kvhook.ring.layout import CLOSED
+from kvhook.ring.reader import writer_alive
+from kvhook.ring.trace_file import TRACE_SUFFIX, header_of
+
+#: Seconds in which an engine core may come to its end after the program that made it was killed.
+PATIENCE = 3.0
+
+
+class Recorded(NamedTuple):
+    """A trace, the process that wrote it, whether that still runs, and how many records its rings had to add."""
+
+    path: Path
+    pid: int
+    runs: bool
+    added: int
+
+
+def traces_since(trace: Path, begun_ns: int) -> list[Path]:
+    """The traces that a program and its children have begun since then, the first one first.
+
+    Args:
+        trace: the file that was asked for, or the folder.
+        begun_ns: nanoseconds since 1970.
+    """
+    if trace.suffix == TRACE_SUFFIX and not trace.is_dir():
+        found: Iterable[Path] = trace.parent.glob(f"{glob.escape(trace.stem)}*{TRACE_SUFFIX}")
+    else:
+        found = trace.glob(f"*{TRACE_SUFFIX}")
+    new = []
+    for path in found:
+        with contextlib.suppress(OSError, KvhookError):
+            made = header_of(path).realtime_ns
+            if made >= begun_ns and not is_of_core(path):
+                new.append((path != trace, made, path))
+    return [path for _, _, path in sorted(new)]
+
+
+def completed(trace: Path, places: Iterable[Path]) -> Recorded:
+    """Complete a trace, and the files of its engine cores, with what the rings of killed processes still hold."""
+    places = list(places)
+    header = header_of(trace)
+    added = 0
+    for path in (trace, *core_files(trace)):
+        with contextlib.suppress(OSError, KvhookError):
+            if header_of(path).state == CLOSED:
+                continue
+            if path != trace:
+                _await_end(path)
+            done = recover(path, places)
+            added += sum(done.added.values()) if path == trace else 0
+    return Recorded(trace, header.pid, header.state != CLOSED and writer_alive(header), added)
+
+
+def _await_end(path: Path) -> None:
+    """Wait a moment for the end of the process that writes a file."""
+    until = time.monotonic() + PATIENCE
+    while header_of(path).state != CLOSED and writer_alive(header_of(path)) and time.monotonic() < until:
+        time.sleep(0.05)

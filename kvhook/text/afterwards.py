@@ -1,0 +1,43 @@
+"""What to type after a run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+#: The commands for a run in one file, and those for one in several; each with what it is good for.
+_ONE = (
+    ("kvhook summary {trace}", "these numbers again"),
+    ("kvhook cache {trace}", "where hits come from, and what misses and preemptions cost"),
+    ("kvhook export {trace} {stem}.csv", "every step and every request as tables"),
+)
+_SEVERAL = (
+    ("kvhook summary {traces}", "the processes side by side"),
+    ("kvhook cache {trace}", "one of them: where hits come from, what misses and preemptions cost"),
+)
+_AUTOPSY = ("kvhook autopsy {trace}", "the last steps, and what changed before the end")
+#: So many names are written out.
+_MOST = 4
+
+
+def next_commands(traces: Sequence[str], *, ended_badly: bool = False) -> str:
+    """The files of a run, and the commands that read them.
+
+    Args:
+        traces: the files.
+        ended_badly: the program did not end well: then how it came to its end is asked first.
+    """
+    return "\n".join(_lines(traces, ended_badly))
+
+
+def _lines(traces: Sequence[str], ended_badly: bool) -> Iterator[str]:
+    names = [shlex.quote(trace) for trace in traces]
+    yield f"recorded in {' '.join(names[:_MOST])}{f' and {len(names) - _MOST} more' if len(names) > _MOST else ''}"
+    commands = [*([_AUTOPSY] if ended_badly else []), *(_ONE if len(names) == 1 else _SEVERAL)]
+    several = " ".join(names) if len(names) <= _MOST else shlex.quote(str(Path(traces[0]).parent))
+    known = {"trace": names[0], "traces": several, "stem": shlex.quote(traces[0].removesuffix(".kvh"))}
+    filled = [(command.format(**known), meaning) for command, meaning in commands]
+    width = max(len(command) for command, _ in filled)
+    for command, meaning in filled:
+        yield f"  {command:{width}}  # {meaning}" if width <= 80 else f"  {command}"
