@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvhook.analysis.summarize import summarize
+from kvhook.analysis.windows import windows_of
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.export import export, export_to_folder
 from kvhook.export.hive import is_folder
@@ -19,6 +20,8 @@ from kvhook.ring.layout import Header
 from kvhook.ring.reader import RingReader
 from kvhook.ring.trace_file import TRACE_SUFFIX, header_of
 from kvhook.text.summary import PrintedSummary, printed
+from kvhook.text.windows import PrintedWindows
+from kvhook.text.windows import printed as printed_windows
 
 if TYPE_CHECKING:
     from kvhook.ring.slots import Slots
@@ -76,6 +79,20 @@ class Trace(Records):
             engine: only this engine of the run.
         """
         return printed(summarize(self, engine, self.cores()))
+
+    def windows(self, count: int, engine: int | None = None) -> PrintedWindows:
+        """The run in so many windows of equal time: ``print`` it for pictures and a table, ``.as_dict()`` for programs,
+        ``.numbers`` for arrays.
+
+        >>> windows = kvhook.open("run.kvh").windows(4)
+        >>> windows.numbers["steps"].tolist()
+        [2.0, 4.0, 13.0, 37.0]
+
+        Args:
+            count: how many windows.
+            engine: only this engine of the run.
+        """
+        return printed_windows(windows_of(self, count, engine))
 
     def dump(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from kvhook.cli.common import positive
 from kvhook.cli.conditions import CONDITION_HOLDS, add_fail_if, failed
 
 
@@ -25,12 +26,16 @@ class SummaryCommand:
         prefix cache    hit rate 39.8 % of this run: 320 of 804 tokens
         prompt tokens   804: 484 computed, 320 cached; 529 per second in steps
         ...
+      $ kvhook summary run.kvh --windows 12
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
         parser.add_argument("files", metavar="FILE", nargs="+", help="a .kvh trace or a ring")
         add_fail_if(parser, "prefix_cache_hit_rate < 0.8")
+        parser.add_argument(
+            "--windows", type=positive, default=0, metavar="N", help="show also how it went, in N windows of equal time"
+        )
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -38,14 +43,17 @@ class SummaryCommand:
         from kvhook.text.compare import table_of
         from kvhook.trace import open_trace
 
-        summaries = [open_trace(file).summary() for file in args.files]
+        traces = [open_trace(file) for file in args.files]
+        summaries = [trace.summary() for trace in traces]
+        windows = [trace.windows(args.windows) for trace in traces] if args.windows else []
         if args.json:
             plain = [s.as_dict() for s in summaries]
+            for one, cut in zip(plain, windows, strict=False):
+                one["windows"] = cut.as_dict()
             print(json.dumps(plain[0] if len(plain) == 1 else dict(zip(args.files, plain, strict=True)), indent=2))
-        elif len(summaries) == 1:
-            print(summaries[0])
         else:
-            print(table_of(summaries, args.files))
-        return (
-            CONDITION_HOLDS if failed(args.fail_if, {f: [s] for f, s in zip(args.files, summaries, strict=True)}) else 0
-        )
+            print(summaries[0] if len(summaries) == 1 else table_of(summaries, args.files))
+            for file, cut in zip(args.files, windows, strict=False):
+                print(f"\n{file}: {cut}" if len(summaries) > 1 else f"\n{cut}")
+        sides = {file: [summary] for file, summary in zip(args.files, summaries, strict=True)}
+        return CONDITION_HOLDS if failed(args.fail_if, sides) else 0

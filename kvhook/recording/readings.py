@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvhook.recording.running import Opened, Running, SoFar
     from kvhook.records.core import CoreRecords
     from kvhook.text.summary import PrintedSummary
+    from kvhook.text.windows import PrintedWindows
     from kvhook.trace import Trace
 
 T = TypeVar("T")
@@ -60,6 +61,10 @@ class Readings(abc.ABC):
 
         cores = self.cores()
         return self.ask(lambda so_far: summary_so_far(so_far, engine, cores)) or self.trace().summary(engine)
+
+    def windows(self, count: int, engine: int | None = None) -> PrintedWindows:
+        """The run so far in so many windows of equal time, see `kvhook.Trace.windows`."""
+        return self.trace().windows(count, engine)
 
     def ask(self, question: Callable[[SoFar], T]) -> T:
         """What a function makes of the run so far, which is only valid inside of it. Reads only what is new."""
