@@ -153,11 +153,11 @@ def test_the_error_of_a_quantile_is_that_of_many_runs(share: float):
 
 def test_too_few_values_say_nothing():
     ones = np.ones(100)
-    assert spread_of_ratio(np.arange(10.0), np.ones(10)) is None
+    assert spread_of_ratio(np.ones(10), np.ones(10)) is None
     # a run that drifts from one end to the other has no mean to be sure of: independent steps would say 0.037
     drifts = spread_of_ratio(np.array([step / 59 for step in range(60)]), np.ones(60))
     assert drifts is None or (drifts.error > 0.1 and drifts.blocks < 6)
-    values = np.arange(100.0)
+    values = np.array([float(v) for v in range(100)])
     assert (
         spread_of_quantile(0.99, (values <= 98).astype(float), ones, lambda at: float(np.quantile(values, at))) is None
     )
