@@ -269,7 +269,23 @@ def _facts(sched: Any, found: dict[str, Any]) -> dict[str, Any]:
     facts["bytes_per_block"] = _bytes_per_block(getattr(sched, "kv_cache_config", None))
     facts["connector"] = type(sched.connector).__name__ if getattr(sched, "connector", None) is not None else ""
     facts["lora"] = bool(getattr(sched, "lora_config", None))
+    facts |= _rules(sched, found)
     return facts
+
+
+def _rules(sched: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """How this scheduler admits requests and which free blocks it hands out first, for `kvhook.whatif.replay`."""
+    return {
+        "token_budget": int(sched.max_num_scheduled_tokens),
+        "max_model_len": _plain(getattr(sched, "max_model_len", None)),
+        # from 0.19: a request is admitted only if its whole prompt finds room
+        "whole_prompt_must_fit": bool(getattr(sched, "scheduler_reserve_full_isl", False)),
+        # from 0.23: blocks without content are handed out before all others
+        "empty_blocks_first": hasattr(found["queue"], "prepend_n"),
+        "watermark_blocks": int(getattr(found["manager"], "watermark_blocks", 0)),
+        "num_lookahead_tokens": int(getattr(sched, "num_lookahead_tokens", 0) or 0),
+        "num_spec_tokens": int(getattr(sched, "num_spec_tokens", 0) or 0),
+    }
 
 
 def _groups(config: Any) -> list[dict[str, Any]]:

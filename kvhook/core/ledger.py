@@ -194,17 +194,22 @@ class Ledger:
         names = list(inspect.signature(original).parameters)
         at = {name: names.index(name) for name in ("blocks", "num_cached_blocks", "num_full_blocks")}
         group_at = names.index("kv_cache_group_id") if "kv_cache_group_id" in names else -1
+        request_at = names.index("request")
 
         def cache_full_blocks(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
+            before = self._for
             with self._contained():
                 blocks, first, end = (kwargs[n] if n in kwargs else args[i] for n, i in at.items())
                 group = kwargs.get("kv_cache_group_id", args[group_at] if 0 <= group_at < len(args) else 0)
+                # with asynchronous scheduling generated blocks are cached outside of allocate_slots
+                self._for = self._number_of(kwargs["request"] if "request" in kwargs else args[request_at])
                 for index in range(first, end):
                     block = blocks[index]
                     if block.block_hash is not None and block is not self._null:
                         self._known[block.block_id] = (group, self._digest(block.block_hash))
                         self._write(CACHE, block.block_id, index)
+            self._for = before
             return result
 
         return cache_full_blocks

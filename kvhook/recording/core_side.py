@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import os
 import secrets
@@ -138,7 +139,8 @@ class CoreSide:
 
     @property
     def _session(self) -> str:
-        return self._key.hex()[:12]
+        # made from the key, so that no part of the key itself stands in a file
+        return hashlib.blake2b(self._key, digest_size=6).hexdigest()
 
     def _folder(self) -> Path:
         """Where temporary files go; the first engine core makes it."""

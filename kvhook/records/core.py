@@ -109,28 +109,42 @@ class CoreRecords:
     def blocks(self, core: int | None = None) -> Table:
         """One row per event of a KV block, in order: the columns of `kvhook.core_schema.BLOCK_EVENT_FIELDS`, and
         ``core``. Empty unless kvhook was installed with ``core="blocks"``."""
-        stored = np.dtype([(name, kind) for name, kind, _ in BLOCK_EVENT_FIELDS])
         types = [("core", "<i8")] + [
             (n, "U10" if n == "event" else _SEEN_AS.get(k, k)) for n, k, _ in BLOCK_EVENT_FIELDS
         ]
         parts = [np.empty(0, types)]
         for number in range(len(self._ledgers)) if core is None else [core]:
-            for source in self._ledgers[number] if number < len(self._ledgers) else ():
-                columns = source.layout.columns["blocks"]
-                first = FIELDS_AT + 8 * len(columns)
-                most = (source.layout.slot_bytes - first) // stored.itemsize
-                for slots in source.chunks():
-                    slots = slots[usable(slots, BLOCKS_KINDS)]
-                    slots = slots[slot_head(slots)["kind"] == BLOCKS]
-                    count = np.clip(fields_of(slots, columns)["count"], 0, most)
-                    inside = np.arange(most) < count[:, None]
-                    raw = np.ascontiguousarray(slots[:, first : first + most * stored.itemsize]).view(stored)[inside]
-                    part = np.empty(len(raw), types)
-                    part["core"] = number
-                    for name, _, _ in BLOCK_EVENT_FIELDS:
-                        part[name] = _text(raw[name], BLOCK_EVENTS) if name == "event" else raw[name]
-                    parts.append(part)
+            for raw in self.block_events(number):
+                part = np.empty(len(raw), types)
+                part["core"] = number
+                for name, _, _ in BLOCK_EVENT_FIELDS:
+                    part[name] = _text(raw[name], BLOCK_EVENTS) if name == "event" else raw[name]
+                parts.append(part)
         return np.concatenate(parts)
+
+    def block_events(self, core: int) -> Iterator[Table]:
+        """The events of one core as they are stored, piece by piece: `BLOCK_EVENT_FIELDS`, with the events' codes."""
+        stored = np.dtype([(name, kind) for name, kind, _ in BLOCK_EVENT_FIELDS])
+        for source in self._ledgers[core] if core < len(self._ledgers) else ():
+            columns = source.layout.columns["blocks"]
+            first = FIELDS_AT + 8 * len(columns)
+            most = (source.layout.slot_bytes - first) // stored.itemsize
+            for slots in source.chunks():
+                slots = slots[usable(slots, BLOCKS_KINDS)]
+                slots = slots[slot_head(slots)["kind"] == BLOCKS]
+                count = np.clip(fields_of(slots, columns)["count"], 0, most)
+                inside = np.arange(most) < count[:, None]
+                yield np.ascontiguousarray(slots[:, first : first + most * stored.itemsize]).view(stored)[inside]
+
+    def lost_in_ledgers(self) -> int:
+        """Slots of the ledgers of blocks that are not there; each held up to some thirty events."""
+        lost = 0
+        for sources in self._ledgers:
+            engines = Engines(kinds=BLOCKS_KINDS)
+            for source in sources:
+                engines.scan(source)
+            lost += sum(engines.lost_and_dropped())
+        return lost
 
     def _gather(self, kind: str, core: int | None) -> Table:
         code, fields = CORE_KINDS[kind]
