@@ -22,6 +22,13 @@ from kvhook.ring.trace_file import TRACE_SUFFIX, header_of
 from kvhook.text.summary import PrintedSummary, printed
 from kvhook.text.windows import PrintedWindows
 from kvhook.text.windows import printed as printed_windows
+from kvhook.whatif.mooncake import REQUEST_SUFFIXES, looks_like_requests
+from kvhook.whatif.mooncake import read as read_requests
+from kvhook.whatif.recorded import recorded_requests
+from kvhook.whatif.report import Run as WhatIfRun
+from kvhook.whatif.report import WhatIf, what_if
+from kvhook.whatif.requests import BlockRequests
+from kvhook.whatif.runs import run_of
 
 if TYPE_CHECKING:
     from kvhook.ring.slots import Slots
@@ -49,6 +56,8 @@ class Trace(Records):
 
     #: gives the engine cores of a run whose session is there
     of_session: Callable[[], CoreRecords] | None = None
+    #: the requests of a file that holds nothing but those
+    sent: BlockRequests | None = None
 
     def cores(self) -> CoreRecords:
         """What was recorded inside the engine cores of this run: their files lie beside the trace, and are found by
@@ -57,6 +66,29 @@ class Trace(Records):
             return self.of_session()
         path = Path(self.name)
         return open_cores(core_files(path) if path.suffix == TRACE_SUFFIX else [], self.name)
+
+    def block_requests(self) -> BlockRequests:
+        """The requests with an id for each of their full blocks; equal ids are equal prefixes. The run must have been
+        recorded with ``core="blocks"``, or come from a file of requests with ``hash_ids``.
+
+        Raises:
+            NotKnown: the run does not tell; the message says why.
+        """
+        return self.sent if self.sent is not None else recorded_requests(self.cores())
+
+    def what_if(self, *, blocks: Sequence[int] = (), reorder: bool = False, replicas: Sequence[int] = ()) -> WhatIf:
+        """What another KV cache would have found: see ``docs/howto/whatif.md``.
+
+        Args:
+            blocks: sizes of the cache, in blocks that can be used; some that tell the most if none are given.
+            reorder: also with the requests in longest-prefix-first order.
+            replicas: also with so many engines behind a router.
+
+        Raises:
+            NotKnown: the run does not tell; the message says why.
+        """
+        known = (self.sent, WhatIfRun(name=self.name)) if self.sent is not None else run_of(self.cores(), self.name)
+        return what_if(*known, blocks=blocks, reorder=reorder, replicas=replicas)
 
     def summary(self, engine: int | None = None) -> PrintedSummary:
         """The run in numbers: ``print`` it for people, ``.as_dict()`` for programs.
@@ -130,7 +162,8 @@ class Trace(Records):
 
 
 def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Trace:
-    """Open a recorded run: a ``.kvh`` trace, or the ring of a process, living or dead.
+    """Open a recorded run: a ``.kvh`` trace, or the ring of a process, living or dead; or a ``.jsonl`` file of requests
+    with ``hash_ids``, as ``kvhook export --format mooncake`` writes it, for `Trace.what_if`.
 
     A trace that was cut off anywhere opens up to its last whole record.
 
@@ -162,6 +195,8 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
             # a pipe or a device would make us wait for what never comes
             os.stat(place)
             raise TraceFormatError(f"{place} is not a file")
+        if place.suffix in REQUEST_SUFFIXES and looks_like_requests(place):
+            return _of_requests(place)
         if not header_of(place).capacity:
             return open_files([place], str(place))
         with RingReader(place) as reader:
@@ -170,6 +205,13 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
         raise KvhookError(f"cannot open {place}: {error.strerror or error}{_siblings(place)}") from None
     except ValueError as error:  # a NUL in the name
         raise KvhookError(f"cannot open {str(place)!r}: {error}") from None
+
+
+def _of_requests(place: Path) -> Trace:
+    """Requests that were sent to no engine that kvhook saw: there are no steps, only what they have in common."""
+    trace = Trace([], str(place))
+    trace.sent = read_requests(place)
+    return trace
 
 
 def _several(place: Path) -> list[Path]:

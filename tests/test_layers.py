@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("facts", "_step"),
     ("ring",),
     ("records", "options"),
-    ("analysis",),
+    ("analysis", "whatif"),
     ("text", "export"),
     ("trace", "window"),
     ("discovery",),

@@ -31,6 +31,7 @@ VERBS: dict[str, dict[str, str]] = {
         "summary": "kvhook.cli.summary:SummaryCommand",
         "compare": "kvhook.cli.compare:CompareCommand",
         "cache": "kvhook.cli.cache:CacheCommand",
+        "whatif": "kvhook.cli.whatif:WhatIfCommand",
         "export": "kvhook.cli.export:ExportCommand",
     },
     "look at the processes of this machine, running or ended": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from kvhook.errors import KvhookError
 
@@ -17,6 +18,10 @@ class ExportCommand:
     If OUT ends in / it is a folder of Parquet files for many runs: OUT/run=NAME/engine=N/steps.parquet. DuckDB,
     Polars, Spark and Ray read all of its runs with one pattern, OUT/*/*/steps.parquet.
 
+    With --format mooncake OUT holds a line for each request: when it came, how long it was, and a number for each block
+    of its prompt, equal where prompts begin equally. AIPerf, Dynamo's mocker and GuideLLM replay such files. The run
+    must have been recorded with core="blocks".
+
     Example:
       $ kvhook export run.kvh run.csv
       run.csv  0.1 MB
@@ -28,6 +33,7 @@ class ExportCommand:
         parser.add_argument("file", metavar="FILE", help="a .kvh trace or a ring")
         parser.add_argument("out", metavar="OUT", help="the file to write, or a folder of many runs")
         parser.add_argument("--run", metavar="NAME", help="the run's name in a folder of many (default: FILE's name)")
+        parser.add_argument("--format", choices=["mooncake"], help="what OUT holds, where its suffix does not say it")
         parser.add_argument(
             "--compress",
             action="store_true",
@@ -41,7 +47,12 @@ class ExportCommand:
 
         trace = open_trace(args.file)
         try:
-            written = trace.dump(args.out, overwrite=args.force, compress=args.compress, run=args.run)
+            if args.format == "mooncake":
+                from kvhook.export.mooncake import write
+
+                written = write(trace.block_requests(), Path(args.out), overwrite=args.force)
+            else:
+                written = trace.dump(args.out, overwrite=args.force, compress=args.compress, run=args.run)
         except OSError as error:
             raise KvhookError(f"cannot write {args.out}: {error.strerror or error}") from None
         for path in written:

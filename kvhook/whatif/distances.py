@@ -155,7 +155,7 @@ def _count(places: Any, offsets: Any, ids: Any, queried: Any, last: Any, rises: 
         ids: of the blocks.
         queried: how many of each request's blocks are looked up.
         last: id -> the request that used it last, -1 at first; changed.
-        rises: ``rises[d]`` is the difference of the numbers of look-ups with the distances ``d`` and ``d - 1``; changed.
+        rises: ``rises[d]`` is by how much more look-ups have the distance ``d`` than ``d - 1``; changed.
     """
     n = len(places)
     tree = np.zeros(n + 1, np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
+import numpy.typing as npt
 
 from kvhook.whatif.requests import BlockRequests, Ints
 
@@ -30,7 +31,7 @@ def optimum(requests: BlockRequests, blocks: int) -> int:
     return found
 
 
-def _optimum(ids: Ints, counted: np.ndarray, blocks: int) -> int:  # type: ignore[type-arg]
+def _optimum(ids: Ints, counted: npt.NDArray[np.bool_], blocks: int) -> int:
     count = len(ids)
     order = np.lexsort((np.arange(count), ids))
     same = ids[order][1:] == ids[order][:-1]

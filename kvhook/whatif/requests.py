@@ -89,8 +89,7 @@ class BlockRequests:
         counts = self.num_blocks[places]
         offsets = _offsets(counts)
         at = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - self.offsets[places], counts)
-        same = ("num_prompt_tokens", "num_generation_tokens", "looked_up", "t_ns", "arrival", "wave", "delay")
-        same += ("epoch", "core", "found")
+        same = ["num_prompt_tokens", *_ARRAYS]
         return replace(
             self,
             offsets=offsets,
@@ -189,7 +188,9 @@ def make_requests(
         "found": np.full(count, -1),
         **more,
     }
-    arrays = {n: np.asarray(v, np.bool_ if n == "looked_up" else np.int64) for n, v in values.items() if n in _ARRAYS}
+    arrays: dict[str, Any] = {
+        n: np.asarray(v, np.bool_ if n == "looked_up" else np.int64) for n, v in values.items() if n in _ARRAYS
+    }
     return BlockRequests(
         block_size=block_size,
         offsets=_offsets(counts),
@@ -200,18 +201,49 @@ def make_requests(
     )
 
 
-_ARRAYS = {
-    "num_generation_tokens",
-    "looked_up",
-    "t_ns",
-    "arrival",
-    "wave",
-    "delay",
-    "epoch",
-    "core",
-    "found",
-}
+#: The attributes that are arrays with a value for each request, but for the first.
+_ARRAYS = ("num_generation_tokens", "looked_up", "t_ns", "arrival", "wave", "delay", "epoch", "core", "found")
 
 
 def _offsets(counts: Ints) -> Ints:
     return np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+
+
+def join(runs: Sequence[tuple[BlockRequests, int]]) -> BlockRequests:
+    """The requests of several runs in the order in which they came. Their blocks are different ones: each run has a key
+    of its own, so that nobody can tell whether two of them saw the same prompt.
+
+    Args:
+        runs: the requests, and what is to be added to their times to have them on one clock.
+
+    Raises:
+        ValueError: their blocks are of different sizes.
+    """
+    sizes = {requests.block_size for requests, _ in runs}
+    if len(sizes) != 1:
+        raise ValueError(f"the runs have blocks of different sizes: {sorted(sizes)}")
+    columns: dict[str, list[Ints]] = {}
+    first_id = first_core = first_wave = 0
+    for requests, shift in runs:
+        moved = {
+            "num_blocks": requests.num_blocks,
+            "ids": requests.ids + first_id,
+            "t_ns": requests.t_ns + shift,
+            "core": requests.core + first_core,
+            "wave": requests.wave + first_wave,
+        }
+        for name in ("num_blocks", "ids", "num_prompt_tokens", *_ARRAYS):
+            columns.setdefault(name, []).append(moved[name] if name in moved else getattr(requests, name))
+        first_id += requests.num_distinct
+        first_core += int(requests.core.max(initial=-1)) + 1
+        first_wave += int(requests.wave.max(initial=-1)) + 1
+    together: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
+    counts = together.pop("num_blocks")
+    whole = BlockRequests(
+        block_size=sizes.pop(),
+        offsets=_offsets(counts),
+        num_unknown=sum(requests.num_unknown for requests, _ in runs),
+        **together,
+    )
+    order = np.argsort(whole.t_ns, kind="stable")
+    return replace(whole.select(order), arrival=np.arange(len(order)))

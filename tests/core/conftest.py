@@ -35,7 +35,8 @@ class Recording:
 
         self.driver, self.faults = driver, list[BaseException]()
         self.core = read_core(driver.scheduler)
-        self.recorder = CoreRecorder(0, self.core, directory, 1 << 16, {})
+        level = "blocks" if ledger else "steps"
+        self.recorder = CoreRecorder(0, self.core, directory, 1 << 16, {"core_level": level})
         self.ledger = LedgerRing(0, directory, 1 << 14, {"serial": 0}) if ledger else None
         self.recorder.follow(self.core, self.faults.append, self.ledger)
 

@@ -117,7 +117,10 @@ def best_by_trying(requests: BlockRequests, blocks: int) -> int:
 
 
 @settings(max_examples=25, deadline=None)
-@given(paths=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=3), min_size=1, max_size=7), blocks=st.integers(1, 5))
+@given(
+    paths=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=3), min_size=1, max_size=7),
+    blocks=st.integers(1, 5),
+)
 def test_the_optimum_is_the_most_that_can_be_found(paths: list[list[int]], blocks: int):
     requests = tree_requests(paths)
     assert optimum(requests, blocks) == best_by_trying(requests, blocks)

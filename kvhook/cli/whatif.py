@@ -1,0 +1,140 @@
+"""``kvhook whatif``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvhook.whatif.report import Run, WhatIf
+    from kvhook.whatif.requests import BlockRequests
+
+
+class WhatIfCommand:
+    """What a larger or smaller KV cache would have found.
+
+    TRACE is a run that was recorded with kvhook.install(trace=..., core="blocks"), or a file of requests with block
+    hashes (see kvhook export --format mooncake). Sizes with a ~ are estimates; without it a real engine with that many
+    blocks finds exactly as much.
+
+    Example:
+      $ kvhook whatif run.kvh --blocks 30,60,120
+      run.kvh: 60 requests, 8,846 tokens looked up, blocks of 32 tokens
+        this run        39.8 % found: 3,520 tokens, 1.2 s of prefill
+        ...
+    """
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.add_argument(
+            "traces",
+            metavar="TRACE",
+            nargs="+",
+            type=Path,
+            help="a .kvh trace, a folder of them, or requests as .jsonl",
+        )
+        parser.add_argument(
+            "--blocks", type=_numbers, metavar="N,N", default=(), help="sizes of the cache: blocks that can be used"
+        )
+        parser.add_argument(
+            "--block-size", type=_number, metavar="N", help="tokens of a block: a multiple of the run's own"
+        )
+        parser.add_argument("--reorder", action="store_true", help="also in longest-prefix-first order")
+        parser.add_argument(
+            "--replicas", type=_numbers, metavar="N,N", default=(), help="also with this many engines behind a router"
+        )
+        parser.add_argument(
+            "--max-num-seqs", type=_number, metavar="N", help="most running requests, instead of the run's"
+        )
+        parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve (.png, .svg); needs matplotlib")
+        parser.add_argument("--json", action="store_true", help="print one JSON object instead of a page")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Print it."""
+        from kvhook.text.whatif import as_text
+        from kvhook.whatif.report import what_if
+
+        requests, run = _load(args)
+        found = what_if(requests, run, blocks=args.blocks, reorder=args.reorder, replicas=args.replicas)
+        if args.plot is not None:
+            from kvhook.text.whatif_plot import plot
+
+            plot(found, args.plot)
+        print(json.dumps(as_dict(found), indent=2) if args.json else as_text(found))
+        return 0
+
+
+def as_dict(found: WhatIf) -> dict[str, Any]:
+    """For programs: the names are those of `kvhook.whatif.report.WhatIf`."""
+    from kvhook.whatif.advice import findings
+
+    values = dataclasses.asdict(found)
+    values["findings"] = [finding._asdict() for finding in findings(found)]
+    return values
+
+
+def _load(args: argparse.Namespace) -> tuple[BlockRequests, Run]:
+    from kvhook.errors import KvhookError
+    from kvhook.whatif.runs import several, with_block_size
+
+    runs = [_open(path, args.block_size) for path in _files(args.traces)]
+    if len(runs) > 1 and not args.replicas:
+        raise KvhookError(f"{len(runs)} runs: say --replicas N to spread their requests over engines, or name one run")
+    requests, run = several(runs, ", ".join(map(str, args.traces)))
+    if args.block_size:
+        requests, run = with_block_size(requests, run, args.block_size)
+    if args.max_num_seqs and run.rules is not None:
+        run = dataclasses.replace(run, rules=dataclasses.replace(run.rules, max_num_seqs=args.max_num_seqs))
+        requests = dataclasses.replace(requests, found=requests.found * 0 - 1)
+    return requests, run
+
+
+def _files(paths: list[Path]) -> list[Path]:
+    """The traces themselves, for folders those in them."""
+    from kvhook.errors import KvhookError
+    from kvhook.records.core import is_of_core
+
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted((*path.glob("*.kvh"), *path.glob("*.jsonl"))) if path.is_dir() else [path]
+        found += [one for one in inside if len(paths) == 1 == len(inside) or not is_of_core(one)]
+    if not found:
+        raise KvhookError(f"{', '.join(map(str, paths))}: there is no trace")
+    return found
+
+
+def _open(path: Path, block_size: int | None) -> tuple[BlockRequests, Run, int]:
+    """The requests of a file, what is known of the run, and what to add to its times to have them since 1970."""
+    from kvhook.errors import KvhookError
+    from kvhook.records.core import core_files, is_of_core, open_cores
+    from kvhook.ring.trace_file import header_of
+    from kvhook.whatif.mooncake import looks_like_requests, read
+    from kvhook.whatif.report import Run
+    from kvhook.whatif.runs import run_of
+
+    try:
+        if path.suffix != ".kvh" and looks_like_requests(path):
+            return read(path, block_size), Run(name=str(path)), 0
+        header = header_of(path)
+    except OSError as error:
+        raise KvhookError(f"cannot open {path}: {error.strerror or error}") from None
+    cores = open_cores([path] if is_of_core(path) else core_files(path), str(path))
+    requests, run = run_of(cores, str(path))
+    return requests, run, header.realtime_ns - header.monotonic_ns
+
+
+def _number(text: str) -> int:
+    return _numbers(text)[0]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: say numbers from 1 on, such as 30,60,120")
+    return numbers

@@ -1,0 +1,31 @@
+"""The requests of a run with the digests of their blocks, in the form of the Mooncake project's traces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvhook.errors import ExportError
+from kvhook.files import written_beside
+from kvhook.whatif.mooncake import lines
+from kvhook.whatif.requests import BlockRequests
+
+
+def write(requests: BlockRequests, path: Path, *, overwrite: bool = False) -> list[Path]:
+    """One line for each request; see `kvhook.whatif.mooncake`. Ids count up from 0: not even the digests are in it.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ExportError: the file exists and `overwrite` is not set, or there is no such folder.
+        OSError: it cannot be written. What was there is untouched.
+    """
+    if path.exists() and not overwrite:
+        raise ExportError(f"{path} exists; take another name, or say overwrite=True (kvhook export --force)")
+    if not path.parent.is_dir():
+        raise ExportError(f"cannot write {path}: there is no directory {path.parent}; make it first")
+    with written_beside() as (opener, names):
+        file = opener(path)
+        for line in lines(requests):
+            file.write(line.encode() + b"\n")
+    return names
