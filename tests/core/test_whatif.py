@@ -145,7 +145,7 @@ def test_what_cannot_be_told_says_why(driver: Make):
         ({"ledger": True, "groups": ("full", "sliding")}, "several KV cache groups"),
         ({"ledger": True, "enable_prefix_caching": False}, "prefix caching was off"),
     ):
-        recording = driver(blocks=60, **SETTINGS, **made)  # type: ignore[arg-type]
+        recording = driver(blocks=60, **SETTINGS, **made)
         recording.driver.add(prompt, max_tokens=2)
         list(recording.driver.run())
         with pytest.raises(NotKnown, match=reason):

@@ -37,7 +37,7 @@ def counter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(paths=PATHS)
 def test_every_size_finds_what_a_cache_of_that_size_finds(paths: list[list[int]]):
     requests = tree_requests(paths)
@@ -60,7 +60,8 @@ def test_engines_and_times_between_resets_begin_with_an_empty_cache():
     requests = Sent(3, 80, 4).requests()
     for name in ("core", "epoch"):
         parts = np.arange(80) // 27
-        apart = dataclasses.replace(requests, **{name: parts})
+        changed: dict[str, Any] = {name: parts}
+        apart = dataclasses.replace(requests, **changed)
         for blocks in (20, 40, 400):
             each = [requests.select(np.flatnonzero(parts == part)) for part in range(3)]
             assert lru_curve(apart).at(blocks) == sum(lru_curve(one).at(blocks) for one in each)
