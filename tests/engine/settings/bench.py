@@ -8,7 +8,7 @@ import gc
 import os
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pytest
@@ -138,6 +138,8 @@ class Bench:
     def __init__(self, make_llm: Callable[..., Any]) -> None:
         self.make_llm = make_llm
         self.opened: Opened | None = None
+        #: numbers of settings with which this vLLM makes no engine -> why
+        self.not_made: dict[int, str] = {}
         self.forced = contextlib.ExitStack()
 
     def close(self) -> None:
@@ -163,26 +165,33 @@ class Bench:
 
     def run(self, seed: int) -> Ran:
         case = cases.case(seed, release.can())
+        if why := self.not_made.get(case.settings.number):
+            leave_out(seed, why)
         try:
             return self._run(case, self._open(case.settings))
         except Exception as error:
             self.close()  # what it left behind would be the next case's
             if "kvhook" in type(error).__module__ or not self._fails_alone(case, error):
                 raise
-            release.left_out[f"this vLLM fails in it, without kvhook as well: {type(error).__name__}"] += 1
-            pytest.skip(f"this vLLM fails in seed {seed}, without kvhook as well: {error!r}")
+            leave_out(seed, repr(error))
 
     def _fails_alone(self, case: Case, error: Exception) -> bool:
-        """Whether an engine without kvhook raises the same in this case."""
+        """Whether an engine without kvhook raises the same: when it is made, or in this case."""
+        options = COMMON | case.settings.options | of_kind(case.settings)
+        driver = None
         with forced(case.settings):
-            options = COMMON | case.settings.options | of_kind(case.settings)
-            llm = self.make_llm(**options, disable_log_stats=not case.settings.stats_on)
             try:
-                Driver(llm, View(llm.llm_engine).step).run(case)
+                llm = self.make_llm(**options, disable_log_stats=not case.settings.stats_on)
+                driver = Driver(llm, View(llm.llm_engine).step)
+                driver.run(case)
             except type(error) as again:
-                return str(again) == str(error) and where(again) == where(error)
+                if str(again) != str(error) or where(again) != where(error):
+                    return False
+                if driver is None:
+                    self.not_made[case.settings.number] = repr(error)
+                return True
             finally:
-                del llm
+                driver = llm = None
                 gc.collect()
         return False
 
@@ -224,6 +233,12 @@ class Bench:
             core_steps=session.core_steps(),
             core_requests=session.core_requests()[core_rows:],
         )
+
+
+def leave_out(seed: int, error: str) -> NoReturn:
+    """This vLLM fails by itself, with kvhook and without."""
+    release.left_out[f"this vLLM fails in them, without kvhook as well: {error}"] += 1
+    pytest.skip(f"this vLLM fails in seed {seed}, without kvhook as well: {error}")
 
 
 def where(error: BaseException) -> str:
