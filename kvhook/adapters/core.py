@@ -1,4 +1,4 @@
-"""vLLM's engine core from 0.9: where the scheduler, the KV cache manager and the block pool keep each number.
+"""vLLM's engine core from 0.8.3: where the scheduler, the KV cache manager and the block pool keep each number.
 
 Everything is looked up on the scheduler that has just been built, so that a subclass of it (vLLM's AsyncScheduler,
 a user's own) is read as it is. What drifted:
@@ -11,11 +11,15 @@ the deferred part of them   from 0.18 ``skipped_waiting``, from 0.31 ``deferred_
 a preemption                up to 0.11 inside ``schedule``, seen where the blocks are freed; from 0.12
                             ``_preempt_request``
 hashes of a request         up to 0.10.0 ``KVCacheManager.req_to_block_hashes``; from 0.10.1 ``Request.block_hashes``
-hash of a cached block      0.9.0 a tuple; 0.9.1 to 0.10.1 a tuple in a tuple; from 0.10.2 bytes with the group's
+hash of a cached block      up to 0.9.0 a tuple; 0.9.1 to 0.10.1 a tuple in a tuple; from 0.10.2 bytes with the group's
                             number behind them
-blocks that are touched     0.9.0 a list; 0.9.1 to 0.13 a tuple of lists, one for each group; from 0.14 a list
+blocks of a scheduled       up to 0.8 a list; from 0.9.0 a list or tuple of lists, one for each group
+request
+blocks that are touched     up to 0.9.0 a list; 0.9.1 to 0.13 a tuple of lists, one for each group; from 0.14 a list
 most running requests       ``max_num_running_reqs``; from 0.31 ``max_num_active_reqs``
 ``is_null``                 from 0.9.1; before, the one ``null_block``
+computed tokens             from 0.8.3 counted in ``schedule``; before, in ``update_from_output``
+look-up with a connector    from 0.27 ``get_computed_blocks_for_connector``, which calls the other one in most cases
 ==========================  =====================================================================================
 """
 
@@ -24,7 +28,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from kvhook.adapters.table import Read, Target, attributes, has_field, lookup, read_path
+from kvhook.adapters.table import Read, Target, attributes, has_field, lookup, read_path, release, vllm_version
+
+#: The first vLLM whose engine core can be recorded.
+OLDEST = (0, 8, 3)
+_TOO_OLD = (
+    "engine cores are recorded from vLLM 0.8.3 on: before, the scheduler counted the computed tokens of a step only when "
+    "the step was over, so that no step could be taken apart"
+)
 
 SCHEDULER = "vllm.v1.core.sched.scheduler"
 CORE = "vllm.v1.engine.core"
@@ -153,6 +164,8 @@ def read_core(sched: Any) -> Core:
     Raises:
         LookupError: this vLLM's engine core lacks something; the message says what. Nothing has been changed.
     """
+    if why := too_old():
+        raise LookupError(why)
     found: dict[str, Any] = {"sched": sched}
     for name, path in OBJECTS.items():
         found[name] = read_path(sched, path)
@@ -175,8 +188,15 @@ def read_core(sched: Any) -> Core:
     )
 
 
+def too_old() -> str:
+    """Why the engine core of the loaded vLLM is not recorded because of its age; "" if it is not too old."""
+    return _TOO_OLD if () < release(vllm_version()) < OLDEST else ""
+
+
 def problems() -> list[str]:
     """What the engine core of the loaded vLLM lacks, as far as its classes tell; empty if it can be recorded."""
+    if why := too_old():
+        return [why]
     found: list[str] = []
     classes: dict[str, Any] = {}
     for name, path in {**OWNERS, **CLASSES}.items():
@@ -222,12 +242,17 @@ def _reads(found: dict[str, Any]) -> tuple[dict[str, Callable[..., Any]], dict[s
 def _new_blocks(output: Any) -> Iterable[tuple[str, Any]]:
     """The blocks that requests got in a step: request id and, for each group, block numbers; or None."""
     for new in output.scheduled_new_reqs:
-        yield new.req_id, new.block_ids
+        yield new.req_id, _groups_of(new.block_ids)
     cached = output.scheduled_cached_reqs
     if isinstance(cached, list):  # up to 0.9.1 an object for each request
-        yield from ((one.req_id, one.new_block_ids) for one in cached)
+        yield from ((one.req_id, _groups_of(one.new_block_ids)) for one in cached)
     else:
         yield from zip(cached.req_ids, cached.new_block_ids, strict=True)
+
+
+def _groups_of(blocks: Any) -> Any:
+    """Block numbers for each group; up to 0.8 there is one group, and its list stands alone."""
+    return [blocks] if blocks and isinstance(blocks[0], int) else blocks
 
 
 def _resolves(expression: str, found: dict[str, Any], classes: dict[str, type]) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import wrapt
 
 from kvhook import forks
-from kvhook.adapters.core import INIT, SHUTDOWN, read_core
+from kvhook.adapters.core import INIT, SHUTDOWN, read_core, too_old
 from kvhook.adapters.table import Target, lookup, vllm_version
 from kvhook.core.ledger import LedgerRing
 from kvhook.core.plan import CorePlan
@@ -88,6 +88,9 @@ class CoreProcess:
                     self._patch(target)
 
     def _patch(self, target: Target) -> None:
+        if why := too_old():
+            self._give_up(f"vLLM {vllm_version()}: {why}")
+            return
         wrappers = {INIT.role: self._on_scheduler_init, SHUTDOWN.role: self._on_shutdown}
         try:
             parent_path, _, name = target.path.rpartition(".")

@@ -80,16 +80,21 @@ def _patch_what_is_there() -> None:
         owner.fault("patching vLLM", error, "nothing is recorded")
 
 
+#: Engine cores have hooks and adapters of their own, which may fit although those of the front end do not.
+_CORES = ". Engine cores are recorded separately: session.cores() says whether they are"
+
+
 def _patch_family(adapters: list[Adapter]) -> None:
     """Patch each engine class with the first adapter that fits; nothing at all if one of them has none."""
     chosen = [choose(engine, registry.level) for engine in dict.fromkeys(a.engine for a in adapters)]
     complaints = [text for _, _, missing in chosen for text in missing]
     if complaints:
         registry.warn_once(
-            "kvhook: nothing is patched and nothing recorded: vLLM %s is not one this kvhook knows (%s). "
-            "A newer kvhook may know it: pip install -U kvhook",
+            "kvhook: nothing is patched in vLLM's front end, and its steps are not recorded: vLLM %s is not one this "
+            "kvhook knows (%s). A newer kvhook may know it: pip install -U kvhook%s",
             vllm_version() or "(unknown version)",
             "; ".join(dict.fromkeys(complaints)),
+            _CORES if adapters[0].family == "v1" else "",
         )
         return
     for adapter, found, _ in chosen:

@@ -1,6 +1,7 @@
 """Write down what the classes of vLLM's engine core have, release by release, from installed or unpacked vLLM folders.
 
-    python tests/contracts/extract_core.py ENV_OR_FOLDER...      a folder named vllm, or any folder above it
+    python tests/contracts/extract_core.py ENV_OR_FOLDER...      a folder named vllm, or an environment that has one
+    python tests/contracts/extract_core.py 0.9.0.1=FOLDER...     the same, of this release: post releases do not say it
 
 What is kept is `core_facts.json`: release -> module -> class -> its names (methods, properties, fields, what `__init__`
 assigns to self); under "" the names of the module itself. Nothing of vLLM is imported, and no source text is kept.
@@ -91,17 +92,22 @@ def _folders(place: Path) -> Iterator[Path]:
         yield from (path.parent for path in place.glob("lib/python*/site-packages/vllm/_version.py"))
 
 
+def _release_of(folder: Path) -> str:
+    text = (folder / "_version.py").read_text(encoding="utf-8")
+    (release,) = re.findall(r"^__version__ = version = '(\d+\.\d+\.\d+(?:\.post\d+)?)", text, re.MULTILINE)
+    return str(release)
+
+
 def main() -> None:
     """Read the folders that are named, and write the facts."""
     known = json.loads(FACTS.read_text()) if FACTS.exists() else {}
-    for folder in (folder for place in sys.argv[1:] for folder in _folders(Path(place))):
-        text = (folder / "_version.py").read_text(encoding="utf-8")
-        (release,) = re.findall(r"^__version__ = version = '(\d+\.\d+\.\d+(?:\.post\d+)?)", text, re.MULTILINE)
-        found = read(folder)
-        if not found:
-            continue  # it has no V1
-        known[release] = found
-        print(release, folder)
+    for place in sys.argv[1:]:
+        named, _, where = place.rpartition("=")
+        for folder in _folders(Path(where)):
+            release = named or _release_of(folder)
+            known[release] = read(folder)
+            print(release, folder)
+    known = {release: found for release, found in known.items() if found}  # some have no V1
     order = sorted(known, key=lambda text: [int(part) for part in re.findall(r"\d+", text)])
     FACTS.write_text(json.dumps({release: known[release] for release in order}, indent=1) + "\n", encoding="utf-8")
 

@@ -85,7 +85,12 @@ class Stand:
         return made["sched"]
 
 
-@pytest.fixture(params=RELEASES)
+#: Those whose engine core is recorded, and those that are too old for it.
+RECORDED = [release for release in RELEASES if version(release) >= core.OLDEST]
+TOO_OLD = [release for release in RELEASES if version(release) < core.OLDEST]
+
+
+@pytest.fixture(params=RECORDED)
 def release(request: pytest.FixtureRequest) -> str:
     text: str = request.param
     return text
@@ -130,3 +135,29 @@ def test_a_core_without_a_method_is_refused_and_the_message_names_it(stand: Stan
             with pytest.raises(LookupError, match=name):
                 core.read_core(stand.scheduler())
             setattr(cls, name, kept)
+
+
+@pytest.mark.parametrize("release", TOO_OLD)
+def test_a_core_that_is_too_old_is_left_alone_and_the_reason_is_told(
+    release: str, stand: Stand, caplog: pytest.LogCaptureFixture
+):
+    from kvhook.core.plan import CorePlan
+    from kvhook.core.process import CoreProcess
+
+    (why,) = core.problems()
+    assert "from vLLM 0.8.3 on" in why
+    engine_core = stand.modules[core.CORE].EngineCore
+    before = vars(engine_core)["shutdown"]
+    process = CoreProcess()
+    process.arm(CorePlan("steps", "/rings", 64, "/run", None, "s", "00", 1))
+    assert vars(engine_core)["shutdown"] is before
+    assert process.absent == f"vLLM {release}: {why}"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"kvhook: this engine core is not recorded: vLLM {release}: {why}"
+    ]
+
+
+def test_every_stable_release_with_v1_has_a_contract():
+    facts = {path.stem for path in FACTS.parent.joinpath("facts").glob("*.json")}
+    assert set(RELEASES) == {release for release in facts if version(release) >= (0, 8, 0)}
+    assert TOO_OLD == ["0.8.0", "0.8.1", "0.8.2"]

@@ -47,7 +47,10 @@ class Driver:
         from vllm.engine.arg_utils import EngineArgs
 
         arguments = {"enforce_eager": True, "dtype": "bfloat16", "disable_log_stats": False, **settings}
-        config = EngineArgs(model=model, block_size=32, **arguments).create_engine_config()
+        engine_args: Any = EngineArgs(model=model, block_size=32, **arguments)
+        if hasattr(engine_args, "_is_v1_supported_oracle"):
+            engine_args._is_v1_supported_oracle = lambda *_: True  # 0.8 refuses V1 on a CPU; nothing is computed here
+        config = engine_args.create_engine_config()
         config.cache_config.block_size = block_size
         config.cache_config.num_gpu_blocks = blocks
         self.config, self.block_size, self.random = config, block_size, random.Random(seed)
