@@ -154,6 +154,13 @@ LOOKUP_FIELDS: tuple[Field, ...] = (
     Field("evicted_steps", "i8", GAUGE, "steps", "how many steps before that block had been evicted; -1 if it was not"),
     Field("evicted_ns", "i8", GAUGE, "ns", "how long before it had been evicted; -1 if it was not"),
     Field("evicted_by", "i8", ID, "", "number of the request whose allocation evicted it; -1 if not known"),
+    Field(
+        "num_evicted_tokens",
+        "i8",
+        COUNTER,
+        "tokens",
+        "tokens of that block and those behind it that had been cached and evicted: what evictions cost this look-up",
+    ),
 )
 
 #: Record kind of the ledger of blocks: a slot holds as many events as fit into it.

@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from kvhook.analysis.peaks import NEEDED, PEAKS, NotJoined, Peaks, peaks_of
 from kvhook.analysis.summarize import summarize
 from kvhook.analysis.windows import windows_of
 from kvhook.errors import KvhookError, TraceFormatError
@@ -19,6 +22,7 @@ from kvhook.records.tables import Records
 from kvhook.ring.layout import Header
 from kvhook.ring.reader import RingReader
 from kvhook.ring.trace_file import TRACE_SUFFIX, header_of
+from kvhook.schema import STEP_FIELDS
 from kvhook.text.summary import PrintedSummary, printed
 from kvhook.text.windows import PrintedWindows
 from kvhook.text.windows import printed as printed_windows
@@ -31,7 +35,10 @@ from kvhook.whatif.requests import BlockRequests
 from kvhook.whatif.runs import run_of
 
 if TYPE_CHECKING:
+    from kvhook.records.columns import Table
     from kvhook.ring.slots import Slots
+
+_ORDER = tuple(field.name for field in STEP_FIELDS)
 
 
 class Trace(Records):
@@ -89,6 +96,51 @@ class Trace(Records):
         """
         known = (self.sent, WhatIfRun(name=self.name)) if self.sent is not None else run_of(self.cores(), self.name)
         return what_if(*known, blocks=blocks, reorder=reorder, replicas=replicas)
+
+    def steps(  # noqa: D102 - its documentation is that of `Records.steps`, see below
+        self, engine: int | None = None, *, complete: bool = False, columns: Sequence[str] | None = None
+    ) -> Table:
+        there = {column.name for column in self.columns("step")}
+        wanted = [name for name in PEAKS if name not in there and (columns is None or name in columns)]
+        if not wanted or "has_scheduler_stats" not in there:
+            return super().steps(engine, complete=complete, columns=columns)
+        try:
+            peaks = self._peaks(there)
+        except NotJoined as why:
+            if columns is None:
+                return super().steps(engine, complete=complete)
+            reason = self.engines.absent("step").get(wanted[0], "")
+            raise KvhookError(f"there is no column {wanted[0]!r} of steps in this run: {reason}; {why}") from None
+        return self._with_peaks(peaks, wanted, engine, complete, columns)
+
+    steps.__doc__ = Records.steps.__doc__
+
+    def _peaks(self, there: set[str]) -> Peaks:
+        """Peaks inside steps out of the engine cores' records, for each step of the run."""
+        meta = self.meta
+        lost = int(meta["records_lost"]) + int(meta["records_dropped"]) + int(meta["damaged"])
+        steps = super().steps(columns=[name for name in NEEDED if name == "engine" or name in there])
+        return peaks_of(steps, self.cores(), meta["engines"], lost)
+
+    def _with_peaks(
+        self, peaks: Peaks, wanted: Sequence[str], engine: int | None, complete: bool, columns: Sequence[str] | None
+    ) -> Table:
+        """The table of steps with columns that the front end does not record."""
+        asked = None if columns is None else [n for n in dict.fromkeys(columns) if n not in wanted]
+        more = () if asked is None else tuple({"engine", "has_scheduler_stats"}.difference(asked))
+        table = super().steps(columns=asked if asked is None else [*asked, *more])
+        of = {name: table.dtype[name] for name in table.dtype.names or ()}
+        of |= {name: getattr(peaks, name).dtype for name in wanted}
+        order = columns if columns is not None else [n for n in ("engine", *_ORDER) if n in of]
+        out = np.empty(len(table), [(name, of[name]) for name in dict.fromkeys(order)])
+        for name in out.dtype.names or ():
+            out[name] = getattr(peaks, name) if name in wanted else table[name]
+        chosen = np.ones(len(table), bool)
+        if engine is not None:
+            chosen &= table["engine"] == engine
+        if complete:
+            chosen &= table["has_scheduler_stats"] == 1
+        return out if chosen.all() else out[chosen]
 
     def summary(self, engine: int | None = None) -> PrintedSummary:
         """The run in numbers: ``print`` it for people, ``.as_dict()`` for programs.

@@ -39,7 +39,10 @@ FROM_CORE = "stats_from_core"
 SEES_REQUESTS = "sees_requests"
 #: The fact that the scheduler is in this process, where its free blocks can be read when a step has been scheduled.
 SEES_SCHEDULE = "sees_schedule"
-NO_SCHEDULE = "the scheduler is in another process, or its free blocks cannot be read: a peak inside a step is not seen"
+NO_SCHEDULE = (
+    "the scheduler is in another process, or its free blocks cannot be read: the front end does not see a peak inside "
+    "a step. Where the engine core was recorded, steps() and core_steps() have it"
+)
 NO_REQUESTS = "this vLLM's front end has no place where a request can be seen when it is added or aborted"
 NOT_LOOKED_AT = "level='light' does not look at what vLLM's loggers are given; kvhook.install(level='full') does"
 #: The fact that the hook on finished requests is in place.

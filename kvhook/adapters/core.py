@@ -33,8 +33,8 @@ from kvhook.adapters.table import Read, Target, attributes, has_field, lookup, r
 #: The first vLLM whose engine core can be recorded.
 OLDEST = (0, 8, 3)
 _TOO_OLD = (
-    "engine cores are recorded from vLLM 0.8.3 on: before, the scheduler counted the computed tokens of a step only when "
-    "the step was over, so that no step could be taken apart"
+    "engine cores are recorded from vLLM 0.8.3 on: before, the scheduler counted the computed tokens of a step only "
+    "when the step was over, so that no step could be taken apart"
 )
 
 SCHEDULER = "vllm.v1.core.sched.scheduler"

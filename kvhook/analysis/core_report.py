@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvhook.core_schema import LIMITS, MISS_REASONS
+from kvhook.records.block_lives import block_lives, prefixes, steps_between_uses
 from kvhook.records.columns import Table, has
 from kvhook.records.core import CoreRecords
 
@@ -23,6 +24,31 @@ class Misses(NamedTuple):
 
     lookups: int
     tokens: int
+
+
+class Cost(NamedTuple):
+    """Work that was done twice: tokens, their share of all scheduled tokens (NaN without any), and the time that the
+    engine core's steps took for them, shared out by tokens."""
+
+    tokens: int
+    share: float
+    seconds: float
+
+
+class EvictionCost(NamedTuple):
+    """What evictions cost, as look-ups tell it.
+
+    Args:
+        blocks: evicted blocks that a look-up asked for again: evicted too early. One that several requests asked for
+            before it was cached again counts for each.
+        share: their share of all evicted blocks, at most 1; NaN if none was evicted.
+        again: tokens that new requests had to compute because what held them had been evicted. Those of requests that
+            had been preempted are in the cost of preemptions.
+    """
+
+    blocks: int
+    share: float
+    again: Cost
 
 
 class SharedPrefix(NamedTuple):
@@ -43,7 +69,9 @@ class BlockTimes:
     #: hits of a cached block until it was evicted (or the end) -> how many blocks
     reuses: Mapping[int, int]
     shared_prefixes: tuple[SharedPrefix, ...]
-    #: share of the evicted blocks whose content was computed again later: evicted too early
+    #: evicted contents, those of them that were needed again later (evicted too early), and the share of these
+    num_evicted: int
+    num_evicted_too_early: int
     evicted_too_early: float
 
 
@@ -77,9 +105,11 @@ class CoreReport:
     #: steps and seconds between an eviction and the look-up that missed it, in the middle
     evicted_steps_p50: float
     evicted_seconds_p50: float
+    evictions: EvictionCost | None
     num_preemptions: int
     num_lost_tokens: int
     preempted_seconds: float
+    preemptions: Cost
     num_kv_blocks_peak: int
     num_kv_blocks_cached_mean: float
     num_kv_blocks_empty_mean: float
@@ -115,6 +145,7 @@ def report(cores: CoreRecords, *, ledger: bool = True) -> CoreReport:
     seen = lookups[lookups["miss_reason"] != "not_looked_up"]
     resumed = seen[seen["resumed"] == 1]
     evicted = lookups[lookups["miss_reason"] == "evicted"]
+    work = _Work(steps)
     return CoreReport(
         num_steps=len(steps),
         num_requests=len(requests),
@@ -137,17 +168,50 @@ def report(cores: CoreRecords, *, ledger: bool = True) -> CoreReport:
         num_lookups_of_evicted=len(evicted),
         evicted_steps_p50=_middle(evicted["evicted_steps"]),
         evicted_seconds_p50=_middle(evicted["evicted_ns"]) / 1e9,
+        evictions=_evictions(lookups, _sum(steps, "num_kv_blocks_evicted"), size, work),
         num_preemptions=len(preemptions),
         num_lost_tokens=_sum(preemptions, "num_lost_tokens"),
         preempted_seconds=_sum(requests, "preempted_ns") / 1e9,
+        preemptions=work.cost(_sum(steps, "num_recomputed_tokens"), ("num_recomputed_tokens",)),
         num_kv_blocks_peak=int(steps["num_kv_blocks_peak"].max(initial=0)),
         num_kv_blocks_cached_mean=_mean(steps["num_kv_blocks_cached"]),
         num_kv_blocks_empty_mean=_mean(steps["num_kv_blocks_empty"]),
         waste=_waste(steps, size),
-        blocks=_block_times(cores.blocks(), size) if ledger else None,
+        blocks=_block_times(cores) if ledger else None,
         records_lost=cores.lost,
         failures=tuple(str(facts["failed"]) for facts in cores.facts if facts.get("failed")),
     )
+
+
+class _Work:
+    """How long the engine core's steps took, shared out among the tokens that each computed."""
+
+    def __init__(self, steps: Table) -> None:
+        self._steps = steps
+        # with asynchronous scheduling a step begins before the one before it has ended
+        begin = steps["t_schedule_ns"].copy()
+        same = steps["core"][1:] == steps["core"][:-1]
+        begin[1:] = np.where(same, np.maximum(begin[1:], steps["t_end_ns"][:-1]), begin[1:])
+        took = np.maximum(steps["t_end_ns"] - begin, 0)
+        self._each = took / 1e9 / np.maximum(steps["num_scheduled_tokens"], 1)
+
+    def cost(self, tokens: int, of_kinds: tuple[str, ...]) -> Cost:
+        """What so many tokens cost, at the mean price of tokens of these kinds."""
+        done = np.sum([self._steps[kind] for kind in of_kinds], axis=0)
+        price = float((self._each * done).sum()) / int(done.sum()) if done.any() else 0.0
+        total = _sum(self._steps, "num_scheduled_tokens")
+        return Cost(tokens, tokens / total if total else float("nan"), tokens * price)
+
+
+def _evictions(lookups: Table, evicted: int, size: int, work: _Work) -> EvictionCost | None:
+    """None of a trace from before this was recorded, or without a block size."""
+    asked = lookups["num_evicted_tokens"]
+    if not size or (asked < 0).any():
+        return None
+    blocks = int(asked.sum()) // size
+    share = min(blocks / evicted, 1.0) if evicted else float("nan")
+    new = int(asked[lookups["resumed"] == 0].sum())
+    return EvictionCost(blocks, share, work.cost(new, ("num_prefill_tokens", "num_recomputed_tokens")))
 
 
 def _misses(lookups: Table, size: int) -> dict[str, Misses]:
@@ -167,76 +231,52 @@ def _waste(steps: Table, size: int) -> float | None:
     return 1 - int(steps["num_kv_tokens"].sum()) / room if room else float("nan")
 
 
-def _block_times(events: Table, size: int) -> BlockTimes | None:
-    """What the ledger tells; None without one. Events of one block follow each other in the order of the ledger."""
+def _block_times(cores: CoreRecords) -> BlockTimes | None:
+    """What the ledger tells; None without one."""
+    events = cores.blocks()
     if not len(events):
         return None
-    lifetimes, idle, between, reuses = [], [], [], dict[int, int]()
-    cached_at: dict[tuple[int, int], int] = {}
-    free_at: dict[tuple[int, int], int] = {}
-    hits: dict[tuple[int, int], int] = {}
-    used_at: dict[int, int] = {}
-    who: dict[int, set[int]] = {}
-    length: dict[int, int] = {}
-    gone: list[int] = []
-    missed: set[int] = set()  # places in `gone`
-    last_gone: dict[int, int] = {}
-    names = ("core", "block", "event", "step", "digest", "request", "index")
-    for core, block, event, step, digest, request, index in zip(*(events[n].tolist() for n in names), strict=True):
-        key = (core, block)
-        if event == "cache":
-            cached_at[key], hits[key], length[digest] = step, 0, (index + 1) * size
-            who.setdefault(digest, set()).add(request)
-            used_at[digest] = step
-            if digest in last_gone:
-                missed.add(last_gone.pop(digest))
-        elif event == "hit":
-            hits[key] = hits.get(key, 0) + 1
-            who.setdefault(digest, set()).add(request)
-            if digest in used_at:
-                between.append(step - used_at[digest])
-            used_at[digest] = step
-        elif event == "free":
-            free_at[key] = step
-        elif event in ("evict", "reset"):
-            if key in cached_at:
-                lifetimes.append(step - cached_at.pop(key))
-                reuses[hits[key]] = reuses.get(hits[key], 0) + 1
-                del hits[key]
-            if event == "evict":
-                last_gone[digest] = len(gone)
-                gone.append(digest)
-                if key in free_at:
-                    idle.append(step - free_at[key])
-    for count in hits.values():
-        reuses[count] = reuses.get(count, 0) + 1
+    lives = block_lives(events)
+    evicted = lives[lives["evicted_step"] >= 0]
+    aged, idle = evicted[evicted["cached_step"] >= 0], evicted[evicted["freed_step"] >= 0]
+    times, blocks = np.unique(lives["num_hits"][lives["cached_step"] >= 0], return_counts=True)
     return BlockTimes(
-        lifetime=_percentiles(lifetimes),
-        idle_before_eviction=_percentiles(idle),
-        steps_between_uses=_percentiles(between),
-        reuses=dict(sorted(reuses.items())),
-        shared_prefixes=_shared(who, length),
-        evicted_too_early=len(missed) / len(gone) if gone else float("nan"),
+        lifetime=_percentiles(aged["evicted_step"] - aged["cached_step"]),
+        idle_before_eviction=_percentiles(idle["evicted_step"] - idle["freed_step"]),
+        steps_between_uses=_percentiles(steps_between_uses(events)),
+        reuses=dict(zip(times.tolist(), blocks.tolist(), strict=True)),
+        shared_prefixes=_shared(prefixes(events, cores.block_sizes())),
+        num_evicted=len(evicted),
+        num_evicted_too_early=int((evicted["asked_again_step"] >= 0).sum()),
+        evicted_too_early=_mean(evicted["asked_again_step"] >= 0),
     )
 
 
-def _shared(who: Mapping[int, set[int]], length: Mapping[int, int]) -> tuple[SharedPrefix, ...]:
-    """The longest prefix of each set of requests that have one in common, those first that save most."""
-    longest: dict[frozenset[int], int] = {}
-    for digest, requests in who.items():
-        together = frozenset(requests)
-        if len(together) > 1 and length.get(digest, 0) > length.get(longest.get(together, 0), 0):
-            longest[together] = digest
-    found = [SharedPrefix(digest, length[digest], len(requests)) for requests, digest in longest.items()]
-    found.sort(key=lambda p: (p.num_tokens * (p.num_requests - 1), p.digest), reverse=True)
-    return tuple(found[:MOST_PREFIXES])
+def _shared(tree: Table) -> tuple[SharedPrefix, ...]:
+    """The longest prefixes that requests have in common, those first that save most."""
+    tree = tree[tree["num_requests"] > 1]
+    # where a longer prefix is shared by as many requests, they are the same requests
+    of = {(int(p["group"]), int(p["digest"])): int(p["num_requests"]) for p in tree}
+    longer = {(int(p["group"]), int(p["parent"])) for p in tree if of.get(_parent(p)) == p["num_requests"]}
+    longest: dict[int, SharedPrefix] = {}
+    for prefix in tree:
+        digest = int(prefix["digest"])
+        if (int(prefix["group"]), digest) not in longer:
+            found = SharedPrefix(digest, int(prefix["num_tokens"]), int(prefix["num_requests"]))
+            longest[digest] = max(found, longest.get(digest, found))  # several groups have the same one
+    saves = sorted(longest.values(), key=lambda p: (p.num_tokens * (p.num_requests - 1), p.digest), reverse=True)
+    return tuple(saves[:MOST_PREFIXES])
+
+
+def _parent(prefix: Any) -> tuple[int, int]:
+    return int(prefix["group"]), int(prefix["parent"])
 
 
 def _sum(table: Table, name: str) -> int:
     return int(table[name].sum())
 
 
-def _mean(values: npt.NDArray[np.int64]) -> float:
+def _mean(values: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
@@ -245,8 +285,8 @@ def _middle(values: npt.NDArray[np.int64]) -> float:
     return float(np.median(known)) if len(known) else float("nan")
 
 
-def _percentiles(values: list[int]) -> tuple[float, float, float]:
-    if not values:
+def _percentiles(values: npt.NDArray[np.int64]) -> tuple[float, float, float]:
+    if not len(values):
         return (float("nan"),) * 3
     low, middle, high = np.percentile(values, (50, 90, 99)).tolist()
     return low, middle, high

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 #: vLLM's ids inside the core: the user's, from 0.14 on with eight random digits behind it, and for one of n samples of
 #: a prompt with the sample's number in front of it.
 _ID = re.compile(r"(?:(\d+)_)?(.*?)(?:-[0-9a-f]{8})?", re.DOTALL)
+
+
+class Miss(NamedTuple):
+    """Why a look-up found no more: the last columns of `kvhook.core_schema.LOOKUP_FIELDS`."""
+
+    #: an index into MISS_REASONS
+    reason: int = 0
+    block: int = -1
+    steps: int = -1
+    age: int = -1
+    by: int = -1
+    evicted_tokens: int = 0
 
 
 class Life:
@@ -53,11 +65,10 @@ class Life:
         self.tries = 0
         self.t_looked_up = -1
         self.looked_up = self.found = 0
-        self.miss: tuple[int, int, int, int, int] = NO_MISS
+        self.miss: Miss = NO_MISS
 
 
-#: reason (an index into MISS_REASONS), block, steps since it was evicted, nanoseconds since, by whom
-NO_MISS = (0, -1, -1, -1, -1)
+NO_MISS = Miss()
 
 
 def read_id(request_id: str) -> tuple[str, int]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from kvhook.core.lives import NO_MISS, Life
+from kvhook.core.lives import NO_MISS, Life, Miss
 from kvhook.core.pool import RESET, PoolAccount
 from kvhook.core_schema import MISS_REASONS
 
@@ -57,13 +58,25 @@ class Lookups:
 
     def admitted(self, life: Life) -> None:
         """The request was scheduled with what it had found."""
-        reason, block, steps, age, _ = life.miss
-        if steps == 0:  # the block was evicted in this very step: only now it is known for whom
-            by = self._pool.evictions.get(self._content(life.request, block), (0, 0, -1))[2]
-            life.miss = (reason, block, steps, age, by)
-        if life.miss[0] != _REASON["not_looked_up"]:
+        miss = life.miss
+        if miss.reason == _REASON["evicted"]:
+            by = miss.by
+            if miss.steps == 0:  # the block was evicted in this very step: only now it is known for whom
+                by = self._pool.evictions.get(self._content(life.request, miss.block), (0, 0, -1))[2]
+            life.miss = miss._replace(by=by, evicted_tokens=self._evicted_from(life.request, miss.block))
+        if miss.reason != _REASON["not_looked_up"]:
             self._tokens += life.looked_up
             self._found += life.found
+
+    def _evicted_from(self, request: Any, block: int) -> int:
+        """Tokens of the blocks of a request, from this one on, that had been cached and were evicted."""
+        evictions, hash_of, size = self._pool.evictions, self._hash_of, self._block_size
+        tokens = 0
+        for content in islice(self._hashes(request), block, (request.num_tokens - 1) // size):
+            if hash_of(content) not in evictions:
+                break
+            tokens += size
+        return tokens
 
     # ---- the look-up -----------------------------------------------------------------------------------------------
 
@@ -84,33 +97,33 @@ class Lookups:
         life.tries += 1
         life.looked_up, life.found = request.num_tokens, found
         life.miss = self._miss(request, found, life.t_looked_up)
-        self._lookups += life.miss[0] != _REASON["not_looked_up"]
+        self._lookups += life.miss.reason != _REASON["not_looked_up"]
         self.attempted, self.refused = request, False
         self._put_probe()
 
-    def _miss(self, request: Any, found: int, now: int) -> tuple[int, int, int, int, int]:
-        """Why no more was found: reason, first block that was not, steps and time since it was evicted, by whom."""
+    def _miss(self, request: Any, found: int, now: int) -> Miss:
+        """Why no more was found; what evictions cost is counted when the request is admitted."""
         if not self._caching or getattr(request, "skip_reading_prefix_cache", False) or _wants_logprobs(request):
-            return (_REASON["not_looked_up"], -1, -1, -1, -1)
+            return Miss(_REASON["not_looked_up"])
         size = self._block_size
         most = (request.num_tokens - 1) // size  # the last token is computed in any case
         block = found // size
         if not most:
-            return (_REASON["short"], 0, -1, -1, -1)
+            return Miss(_REASON["short"], 0)
         if block >= most:
             return NO_MISS
         if not self._one_group:
-            return (_REASON["unknown"], block, -1, -1, -1)
+            return Miss(_REASON["unknown"], block)
         hashes = self._hashes(request)
         if block >= len(hashes):
-            return (_REASON["unknown"], block, -1, -1, -1)
+            return Miss(_REASON["unknown"], block)
         evicted = self._pool.evictions.get(self._content(request, block))
         if evicted is not None:
             step, when, by = evicted
             if step == RESET:
-                return (_REASON["reset"], block, -1, now - when, -1)
-            return (_REASON["evicted"], block, self._pool.step - step, now - when, by)
-        return (_REASON[_unseen(request, block)], block, -1, -1, -1)
+                return Miss(_REASON["reset"], block, -1, now - when)
+            return Miss(_REASON["evicted"], block, self._pool.step - step, now - when, by)
+        return Miss(_REASON[_unseen(request, block)], block)
 
     def _content(self, request: Any, block: int) -> Any:
         """What a block of a request holds, as the key of `PoolAccount.evictions`."""

@@ -133,3 +133,13 @@ class Readings(abc.ABC):
         """One row per event of a KV block so far, if kvhook was installed with ``core="blocks"``: allocated, hit,
         cached, freed, evicted."""
         return self.cores().blocks(core)
+
+    def block_lives(self, core: int | None = None) -> npt.NDArray[np.void]:
+        """One row per content that a KV block held so far, if kvhook was installed with ``core="blocks"``: cached,
+        found again how often, evicted, needed again; see `kvhook.records.block_lives`."""
+        return self.cores().block_lives(core)
+
+    def prefixes(self, core: int | None = None) -> npt.NDArray[np.void]:
+        """The tree of prefixes so far, if kvhook was installed with ``core="blocks"``: how many requests share the
+        first blocks, and how often they were found; see `kvhook.records.block_lives`."""
+        return self.cores().prefixes(core)

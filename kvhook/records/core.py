@@ -24,6 +24,7 @@ from kvhook.core_schema import (
     CORE_KINDS,
 )
 from kvhook.errors import KvhookError, TraceFormatError
+from kvhook.records.block_lives import block_lives, prefixes
 from kvhook.records.columns import Table
 from kvhook.records.engines import Engines
 from kvhook.records.sources import ArraySlots, FileSlots, LaterSlots, SlotSource, usable
@@ -145,6 +146,24 @@ class CoreRecords:
                 engines.scan(source)
             lost += sum(engines.lost_and_dropped())
         return lost
+
+    def block_lives(self, core: int | None = None) -> Table:
+        """One row per content that a KV block held, from being cached to being evicted: the columns of
+        `kvhook.records.block_lives.BLOCK_LIFE_FIELDS`. Empty unless kvhook was installed with ``core="blocks"``."""
+        return block_lives(self.blocks(core))
+
+    def prefixes(self, core: int | None = None) -> Table:
+        """The tree of prefixes of whole blocks and how many requests begin with each: the columns of
+        `kvhook.records.block_lives.PREFIX_FIELDS`. Empty unless kvhook was installed with ``core="blocks"``."""
+        return prefixes(self.blocks(core), self.block_sizes())
+
+    def block_sizes(self) -> dict[int, int]:
+        """KV cache group -> tokens of a block."""
+        facts = self.facts[0] if self.facts else {}
+        groups = facts.get("kv_groups") or []
+        if len(groups) < 2:
+            return {0: int(facts.get("block_size") or 0)}
+        return {number: int(group.get("block_size") or 0) for number, group in enumerate(groups)}
 
     def _gather(self, kind: str, core: int | None) -> Table:
         code, fields = CORE_KINDS[kind]

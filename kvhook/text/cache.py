@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from kvhook.analysis.lookups import AGAIN_AND_READMITTED, how_counted
 from kvhook.analysis.summary import Summary
+from kvhook.text.core_report import again
 from kvhook.text.numbers import count, percent
 
 #: A name, "" for a line that goes on with the one before, and a text.
@@ -131,8 +132,10 @@ def _more_on_look_ups(s: Summary) -> Iterator[Line]:
             f"at least {s.prefix_cache_repeated_queries:,} tokens were looked up again: this vLLM does so in each step",
         )
         yield "", f"in which a request waits{also}, and the hit rate is of all look-ups"
-    if s.core is not None and (evicted := s.core.misses.get("evicted")):
-        yield "", f"{evicted.lookups:,} look-ups missed {evicted.tokens:,} tokens that had been evicted before"
+    if s.core is not None and s.core.evictions is not None and s.core.evictions.again.tokens:
+        yield "", f"evicted too early: {again(s.core.evictions.again)}"
+    elif s.core is not None and (evicted := s.core.misses.get("evicted")):
+        yield "", f"{evicted.lookups:,} look-ups missed {evicted.tokens:,} tokens, because blocks had been evicted"
     if s.prefix_cache_resets:
         yield "", f"reset {s.prefix_cache_resets:,} times" if s.prefix_cache_resets > 1 else "reset once"
     if s.missed_by_vllm and s.missed_by_vllm.queries:

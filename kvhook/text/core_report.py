@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from kvhook.analysis.core_report import BlockTimes, CoreReport
+from kvhook.analysis.core_report import BlockTimes, CoreReport, Cost
 from kvhook.text.numbers import percent, seconds
 
 _WIDTH = 16
@@ -110,6 +110,11 @@ def _evictions(r: CoreReport) -> Iterator[str]:
     if r.num_lookups_of_evicted:
         when = f"{r.evicted_steps_p50:,.0f} steps ({seconds(r.evicted_seconds_p50)})"
         yield _row("", f"{r.num_lookups_of_evicted:,} look-ups asked for an evicted block, half of them within {when}")
+    if r.evictions is not None and r.evictions.blocks:
+        share = "" if math.isnan(r.evictions.share) else f" ({percent(r.evictions.share)} of them)"
+        yield _row("", f"{r.evictions.blocks:,} evicted blocks{share} were asked for again: evicted too early")
+    if r.evictions is not None and r.evictions.again.tokens:
+        yield _row("", f"{again(r.evictions.again)} because of it")
 
 
 def _preemptions(r: CoreReport) -> Iterator[str]:
@@ -117,7 +122,13 @@ def _preemptions(r: CoreReport) -> Iterator[str]:
         yield _row("preemptions", "none")
         return
     yield _row("preemptions", f"{r.num_preemptions:,}: {r.num_lost_tokens:,} computed tokens thrown away")
-    yield _row("", f"{r.num_recomputed_tokens:,} computed again; requests waited {seconds(r.preempted_seconds)} for it")
+    yield _row("", f"{again(r.preemptions)}; requests waited {seconds(r.preempted_seconds)}")
+
+
+def again(cost: Cost) -> str:
+    """What was computed a second time, in words."""
+    share = "" if math.isnan(cost.share) else f": {percent(cost.share)} of the work, about {seconds(cost.seconds)}"
+    return f"{cost.tokens:,} tokens computed again{share}"
 
 
 def _room(r: CoreReport) -> Iterator[str]:
@@ -147,7 +158,7 @@ def _ledger(b: BlockTimes) -> Iterator[str]:
         total = sum(b.reuses.values())
         yield _row("reused", f"{percent(used / total)} of {total:,} cached blocks were found again")
     if not math.isnan(b.evicted_too_early):
-        yield _row("too early", f"{percent(b.evicted_too_early)} of the evicted blocks were computed again later")
+        yield _row("too early", f"{percent(b.evicted_too_early)} of the evicted contents were computed again later")
     for i, prefix in enumerate(b.shared_prefixes):
         text = f"{prefix.num_tokens:,} tokens in {prefix.num_requests:,} requests (digest {prefix.digest:016x})"
         yield _row("" if i else "shared prefixes", text)

@@ -10,7 +10,7 @@ from kvhook.analysis.distribution import Distribution
 from kvhook.analysis.summary import Summary
 from kvhook.records.levels import tokens_are_known
 from kvhook.text.cache import cache_lines
-from kvhook.text.core_report import LIMITS
+from kvhook.text.core_report import LIMITS, again
 from kvhook.text.numbers import count, percent, rate, seconds
 
 _WIDTH = 16
@@ -125,9 +125,9 @@ def _queue(s: Summary) -> Iterator[str]:
     yield from (_row("limited by", text) for text in limits(s))
     yield _row("preemptions", count(s.num_preempted_reqs))
     if s.core is not None and s.core.num_preemptions:
-        lost, again = s.core.num_lost_tokens, s.core.num_recomputed_tokens
         also = f"{s.core.num_preemptions:,} in the engine core, " * (s.core.num_preemptions != s.num_preempted_reqs)
-        yield _row("", f"{also}{lost:,} computed tokens thrown away, {again:,} computed again")
+        yield _row("", f"{also}{s.core.num_lost_tokens:,} computed tokens thrown away")
+        yield _row("", again(s.core.preemptions))
     reasons = ", ".join(f"{name} {n:,}" for name, n in sorted(s.finished_by_reason.items()))
     if s.num_aborted_reqs and "abort" not in s.finished_by_reason:
         reasons = f"{s.num_aborted_reqs:,} of them aborted"

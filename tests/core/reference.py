@@ -36,6 +36,8 @@ class Lookup(NamedTuple):
     block: int
     evicted_steps: int
     evicted_by: int
+    #: of that block and those behind it that had been evicted
+    evicted_tokens: int = 0
 
 
 @dataclass
@@ -121,8 +123,19 @@ class Model:
             left -= count
         for request in self.running:
             request.computed += scheduled.get(request.number, 0)
+            if self.lookups and self.lookups[-1].step == self.step:
+                self._cost_of_evictions(request)
         self.step += 1
         return scheduled
+
+    def _cost_of_evictions(self, request: Request) -> None:
+        """How much of what a request looked up in this step had been there before."""
+        for i, lookup in enumerate(self.lookups):
+            if (lookup.step, lookup.request, lookup.reason) == (self.step, request.number, "evicted"):
+                tokens, end = request.tokens(), lookup.block
+                while end < (len(tokens) - 1) // self.size and tuple(tokens[: (end + 1) * self.size]) in self.evicted:
+                    end += 1
+                self.lookups[i] = lookup._replace(evicted_tokens=(end - lookup.block) * self.size)
 
     def finish(self, request: Request) -> None:
         """A request has all it wanted, or is aborted."""

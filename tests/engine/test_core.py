@@ -160,6 +160,24 @@ def test_front_end_and_core_are_joined_by_number_and_say_the_same(runs: Runs, wh
     assert (same["t_schedule_ns"] <= steps["t_end_ns"][told]).all()
 
 
+@everywhere
+def test_the_peak_inside_each_step_is_in_the_front_ends_steps_too(runs: Runs, where: str):
+    run = runs.get(where)
+    assert run.trace is not None
+    steps = run.trace.steps()
+    joined = core_step_of(steps, run.cores.steps())
+    told = joined >= 0
+    peaks = np.array([row["num_kv_blocks_peak"] for row in run.notes])[joined[told]]
+    assert peaks.max() == USABLE
+    assert steps["num_kv_blocks_peak"][told].tolist() == peaks.tolist()
+    assert steps["kv_cache_usage_peak"][told] == pytest.approx([vllm_here.usage(peak, USABLE) for peak in peaks])
+    only = run.trace.steps(complete=True, columns=["kv_cache_usage_peak", "num_kv_blocks_peak"])
+    assert only.dtype.names == ("kv_cache_usage_peak", "num_kv_blocks_peak")
+    assert (
+        only["num_kv_blocks_peak"].tolist() == steps["num_kv_blocks_peak"][steps["has_scheduler_stats"] == 1].tolist()
+    )
+
+
 @pytest.mark.parametrize("process", ["inside", "forked"])
 def test_outputs_and_vllms_schedule_are_the_same_with_and_without(runs: Runs, process: str):
     bare, recorded = runs.get(f"{process}:bare"), runs.get(f"{process}:blocks")
@@ -200,7 +218,11 @@ def test_the_summary_takes_peak_preemptions_and_limits_from_the_core(runs: Runs,
     assert summary.core is not None
     assert summary.core.num_preemptions == sum(len(row["preempted"]) for row in run.notes)
     again = int(run.cores.steps()["num_recomputed_tokens"].sum())
-    assert f"computed tokens thrown away, {again:,} computed again" in text
+    assert f"{again:,} tokens computed again" in text
+    asked = run.cores.lookups()
+    evicted = int(asked["num_evicted_tokens"][asked["resumed"] == 0].sum())
+    assert evicted > 0
+    assert f"evicted too early: {evicted:,} tokens computed again" in text
     assert "limited by" in text
     assert "no KV blocks" in text
 

@@ -1,0 +1,100 @@
+"""Peaks inside steps of an engine whose scheduler is in another process: taken from the engine core's own record.
+
+Front end and core are joined by number, see `kvhook.analysis.join`. Where that might go wrong, the peaks stay absent,
+and the reason is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvhook.analysis.join import core_step_of
+from kvhook.records.columns import Table, has
+from kvhook.records.core import CoreRecords
+
+#: The columns that are filled.
+PEAKS = ("num_kv_blocks_peak", "kv_cache_usage_peak")
+#: Columns that are needed for it.
+NEEDED = ("engine", "engine_index", "has_scheduler_stats", "num_kv_blocks_used", "t_end_ns")
+
+_LOST = "records are missing, so that steps of the front end and of the engine core cannot be counted one by one"
+_SEVERAL = (
+    "there are {cores} engine cores and {fronts} front ends in this run, and which step belongs to which is not known: "
+    "core_steps() has the peaks"
+)
+_DIFFER = "the blocks in use that front end and engine core tell do not agree, so that their steps cannot be joined"
+
+
+class Peaks(NamedTuple):
+    """For each step of the front end; -1 and NaN for one that brought no stats."""
+
+    num_kv_blocks_peak: npt.NDArray[np.int64]
+    kv_cache_usage_peak: npt.NDArray[np.float64]
+
+
+class NotJoined(Exception):
+    """Why the engine core's steps are not used."""
+
+
+def peaks_of(steps: Table, cores: CoreRecords, engines: Sequence[Mapping[str, Any]], lost: int) -> Peaks:
+    """The peaks inside steps.
+
+    Args:
+        steps: of all engines of a run, from its beginning, with the columns `NEEDED`.
+        cores: its engine cores.
+        engines: facts about its engines.
+        lost: how many records of the run are missing.
+
+    Raises:
+        NotJoined: it cannot be said for sure which step of a core belongs to which step of the front end.
+    """
+    if not len(cores):
+        raise NotJoined(cores.why_none)
+    if lost or cores.lost:
+        raise NotJoined(_LOST)
+    ofs = {int(e["engine"]): e for e in engines}
+    blocks, usage = np.full(len(steps), -1), np.full(len(steps), np.nan)
+    for (engine, rank), core in _pairs(steps, cores).items():
+        mine = np.flatnonzero((steps["engine"] == engine) & (steps["engine_index"] == rank))
+        theirs = cores.steps(core)
+        joined = core_step_of(steps[mine], theirs)
+        there = joined >= 0
+        if not len(theirs) or not there.any():
+            continue
+        rows = theirs[np.searchsorted(theirs["step"], joined[there])]
+        mine = mine[there]
+        _agree(steps[mine], rows)
+        blocks[mine] = rows["num_kv_blocks_peak"]
+        facts = ofs.get(engine, {})
+        of = facts.get("kv_usage_of") or facts.get("num_kv_blocks")
+        if of:
+            usage[mine] = (blocks[mine] + (facts.get("kv_usage_reserved") or 0)) / of
+    return Peaks(blocks, usage)
+
+
+def _pairs(steps: Table, cores: CoreRecords) -> dict[tuple[int, int], int]:
+    """(engine, rank) -> number of its core."""
+    first: dict[tuple[int, int], int] = {}
+    for engine in np.unique(steps["engine"]).tolist():
+        of_engine = steps[steps["engine"] == engine]
+        for rank in np.unique(of_engine["engine_index"]).tolist():
+            first[engine, rank] = int(of_engine["t_end_ns"][of_engine["engine_index"] == rank].min())
+    if len({engine for engine, _ in first}) == 1 and len(first) > 1:
+        ranks = {facts.get("data_parallel_rank"): core for core, facts in enumerate(cores.facts)}
+        if set(ranks) >= {rank for _, rank in first} and len(ranks) == len(cores):
+            return {(engine, rank): ranks[rank] for engine, rank in first}
+    begun = {core: int(table["t_schedule_ns"][0]) for core in range(len(cores)) if len(table := cores.steps(core))}
+    if len(begun) != len(first) or len(first) != len({engine for engine, _ in first}):
+        raise NotJoined(_SEVERAL.format(cores=len(cores), fronts=len(first)))
+    return dict(zip(sorted(first, key=first.__getitem__), sorted(begun, key=begun.__getitem__), strict=True))
+
+
+def _agree(steps: Table, rows: Table) -> None:
+    if has(steps, "num_kv_blocks_used"):
+        known = (steps["num_kv_blocks_used"] >= 0) & (rows["num_kv_blocks_used"] >= 0)
+        if (steps["num_kv_blocks_used"] != rows["num_kv_blocks_used"])[known].any():
+            raise NotJoined(_DIFFER)
