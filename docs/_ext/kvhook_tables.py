@@ -72,11 +72,13 @@ class CoreColumns(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """One table."""
         from kvhook.core_schema import BLOCK_EVENT_FIELDS, CORE_KINDS
+        from kvhook.records.block_lives import BLOCK_LIFE_FIELDS, PREFIX_FIELDS
 
         kind = self.arguments[0]
-        if kind == "blocks":
+        of_blocks = {"blocks": BLOCK_EVENT_FIELDS, "block_lives": BLOCK_LIFE_FIELDS, "prefixes": PREFIX_FIELDS}
+        if kind in of_blocks:
             return self.parse_text_to_nodes(
-                table(("column", "meaning"), [(f"`{name}`", meaning) for name, _, meaning in BLOCK_EVENT_FIELDS])
+                table(("column", "meaning"), [(f"`{name}`", meaning) for name, _, meaning in of_blocks[kind]])
             )
         rows = [(f"`{f.name}`", f.unit, f.role, f.meaning) for f in CORE_KINDS[kind][1]]
         return self.parse_text_to_nodes(table(("column", "unit", "kind", "meaning"), rows))
