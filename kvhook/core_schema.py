@@ -63,7 +63,7 @@ CORE_STEP_FIELDS: tuple[Field, ...] = (
         "i8",
         COUNTER,
         "tokens",
-        "tokens of re-admitted requests that had been computed before and were lost with a preemption",
+        "tokens that had been computed or loaded before and were lost, with a preemption or a failed KV transfer",
     ),
     Field("num_decode_tokens", "i8", COUNTER, "tokens", "generated tokens that were computed, one for each request"),
     Field("num_spec_tokens", "i8", COUNTER, "tokens", "speculative tokens that were to be verified"),
@@ -118,7 +118,7 @@ CORE_REQUEST_FIELDS: tuple[Field, ...] = (
     Field("num_generation_tokens", "i8", COUNTER, "tokens", "tokens generated"),
     Field("num_cached_tokens", "i8", COUNTER, "tokens", "tokens it did not have to compute when first scheduled"),
     Field("num_prefill_tokens", "i8", COUNTER, "tokens", "prompt tokens computed for it for the first time"),
-    Field("num_recomputed_tokens", "i8", COUNTER, "tokens", "tokens computed once more after preemptions"),
+    Field("num_recomputed_tokens", "i8", COUNTER, "tokens", "tokens computed once more, as in core_steps"),
     Field("num_preemptions", "i8", COUNTER, "times", "how often it was preempted"),
     Field("preempted_ns", "i8", COUNTER, "ns", "time between its preemptions and being scheduled again"),
 )

@@ -40,6 +40,7 @@ class Life:
         "preempted_ns",
         "preemptions",
         "prefilled",
+        "reached",
         "recomputed",
         "request",
         "t_arrived",
@@ -59,6 +60,8 @@ class Life:
         self.prefilled = self.recomputed = 0
         #: how many tokens had been computed when it was preempted: what lies below is computed again
         self.high = 0
+        #: how far its prefill has come
+        self.reached = 0
         self.preemptions = self.preempted_ns = 0
         self.preempted_at = -1
         #: the last look-up: how often, when, of how many tokens, how many were found, and why not more

@@ -37,6 +37,8 @@ class Lookups:
         self._caching: bool = core.facts["enable_prefix_caching"]
         self._one_group = len(core.facts["kv_groups"]) <= 1
         self._lookups = self._tokens = self._found = 0
+        #: look-ups in all
+        self._seen = 0
         self.attempted: Any = None
         self.refused = False
         self._failed: Callable[[BaseException], None] = lambda _: None
@@ -44,7 +46,10 @@ class Lookups:
     def tap(self, taps: Taps, failed: Callable[[BaseException], None]) -> None:
         """Put the counting in place."""
         self._failed = failed
-        taps.put(self._core.manager, "get_computed_blocks", self._on_get_computed_blocks)
+        manager = self._core.manager
+        taps.put(manager, "get_computed_blocks", self._on_get_computed_blocks)
+        if callable(getattr(manager, "get_computed_blocks_for_connector", None)):
+            taps.put(manager, "get_computed_blocks_for_connector", self._on_lookup_for_connector)
 
     def end(self) -> None:
         """It has been scheduled: what waited for an ``allocate_slots`` that never came is taken out."""
@@ -91,7 +96,23 @@ class Lookups:
 
         return get_computed_blocks
 
+    def _on_lookup_for_connector(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """From 0.27, with a KV connector: in most cases it calls ``get_computed_blocks``."""
+
+        def get_computed_blocks_for_connector(request: Any, *args: Any, **kwargs: Any) -> Any:
+            before = self._seen
+            result = original(request, *args, **kwargs)
+            try:
+                if self._seen == before:
+                    self._looked_up(request, int(result[1]))
+            except Exception as error:
+                self._failed(error)
+            return result
+
+        return get_computed_blocks_for_connector
+
     def _looked_up(self, request: Any, found: int) -> None:
+        self._seen += 1
         life = self._life_of(request)
         life.t_looked_up = clock()
         life.tries += 1

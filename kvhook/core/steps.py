@@ -6,6 +6,7 @@ scheduling or a pipeline the next step begins in between. Its record is written 
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from kvhook.core.limits import limited_by
 from kvhook.core.lives import Life
 from kvhook.core.lookups import Lookups
 from kvhook.core.pool import PoolAccount
+from kvhook.core.prefills import NOTHING, Prefills
 from kvhook.core.scheduled import Scheduled, new_holders
 from kvhook.core_schema import LIMITS
 
@@ -28,7 +30,6 @@ clock = time.monotonic_ns
 Failed = Callable[[BaseException], None]
 
 _NONE_WAITING = LIMITS.index("none_waiting")
-_NOBODY: list[Life] = []
 #: Once in so many steps (less one, and a power of two) it is looked up whether the session has been closed: 2 us.
 _LOOK_UP = 255
 
@@ -48,8 +49,8 @@ class StepAccount:
         self._tokens_known = "num_kv_tokens" not in core.absent
         self._pending: deque[Scheduled] = deque()
         self._lives: dict[str, Life] = {}
-        #: requests whose prefill is under way; those that were preempted and wait
-        self._prefilling: dict[str, Life] = {}
+        #: requests that were preempted and wait
+        self._prefills = Prefills(core.reads["computed"])
         self._preempted: dict[str, Life] = {}
         self._finished: list[tuple[Life, int, int]] = []
         self._step = self._requests = 0
@@ -60,7 +61,10 @@ class StepAccount:
         self.on = True
         self._own_ns = -1
         for request in list(core.sched.requests.values()):  # it has been at work already
-            self._know(request, -1)
+            life = self._know(request, -1)
+            life.reached = self._reads["computed"](request)
+            if 0 < life.reached < request.num_tokens - 1:
+                self._prefills.lives[request.request_id] = life
 
     def tap(self) -> None:
         """Put the counting in place."""
@@ -132,11 +136,16 @@ class StepAccount:
         spec = sum(map(len, drafts.values())) if drafts else 0
         pool = self.pool
         # most steps only decode: the others are looked at more closely
-        if self._prefilling or self._preempted or output.scheduled_new_reqs or pool.just_evicted:
-            new, resumed, prefill, recomputed, prefill_reqs, cut, begun = self._changed(output, tokens, start)
-        else:
-            new = resumed = prefill = recomputed = prefill_reqs = cut = 0
-            begun = _NOBODY
+        new, resumed, work = 0, 0, NOTHING
+        if self._prefills.lives or self._preempted or output.scheduled_new_reqs or pool.just_evicted:
+            new, resumed = self._changed(output, tokens, start)
+            work = self._prefills.go_on(output, tokens, self._step)
+        prefill, recomputed, decoded, prefill_reqs, cut, begun = work
+        decode = total - prefill - recomputed - spec
+        if decode - decoded > len(tokens) - prefill_reqs:
+            more = self._prefills.fall_back(output, tokens, self._step, self._sched.requests, self.life_of)
+            prefill, recomputed, decoded, prefill_reqs, cut, begun = map(operator.add, work, more)
+            decode = total - prefill - recomputed - spec
         budget, waiting, skipped, running, free = self._states()
         limit = _NONE_WAITING
         if waiting or cut or total >= budget or preempted != self._num_preempted:
@@ -151,7 +160,6 @@ class StepAccount:
                 cut=cut,
                 preempted=self._num_preempted - preempted,
             )
-        decode = total - prefill - recomputed - spec
         in_use, cached = pool.total - free, pool.cached
         held = -1
         if self._tokens_known:
@@ -167,8 +175,8 @@ class StepAccount:
             self.ledger.step = step + 1
         self._pending.append(Scheduled(output, step, start, end, columns, states, begun, clock() - end))
 
-    def _changed(self, output: Any, tokens: dict[str, int], start: int) -> tuple[Any, ...]:
-        """Requests came, were preempted or are in their prefill: new ones, resumed ones, and what `_prefill` gives."""
+    def _changed(self, output: Any, tokens: dict[str, int], start: int) -> tuple[int, int]:
+        """Requests came or were preempted: how many are new, how many resumed."""
         new = resumed = 0
         if self.pool.just_evicted:
             self.pool.blame(new_holders(self.core.reads["new_blocks"](output), self._lives))
@@ -183,11 +191,11 @@ class StepAccount:
                 life.preempted_ns += start - life.preempted_at
                 resumed += 1
                 self._admit(request_id, life, tokens[request_id], start, again=1)
-        return new, resumed, *self._prefill(output, tokens)
+        return new, resumed
 
     def _admit(self, request_id: str, life: Life, tokens: int, now: int, again: int = 0) -> None:
         """A request is scheduled for the first time, or again after a preemption."""
-        self._prefilling[request_id] = life
+        self._prefills.lives[request_id] = life
         if life.first_scheduled_step < 0:
             life.first_scheduled_step, life.t_first_scheduled = self._step, now
             life.cached = self._reads["computed"](life.request) - tokens
@@ -195,40 +203,6 @@ class StepAccount:
             self.lookups.admitted(life)
             self.writer.lookup(self._step, life, again)
             life.tries = 0
-
-    def _prefill(self, output: Any, tokens: dict[str, int]) -> tuple[int, int, int, int, list[Life]]:
-        """Tokens of requests whose prefill is under way: of which kind, of how many requests, how many of these have
-        some of it left, and those whose first token comes next."""
-        prefill = recomputed = requests = cut = 0
-        begun: list[Life] = []
-        done: list[str] = []
-        drafts = output.scheduled_spec_decode_tokens
-        for request_id, life in self._prefilling.items():
-            count = tokens.get(request_id, 0)
-            if not count:
-                continue
-            requests += 1
-            request = life.request
-            end = self._reads["computed"](request)
-            begin = end - count
-            if drafts:
-                end -= len(drafts.get(request_id, ()))
-            again = max(0, min(end, life.high) - begin)
-            first = max(0, min(end, request.num_prompt_tokens) - max(begin, life.high))
-            recomputed += again
-            prefill += first
-            life.recomputed += again
-            life.prefilled += first
-            if end < request.num_tokens:
-                cut += 1
-            else:
-                done.append(request_id)
-                if life.first_token_step < 0:
-                    life.first_token_step = self._step
-                    begun.append(life)
-        for request_id in done:
-            del self._prefilling[request_id]
-        return prefill, recomputed, requests, cut, begun
 
     # ---- update_from_output ----------------------------------------------------------------------------------------
 
@@ -356,7 +330,7 @@ class StepAccount:
         life = self._lives.get(request.request_id)
         if life is None or not self.on:
             return
-        self._prefilling.pop(request.request_id, None)
+        self._prefills.lives.pop(request.request_id, None)
         if self._preempted.pop(request.request_id, None) is not None:
             life.preempted_ns += clock() - life.preempted_at
         self._num_finished += 1
@@ -390,7 +364,7 @@ class StepAccount:
             life.preempted_at = clock()
             life.preemptions += 1
             life.high = max(life.high, lost)
-            self._prefilling.pop(request.request_id, None)
+            self._prefills.lives.pop(request.request_id, None)
             self._preempted[request.request_id] = life
             self._num_preempted += 1
             self.writer.preemption(self._step, life, lost, self.pool.freed - freed)

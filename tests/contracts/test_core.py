@@ -125,6 +125,11 @@ def test_what_drifted_is_where_the_table_says(release: str, stand: Stand):
     assert hasattr(stand.of("vllm.v1.request:Request"), "block_hashes") == (now >= (0, 10, 1))
 
 
+def test_the_look_up_for_a_connector_is_followed_where_there_is_one(release: str, stand: Stand):
+    manager = stand.of("vllm.v1.core.kv_cache_manager:KVCacheManager")
+    assert hasattr(manager, "get_computed_blocks_for_connector") == (version(release) >= (0, 27, 0))
+
+
 def test_a_core_without_a_method_is_refused_and_the_message_names_it(stand: Stand):
     for owner, names in core.METHODS.items():
         cls = stand.of(core.OWNERS[owner]).__class__

@@ -62,6 +62,9 @@ class Driver:
         self._hasher = self._make_hasher()
         self.outputs: list[Any] = []
         self.made = 0
+        #: what the worker tells of KV transfers with the next update: "finished_recving", "finished_sending" (ids of
+        #: requests) and "invalid_block_ids"
+        self.transfers: dict[str, set[Any]] = {}
 
     def _spec(self, kind: str) -> Any:
         """How the cache of one group is laid out; all take as many bytes for a block."""
@@ -178,6 +181,13 @@ class Driver:
             "prompt_logprobs_dict": {},
             "pooler_output": [],
         }
+        transfers, self.transfers = self.transfers, {}
+        if transfers and "kv_connector_output" in _fields(ModelRunnerOutput):
+            from vllm.v1.outputs import KVConnectorOutput
+
+            made["kv_connector_output"] = KVConnectorOutput(**transfers)
+        else:  # up to 0.10.1
+            made |= transfers
         return ModelRunnerOutput(**{n: v for n, v in made.items() if n in _fields(ModelRunnerOutput)})
 
     def step(self) -> Any:
