@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ ENGINES = [
 class Cores:
     """The tables of some engine cores."""
 
-    def __init__(self, *tables: list[tuple[int, ...]], ranks: tuple[int, ...] = (), lost: int = 0) -> None:
-        self.tables = [np.array(table, CORE) for table in tables]
+    def __init__(self, *tables: Sequence[tuple[int, ...]], ranks: tuple[int, ...] = (), lost: int = 0) -> None:
+        self.tables = [np.array(list(table), CORE) for table in tables]
         self.facts = [{"data_parallel_rank": rank} for rank in ranks] or [{} for _ in tables]
         self.lost, self.why_none = lost, "nothing was recorded"
 

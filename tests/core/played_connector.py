@@ -7,18 +7,18 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
-#: What the scheduler asks of it, set by the test: request and tokens found in the local cache -> tokens that the
-#: connector has beyond these, and whether they come later.
-has: Callable[[Any, int], tuple[int, bool]]
-#: Whether the blocks of a request that has ended are still being sent.
-sends: Callable[[Any], bool]
-
 
 class PlayedConnector(base.KVConnectorBase_V1):  # type: ignore[misc, unused-ignore]
-    """The scheduler's side."""
+    """The scheduler's side. A test sets what it says."""
+
+    #: request and tokens found in the local cache -> tokens that the connector has beyond these, and whether they come
+    #: later
+    has: Callable[[Any, int], tuple[int, bool]]
+    #: whether the blocks of a request that has ended are still being sent
+    sends: Callable[[Any], bool]
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        return has(request, num_computed_tokens)
+        return self.has(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         pass
@@ -27,7 +27,7 @@ class PlayedConnector(base.KVConnectorBase_V1):  # type: ignore[misc, unused-ign
         return base.KVConnectorMetadata()
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
-        return sends(request), None
+        return self.sends(request), None
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         raise AssertionError("there is no worker")

@@ -172,7 +172,7 @@ class Driver:
             # after schedule, num_computed_tokens counts what is being computed
             done = request is not None and request.num_computed_tokens >= request.num_tokens
             sampled.append(_Row([self.random.randrange(2, 500)] if done else []))
-        made = {
+        made: dict[str, Any] = {
             "req_ids": ids,
             "req_id_to_index": {r: i for i, r in enumerate(ids)},
             "sampled_token_ids": sampled,

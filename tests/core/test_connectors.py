@@ -31,7 +31,7 @@ class Played:
         from vllm.config import KVTransferConfig
         from vllm.engine.arg_utils import EngineArgs
 
-        from tests.core import played_connector
+        from tests.core.played_connector import PlayedConnector
 
         self.random = random.Random(seed)
         self.later, self.sends = later, sends
@@ -39,7 +39,7 @@ class Played:
         self.loaded: dict[str, int] = {}
         self.loading: dict[str, int] = {}
         self.sending: dict[str, int] = {}
-        played_connector.has, played_connector.sends = self._has, self._sends
+        PlayedConnector.has, PlayedConnector.sends = self._has, self._sends  # bound already: they stay as they are
         fields = {"kv_load_failure_policy": "recompute"} if hasattr(KVTransferConfig, "kv_load_failure_policy") else {}
         transfer = KVTransferConfig(
             kv_connector="PlayedConnector",
