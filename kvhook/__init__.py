@@ -16,7 +16,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from kvhook.collector import VLLMMetricsCollector
     from kvhook.errors import KvhookError
-    from kvhook.recording.installation import attach, install, uninstall
+    from kvhook.recording.installation import attach, install, on_step, uninstall
     from kvhook.recording.session import Session
     from kvhook.stat_logger import StatLogger as StatLogger
     from kvhook.trace import Trace
@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "attach",
     "install",
+    "on_step",
     "open",
     "uninstall",
 ]
@@ -44,6 +45,7 @@ _WHERE = {
     "VLLMMetricsCollector": ("kvhook.collector", "VLLMMetricsCollector"),
     "attach": ("kvhook.recording.installation", "attach"),
     "install": ("kvhook.recording.installation", "install"),
+    "on_step": ("kvhook.recording.installation", "on_step"),
     "open": ("kvhook.trace", "open_trace"),
     "uninstall": ("kvhook.recording.installation", "uninstall"),
 }

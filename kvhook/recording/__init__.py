@@ -42,6 +42,9 @@ with it                                                     reads them through d
 `Session.ask`,                                              ``Spool._lock`` while the files are listed. The spool's
 `Running.keep_up`                                           thread takes no other lock in there: ``close`` waits for
                                                             it and holds ``session.lock``.
+a function of `on_step`          "kvhook-on-step"           It reads the rings as another process does: without a lock.
+                                                            ``close`` waits ten seconds at most for it, since the
+                                                            function may ask for ``session.lock``.
 patching on import               any that imports vLLM      The lock that Python holds while it imports a module.
 `Faults.fault`                   any                        No lock: of two faults at the same moment one may not be
                                                             counted.

@@ -12,6 +12,7 @@ from kvhook.errors import KvhookError, StatsOffError
 from kvhook.options import HISTORY, RING_SLOTS, Options
 from kvhook.recording.from_environment import completed
 from kvhook.recording.session import Session, lock
+from kvhook.recording.subscription import EVERY, Callback, Subscription
 
 log = logging.getLogger("kvhook")
 
@@ -151,6 +152,29 @@ def attach(llm: Any) -> Session:
     hooks.watch(engine, stats_were_on=True)
     session.attach_core(engine)
     return session
+
+
+def on_step(callback: Callback, *, every: float = EVERY) -> Subscription:
+    """Call a function with the engine's steps while it works, for those who send them elsewhere. Installs kvhook if
+    that has not happened.
+
+    The function is called on a thread of kvhook's own with a list of steps, oldest first, never in the engine's thread.
+    Each step is a dictionary: the columns of `Session.steps`, with None for what is not known, ``engine``, and
+    ``time``, the end of the step in seconds since 1970. If the function is too slow, the oldest records are dropped and
+    counted: ``dropped`` of what is returned. An exception in it is logged once and counted in `Session.faults`, and it
+    is called again. When the recording ends, it is called with what is left.
+
+    Args:
+        callback: the function.
+        every: seconds between two calls.
+
+    Returns:
+        The subscription: ``steps`` handed over and records ``dropped`` so far; ``close()`` ends it.
+
+    Raises:
+        KvhookError: an argument is not usable.
+    """
+    return install().on_step(callback, every=every)
 
 
 def _reusable_session() -> Session | None:

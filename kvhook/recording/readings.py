@@ -8,10 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kvhook.errors import KvhookError
+from kvhook.recording.subscription import EVERY, Callback, Subscription
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from kvhook.recording.recorder import Recorder
     from kvhook.recording.running import Opened, Running, SoFar
     from kvhook.records.core import CoreRecords
     from kvhook.text.summary import PrintedSummary
@@ -43,6 +47,31 @@ class Readings(abc.ABC):
 
     #: what adds the run up, as soon as somebody needs it
     _running: dict[str, Running]
+
+    @property
+    @abc.abstractmethod
+    def is_closed(self) -> bool:
+        """Whether nothing is recorded any more."""
+
+    @abc.abstractmethod
+    def fault(self, where: str, error: BaseException, then: str) -> None:
+        """Something in kvhook failed."""
+
+    #: the recorder of each engine so far
+    _recorders: dict[int, Recorder]
+
+    def on_step(self, callback: Callback, *, every: float = EVERY) -> Subscription:
+        """Hand every step from now on to a function; see `kvhook.on_step`."""
+        if self.is_closed:
+            raise KvhookError("this session is closed, so that no step will come: kvhook.install() begins another")
+        subscription = Subscription(callback, every, lambda: list(self._recorders.values()), self.fault)
+        vars(self).setdefault("_subscriptions", []).append(subscription)
+        return subscription
+
+    def end_subscriptions(self) -> None:
+        """Hand over what is left, and no more."""
+        for subscription in vars(self).get("_subscriptions", ()):
+            subscription.close()
 
     def trace(self) -> Trace:
         """The run so far as a `kvhook.Trace`. Later steps are not in it."""

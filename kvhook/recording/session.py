@@ -204,6 +204,7 @@ class Session(Readings):
             if self._closed or self.belongs_to_parent:
                 return
             self.disarm_core()
+            self.end_subscriptions()
             self._spool.close()
             if not any(self._spool.published.values()) and (why := not_recorded()):
                 log.warning("kvhook: nothing was recorded: %s", why)
