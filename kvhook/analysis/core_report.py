@@ -3,6 +3,7 @@ cost, what is wasted. Pure: arrays in, numbers out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,9 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvhook.analysis.core_totals import CoreTotals
+from kvhook.analysis.values import Values
 from kvhook.core_schema import LIMITS, MISS_REASONS
 from kvhook.records.block_lives import block_lives, prefixes, steps_between_uses
-from kvhook.records.columns import Table, has
+from kvhook.records.columns import Table
 from kvhook.records.core import CoreRecords
 
 #: Shared prefixes that are told.
@@ -80,6 +83,7 @@ class CoreReport:
     """The engine cores' account of one run, all cores together. Shares are between 0 and 1; NaN where there is nothing
     to be a share of; None where this engine cannot tell."""
 
+    num_cores: int
     num_steps: int
     num_requests: int
     block_size: int
@@ -133,102 +137,95 @@ class CoreReport:
 
 
 def report(cores: CoreRecords, *, ledger: bool = True) -> CoreReport:
-    """All numbers of a run.
+    """All numbers of a run: one pass over its records.
 
     Args:
         cores: its engine cores.
         ledger: whether to read the ledger of blocks too, which may be long.
     """
-    steps, lookups, preemptions, requests = cores.steps(), cores.lookups(), cores.preemptions(), cores.requests()
-    facts = cores.facts[0] if cores.facts else {}
-    size = int(facts.get("block_size") or 0)
-    seen = lookups[lookups["miss_reason"] != "not_looked_up"]
-    resumed = seen[seen["resumed"] == 1]
-    evicted = lookups[lookups["miss_reason"] == "evicted"]
-    work = _Work(steps)
+    totals = CoreTotals()
+    with np.errstate(all="ignore"):  # numbers out of a damaged file may be anything
+        cores.go_over(totals.take)
+        return report_of(totals, cores.facts, cores.lost, _block_times(cores) if ledger else None)
+
+
+def report_of(
+    totals: CoreTotals, cores: Sequence[Mapping[str, Any]], lost: int, blocks: BlockTimes | None = None
+) -> CoreReport:
+    """The same of cores that have been added up.
+
+    Args:
+        totals: of their records.
+        cores: facts about each.
+        lost: records that are not there.
+        blocks: what their ledgers tell.
+    """
+    facts = cores[0] if cores else {}
+    size, steps, sums = int(facts.get("block_size") or 0), totals.steps, totals.sums
+    cached, empty = (_ratio(sums[f"num_kv_blocks_{what}"], steps) for what in ("cached", "empty"))
     return CoreReport(
-        num_steps=len(steps),
-        num_requests=len(requests),
+        num_cores=len(cores),
+        num_steps=steps,
+        num_requests=totals.requests,
         block_size=size,
         num_kv_blocks=int(facts.get("num_kv_blocks") or 0),
         bytes_per_block=facts.get("bytes_per_block"),
-        num_scheduled_tokens=_sum(steps, "num_scheduled_tokens"),
-        num_prefill_tokens=_sum(steps, "num_prefill_tokens"),
-        num_recomputed_tokens=_sum(steps, "num_recomputed_tokens"),
-        num_decode_tokens=_sum(steps, "num_decode_tokens"),
-        num_spec_tokens=_sum(steps, "num_spec_tokens"),
-        limited_by={why: n for why in LIMITS if (n := int((steps["limited_by"] == why).sum()))},
-        num_lookups=len(seen),
-        num_lookup_tokens=_sum(seen, "num_tokens"),
-        num_found_tokens=_sum(seen, "num_found_tokens"),
-        num_resumed_lookup_tokens=_sum(resumed, "num_tokens"),
-        num_resumed_found_tokens=_sum(resumed, "num_found_tokens"),
-        misses=_misses(lookups, size),
-        num_evicted_blocks=_sum(steps, "num_kv_blocks_evicted"),
-        num_lookups_of_evicted=len(evicted),
-        evicted_steps_p50=_middle(evicted["evicted_steps"]),
-        evicted_seconds_p50=_middle(evicted["evicted_ns"]) / 1e9,
-        evictions=_evictions(lookups, _sum(steps, "num_kv_blocks_evicted"), size, work),
-        num_preemptions=len(preemptions),
-        num_lost_tokens=_sum(preemptions, "num_lost_tokens"),
-        preempted_seconds=_sum(requests, "preempted_ns") / 1e9,
-        preemptions=work.cost(_sum(steps, "num_recomputed_tokens"), ("num_recomputed_tokens",)),
-        num_kv_blocks_peak=int(steps["num_kv_blocks_peak"].max(initial=0)),
-        num_kv_blocks_cached_mean=_mean(steps["num_kv_blocks_cached"]),
-        num_kv_blocks_empty_mean=_mean(steps["num_kv_blocks_empty"]),
-        waste=_waste(steps, size),
-        blocks=_block_times(cores) if ledger else None,
-        records_lost=cores.lost,
-        failures=tuple(str(facts["failed"]) for facts in cores.facts if facts.get("failed")),
+        num_scheduled_tokens=sums["num_scheduled_tokens"],
+        num_prefill_tokens=sums["num_prefill_tokens"],
+        num_recomputed_tokens=sums["num_recomputed_tokens"],
+        num_decode_tokens=sums["num_decode_tokens"],
+        num_spec_tokens=sums["num_spec_tokens"],
+        limited_by={why: n for code, why in enumerate(LIMITS) if (n := totals.limits[code])},
+        num_lookups=totals.seen[0],
+        num_lookup_tokens=totals.seen[1],
+        num_found_tokens=totals.seen[2],
+        num_resumed_lookup_tokens=totals.resumed[1],
+        num_resumed_found_tokens=totals.resumed[2],
+        misses={
+            why: Misses(n, totals.missed_tokens[code])
+            for code, why in enumerate(MISS_REASONS)
+            if (n := totals.missed_lookups[code])
+        },
+        num_evicted_blocks=sums["num_kv_blocks_evicted"],
+        num_lookups_of_evicted=totals.missed_lookups[MISS_REASONS.index("evicted")],
+        evicted_steps_p50=_middle(totals.evicted_steps),
+        evicted_seconds_p50=_middle(totals.evicted_ns) / 1e9,
+        evictions=_evictions(totals, size),
+        num_preemptions=totals.preemptions,
+        num_lost_tokens=totals.lost_tokens,
+        preempted_seconds=totals.preempted_ns / 1e9,
+        preemptions=_cost(totals, sums["num_recomputed_tokens"], ("num_recomputed_tokens",)),
+        num_kv_blocks_peak=totals.peak,
+        num_kv_blocks_cached_mean=cached,
+        num_kv_blocks_empty_mean=empty,
+        waste=_waste(sums, size, cores),
+        blocks=blocks,
+        records_lost=lost,
+        failures=tuple(str(facts["failed"]) for facts in cores if facts.get("failed")),
     )
 
 
-class _Work:
-    """How long the engine core's steps took, shared out among the tokens that each computed."""
-
-    def __init__(self, steps: Table) -> None:
-        self._steps = steps
-        # with asynchronous scheduling a step begins before the one before it has ended
-        begin = steps["t_schedule_ns"].copy()
-        same = steps["core"][1:] == steps["core"][:-1]
-        begin[1:] = np.where(same, np.maximum(begin[1:], steps["t_end_ns"][:-1]), begin[1:])
-        took = np.maximum(steps["t_end_ns"] - begin, 0)
-        self._each = took / 1e9 / np.maximum(steps["num_scheduled_tokens"], 1)
-
-    def cost(self, tokens: int, of_kinds: tuple[str, ...]) -> Cost:
-        """What so many tokens cost, at the mean price of tokens of these kinds."""
-        done = np.sum([self._steps[kind] for kind in of_kinds], axis=0)
-        price = float((self._each * done).sum()) / int(done.sum()) if done.any() else 0.0
-        total = _sum(self._steps, "num_scheduled_tokens")
-        return Cost(tokens, tokens / total if total else float("nan"), tokens * price)
+def _cost(totals: CoreTotals, tokens: int, of_kinds: tuple[str, ...]) -> Cost:
+    """What so many tokens cost, at the mean price of tokens of these kinds."""
+    done = sum(totals.sums[kind] for kind in of_kinds)
+    price = sum(totals.seconds[kind].value for kind in of_kinds) / done if done else 0.0
+    return Cost(tokens, _ratio(tokens, totals.sums["num_scheduled_tokens"]), tokens * price)
 
 
-def _evictions(lookups: Table, evicted: int, size: int, work: _Work) -> EvictionCost | None:
+def _evictions(totals: CoreTotals, size: int) -> EvictionCost | None:
     """None of a trace from before this was recorded, or without a block size."""
-    asked = lookups["num_evicted_tokens"]
-    if not size or (asked < 0).any():
+    if not size or totals.evicted_untold:
         return None
-    blocks = int(asked.sum()) // size
-    share = min(blocks / evicted, 1.0) if evicted else float("nan")
-    new = int(asked[lookups["resumed"] == 0].sum())
-    return EvictionCost(blocks, share, work.cost(new, ("num_prefill_tokens", "num_recomputed_tokens")))
+    blocks, evicted = totals.evicted_tokens // size, totals.sums["num_kv_blocks_evicted"]
+    share = min(blocks / evicted, 1.0) if evicted else math.nan
+    new = totals.evicted_tokens_of_new
+    return EvictionCost(blocks, share, _cost(totals, new, ("num_prefill_tokens", "num_recomputed_tokens")))
 
 
-def _misses(lookups: Table, size: int) -> dict[str, Misses]:
-    found = {}
-    for why in MISS_REASONS[1:]:
-        rows = lookups[lookups["miss_reason"] == why]
-        if len(rows):
-            whole = (rows["num_tokens"] - 1) // size * size if size else rows["num_tokens"]
-            found[why] = Misses(len(rows), int(np.maximum(whole - rows["num_found_tokens"], 0).sum()))
-    return found
-
-
-def _waste(steps: Table, size: int) -> float | None:
-    if not has(steps, "num_kv_tokens") or not size:
+def _waste(sums: Mapping[str, int], size: int, cores: Sequence[Mapping[str, Any]]) -> float | None:
+    if not size or any("num_kv_tokens" in facts.get("absent", {}).get("core_step", {}) for facts in cores):
         return None
-    room = int(steps["num_kv_blocks_peak"].sum()) * size
-    return 1 - int(steps["num_kv_tokens"].sum()) / room if room else float("nan")
+    return 1 - _ratio(sums["num_kv_tokens"], sums["num_kv_blocks_peak"] * size)
 
 
 def _block_times(cores: CoreRecords) -> BlockTimes | None:
@@ -248,7 +245,7 @@ def _block_times(cores: CoreRecords) -> BlockTimes | None:
         shared_prefixes=_shared(prefixes(events, cores.block_sizes())),
         num_evicted=len(evicted),
         num_evicted_too_early=int((evicted["asked_again_step"] >= 0).sum()),
-        evicted_too_early=_mean(evicted["asked_again_step"] >= 0),
+        evicted_too_early=_ratio(int((evicted["asked_again_step"] >= 0).sum()), len(evicted)),
     )
 
 
@@ -272,17 +269,13 @@ def _parent(prefix: Any) -> tuple[int, int]:
     return int(prefix["group"]), int(prefix["parent"])
 
 
-def _sum(table: Table, name: str) -> int:
-    return int(table[name].sum())
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
 
 
-def _mean(values: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> float:
-    return float(values.mean()) if len(values) else float("nan")
-
-
-def _middle(values: npt.NDArray[np.int64]) -> float:
-    known = values[values >= 0]
-    return float(np.median(known)) if len(known) else float("nan")
+def _middle(values: Values) -> float:
+    middle = values.median()
+    return math.nan if middle is None else middle
 
 
 def _percentiles(values: npt.NDArray[np.int64]) -> tuple[float, float, float]:

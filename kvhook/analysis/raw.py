@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from kvhook.ring.layout import Column, Layout
+from kvhook.core_schema import CORE_KINDS
+from kvhook.ring.layout import Column, Kinds, Layout
 from kvhook.ring.slots import slot_head
 from kvhook.schema import KINDS, blank
 
 if TYPE_CHECKING:
     from kvhook.ring.slots import Slots
 
-_NAMES = {code: name for name, (code, _) in KINDS.items()}
-_BLANKS = {name: {f.name: float(blank(f)) for f in fields} for name, (_, fields) in KINDS.items()}
+_BLANKS = {name: {f.name: float(blank(f)) for f in fields} for name, (_, fields) in (KINDS | CORE_KINDS).items()}
 
 
 class Rows:
@@ -89,7 +89,7 @@ class Rows:
         return np.ascontiguousarray(words) if at is None else words[at]
 
 
-def split(slots: Slots, layout: Layout) -> Iterator[tuple[int, Rows]]:
+def split(slots: Slots, layout: Layout, of: Kinds = KINDS) -> Iterator[tuple[int, Rows]]:
     """Usable slots by engine and kind; those of each are in order."""
     if not len(slots):
         return
@@ -99,7 +99,7 @@ def split(slots: Slots, layout: Layout) -> Iterator[tuple[int, Rows]]:
     found = set(np.unique(engines).tolist()) if engines.min() != engines.max() else {int(engines[0])}
     for engine in sorted(found):
         mine = engines == engine if len(found) > 1 else None
-        for code, name in _NAMES.items():
+        for name, (code, _) in of.items():
             at = (kinds == code if mine is None else mine & (kinds == code)).nonzero()[0]
             if len(at):
                 yield engine, Rows(slots, None if len(at) == len(slots) else at, layout, name)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvhook.analysis.resample import FEWEST, Spread, spread_of_quantile, spread_of_ratio
-from kvhook.analysis.summarize import summary_of
+from kvhook.analysis.summarize import account_of, summary_of
 from kvhook.analysis.summary import Summary
 from kvhook.analysis.totals import Totals
 from kvhook.records.columns import Table, has, has_times
@@ -71,7 +71,7 @@ def measure(records: Records, cores: CoreRecords | None = None) -> Measured:
     totals = Totals()
     with np.errstate(all="ignore"):
         records.go_over(totals.take)
-        summary = summary_of(totals, records, None, cores)
+        summary = summary_of(totals, records, None, account_of(cores))
         steps = _steps_of(records)
         spreads: dict[str, Spread | str] = {name: _ratio(name, summary, steps) or TOO_SHORT for name in RATIOS}
         if isinstance(spreads["prefix_cache_hit_rate"], str):  # requests come in a few waves: each of them counts

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvhook.analysis.accounts import accounts, is_pooling, queue_of_all
-from kvhook.analysis.core_report import report
+from kvhook.analysis.core_report import CoreReport, report
 from kvhook.analysis.distribution import NOTHING, Distribution
 from kvhook.analysis.lives import lives, most_blocks
 from kvhook.analysis.lookups import missed_by_vllm, never_looked_up, repeated
@@ -49,30 +49,32 @@ def summarize(records: Records, engine: int | None = None, cores: CoreRecords | 
     totals = Totals()
     with np.errstate(all="ignore"):  # numbers out of a damaged file may be anything
         records.go_over(totals.take)
-    return summary_of(totals, records, engine, cores)
+    return summary_of(totals, records, engine, account_of(cores))
 
 
-def summary_of(totals: Totals, run: Run, engine: int | None = None, cores: CoreRecords | None = None) -> Summary:
+def account_of(cores: CoreRecords | None) -> CoreReport | None:
+    """The account of a run's engine cores; None without any."""
+    return report(cores, ledger=False) if cores is not None and len(cores) else None
+
+
+def summary_of(totals: Totals, run: Run, engine: int | None = None, core: CoreReport | None = None) -> Summary:
     """The summary of a run that has been added up.
 
     Args:
         totals: of its records.
         run: what is known of it.
         engine: only this engine of it; all of them together otherwise.
-        cores: what its engine cores recorded. Which core belongs to which engine is known only of one, so that they
-            count only where the run has one engine, or all are meant.
+        core: the account of its engine cores. Which core belongs to which engine is known only of one, so that it
+            counts only where the run has one engine, or all are meant.
     """
     columns = {kind: frozenset(c.name for c in run.columns(kind)) for kind in ("step", "request")}
     engines = [e for e in run.meta["engines"] if engine is None or e["engine"] == engine]
     with np.errstate(all="ignore"):
         summary = _summary(totals, Part(totals, engines, columns), run.meta)
-        if cores is None or not len(cores) or (engine is not None and len(run.meta["engines"]) > 1):
-            return summary
-        core = report(cores, ledger=False)
-        if not core.num_steps:
+        if core is None or not core.num_steps or (engine is not None and len(run.meta["engines"]) > 1):
             return summary
         peak = summary.kv_cache_usage_peak_in_step
-        if peak is None and len(cores) == 1:
+        if peak is None and core.num_cores == 1:
             peak = core.usage_peak(run.meta["engines"])
         return dataclasses.replace(summary, core=core, kv_cache_usage_peak_in_step=peak)
 

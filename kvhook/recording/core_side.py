@@ -26,7 +26,9 @@ from kvhook.ring.reader import writer_alive
 from kvhook.ring.trace_file import header_of
 
 if TYPE_CHECKING:
+    from kvhook.analysis.core_report import CoreReport
     from kvhook.options import Options
+    from kvhook.recording.running_cores import RunningCores
 
 _OFF = "kvhook was installed with core='off'"
 _NOT_ARMED = (
@@ -62,6 +64,8 @@ class CoreSide:
         self._key = secrets.token_bytes(16)
         self._plan: CorePlan | None = None
         self._closed = False
+        #: what adds the cores up, as soon as somebody asks
+        self._running: dict[str, RunningCores] = {}
         #: whether temporary files are about to be removed
         self.ends = False
 
@@ -127,6 +131,16 @@ class CoreSide:
             return open_cores([], name, _OFF if self._options.core == "off" else _NOT_ARMED)
         process.drain()
         return open_cores(files_of(Path(self._plan.stem)), name, process.absent or _why_none(), self._session)
+
+    def account(self) -> CoreReport | None:
+        """The account of the engine cores of this session so far; None if there are none."""
+        if self._made_in != forks.generation or self._plan is None:
+            return None
+        from kvhook.recording.running_cores import RunningCores
+
+        process.drain()
+        running = self._running.setdefault("it", RunningCores())
+        return running.account(files_of(Path(self._plan.stem)), self._session)
 
     def request_key(self, request_id: str) -> int:
         """The ``request_key`` of a request id in this session."""

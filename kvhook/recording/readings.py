@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from kvhook.recording.core_side import CoreSide
     from kvhook.recording.recorder import Recorder
     from kvhook.recording.running import Opened, Running, SoFar
     from kvhook.records.core import CoreRecords
@@ -27,10 +28,6 @@ T = TypeVar("T")
 
 class Readings(abc.ABC):
     """The part of `kvhook.Session` that reads. Nothing here changes the recording."""
-
-    @abc.abstractmethod
-    def cores(self) -> CoreRecords:
-        """The engine cores of this run so far."""
 
     @property
     @abc.abstractmethod
@@ -45,8 +42,22 @@ class Readings(abc.ABC):
     def _opened(self) -> Opened:
         """The files, see `kvhook.recording.running.Opened`."""
 
+    @abc.abstractmethod
+    def _check_own(self) -> None:
+        """Raise if this session belongs to another process."""
+
     #: what adds the run up, as soon as somebody needs it
     _running: dict[str, Running]
+    _core_side: CoreSide
+
+    def cores(self) -> CoreRecords:
+        """The engine cores of this run so far, as `kvhook.records.core.CoreRecords`."""
+        self._check_own()
+        return self._core_side.records(self.name)
+
+    def request_key(self, request_id: str) -> int:
+        """The ``request_key`` of a request in `core_requests`: a digest of its id with this run's key."""
+        return self._core_side.request_key(request_id)
 
     @property
     @abc.abstractmethod
@@ -88,8 +99,9 @@ class Readings(abc.ABC):
         engine works, so that it takes about as long after ten million steps as after a thousand."""
         from kvhook.recording.running import summary_so_far
 
-        cores = self.cores()
-        return self.ask(lambda so_far: summary_so_far(so_far, engine, cores)) or self.trace().summary(engine)
+        self._check_own()
+        core = self._core_side.account()
+        return self.ask(lambda so_far: summary_so_far(so_far, engine, core)) or self.trace().summary(engine)
 
     def windows(self, count: int, engine: int | None = None) -> PrintedWindows:
         """The run so far in so many windows of equal time, see `kvhook.Trace.windows`."""

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from kvhook.analysis.core_report import CoreReport
 from kvhook.analysis.summarize import summary_of
 from kvhook.analysis.totals import Totals
-from kvhook.records.core import CoreRecords
 from kvhook.records.engines import Engines
 from kvhook.records.sources import FileSlots
 from kvhook.records.tables import Records
@@ -57,9 +57,9 @@ class SoFar(NamedTuple):
     run: Records
 
 
-def summary_so_far(so_far: SoFar, engine: int | None, cores: CoreRecords | None = None) -> PrintedSummary | None:
+def summary_so_far(so_far: SoFar, engine: int | None, core: CoreReport | None = None) -> PrintedSummary | None:
     """The summary of a run so far; None if only reading it can give one."""
-    return printed(summary_of(so_far.totals, so_far.run, engine, cores)) if so_far.totals.exact else None
+    return printed(summary_of(so_far.totals, so_far.run, engine, core)) if so_far.totals.exact else None
 
 
 class Running:

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from kvhook.options import Options
     from kvhook.recording.budget import Level
     from kvhook.recording.running import Opened, Running
-    from kvhook.records.core import CoreRecords
 
 log = logging.getLogger("kvhook")
 
@@ -131,15 +130,6 @@ class Session(Readings):
                 "this session was closed, or replaced, before this process was forked off: it belongs to the parent. "
                 "kvhook.install() makes a session for this process"
             )
-
-    def cores(self) -> CoreRecords:
-        """The engine cores of this run so far, as `kvhook.records.core.CoreRecords`."""
-        self._check_own()
-        return self._core_side.records(self.name)
-
-    def request_key(self, request_id: str) -> int:
-        """The ``request_key`` of a request in `core_requests`: a digest of its id with this run's key."""
-        return self._core_side.request_key(request_id)
 
     @property
     def meta(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,19 @@ class CoreRecords:
 
     def __len__(self) -> int:
         return len(self._cores)
+
+    def go_over(self, take: Callable[[int, Slots, Layout, int], None]) -> None:
+        """Hand on all records, some thousands at a time, in the order of each core.
+
+        Args:
+            take: is given the number of the core, usable slots, their layout, and the core's block size (0 if that is
+                not known).
+        """
+        for number, sources in enumerate(self._cores):
+            size = int(self.facts[number].get("block_size") or 0)
+            for source in sources:
+                for slots in source.chunks():
+                    take(number, slots[usable(slots, CORE_KINDS)], source.layout, size)
 
     def steps(self, core: int | None = None) -> Table:
         """One row per step of an engine core: the columns of `kvhook.core_schema.CORE_STEP_FIELDS`, and ``core``."""
@@ -225,13 +238,13 @@ def open_cores(paths: Iterable[Path], name: str, absent: str = "", session: str 
         session: only files of this recording; "" for all.
     """
     streams: dict[str, dict[str, list[FileSlots]]] = {"core": {}, "blocks": {}}
-    for path in sorted(paths, key=_order):
+    for path in sorted(paths, key=order_of):
         with contextlib.suppress(KvhookError, OSError):
             file = FileSlots(path)
             meta = file.header.meta if file.header is not None else {}
             stream = meta.get("stream")
             if stream in streams and session in ("", meta.get("session")):
-                streams[stream].setdefault(_core_of(path), []).append(file)
+                streams[stream].setdefault(core_of(path), []).append(file)
     cores = streams["core"]
     ledgers = [streams["blocks"].get(core, []) for core in cores]
     return CoreRecords(
@@ -263,6 +276,11 @@ def _ring(files: list[FileSlots], kinds: Kinds) -> list[SlotSource]:
     engines = Engines(kinds=kinds)
     for file in files:
         engines.scan(file)
+    return rest_in_ring(engines)
+
+
+def rest_in_ring(engines: Engines) -> list[SlotSource]:
+    """What the ring of a core holds beyond the records that have been taken in, if it is there."""
     facts = next(iter(engines.facts()), {})
     engine = int(facts.get("engine", 0))
     last = engines.last_record(engine)
@@ -273,12 +291,12 @@ def _ring(files: list[FileSlots], kinds: Kinds) -> list[SlotSource]:
         return []
 
 
-def _core_of(path: Path) -> str:
+def core_of(path: Path) -> str:
     """Which core of which process: ``0-4711`` of ``run.core0-4711-2.kvh``."""
-    return "-".join(map(str, _order(path)[:2]))
+    return "-".join(map(str, order_of(path)[:2]))
 
 
-def _order(path: Path) -> tuple[int, int, int]:
+def order_of(path: Path) -> tuple[int, int, int]:
     """Number of the core, its process, and the how-manieth file it is; by the name."""
     match = _NAME.search(path.name)
     return (int(match[1]), int(match[2]), int(match[3] or 1)) if match else (0, 0, 0)
