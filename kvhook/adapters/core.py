@@ -19,6 +19,7 @@ blocks that are touched     up to 0.9.0 a list; 0.9.1 to 0.13 a tuple of lists, 
 most running requests       ``max_num_running_reqs``; from 0.31 ``max_num_active_reqs``
 ``is_null``                 from 0.9.1; before, the one ``null_block``
 computed tokens             from 0.8.3 counted in ``schedule``; before, in ``update_from_output``
+data-parallel rank          up to 0.13 ``parallel_config.data_parallel_rank``; from 0.14 ``data_parallel_index``
 look-up with a connector    from 0.27 ``get_computed_blocks_for_connector``, which calls the other one in most cases
 ==========================  =====================================================================================
 """
@@ -121,8 +122,8 @@ _HASHES: tuple[tuple[str, str, str, str], ...] = (
     (f"{_UTILS}:BlockHashType", "hash_value", "hash.hash_value", "key.hash_value"),
 )
 
-#: Fact about a core -> path below the scheduler's VllmConfig.
-FACTS: Mapping[str, str] = {
+#: Fact about a core -> path below the scheduler's VllmConfig, or several, of which the first that is there is taken.
+FACTS: Mapping[str, str | tuple[str, ...]] = {
     "model": "model_config.model",
     "block_size": "cache_config.block_size",
     "enable_prefix_caching": "cache_config.enable_prefix_caching",
@@ -133,7 +134,8 @@ FACTS: Mapping[str, str] = {
     "enable_chunked_prefill": "scheduler_config.enable_chunked_prefill",
     "policy": "scheduler_config.policy",
     "async_scheduling": "scheduler_config.async_scheduling",
-    "data_parallel_rank": "parallel_config.data_parallel_rank",
+    # from 0.14 a rank that works by itself (all but mixtures of experts) is told that it is rank 0 of 1
+    "data_parallel_rank": ("parallel_config.data_parallel_index", "parallel_config.data_parallel_rank"),
     "data_parallel_size": "parallel_config.data_parallel_size",
 }
 
@@ -282,7 +284,7 @@ def _hash_functions() -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
 
 def _facts(sched: Any, found: dict[str, Any]) -> dict[str, Any]:
     config = getattr(sched, "vllm_config", None)
-    facts = {name: _plain(read_path(config, path)) for name, path in FACTS.items()}
+    facts = {name: _plain(_first(config, paths)) for name, paths in FACTS.items()}
     pool = found["pool"]
     facts["num_gpu_blocks"] = int(pool.num_gpu_blocks)
     facts["num_kv_blocks"] = int(pool.num_gpu_blocks) - (getattr(pool, "null_block", None) is not None)
@@ -311,6 +313,11 @@ def _rules(sched: Any, found: dict[str, Any]) -> dict[str, Any]:
         "num_lookahead_tokens": int(getattr(sched, "num_lookahead_tokens", 0) or 0),
         "num_spec_tokens": int(getattr(sched, "num_spec_tokens", 0) or 0),
     }
+
+
+def _first(config: Any, paths: str | tuple[str, ...]) -> Any:
+    found = (read_path(config, path) for path in ((paths,) if isinstance(paths, str) else paths))
+    return next((value for value in found if value is not None), None)
 
 
 def _groups(config: Any) -> list[dict[str, Any]]:

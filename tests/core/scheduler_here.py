@@ -31,6 +31,7 @@ class Driver:
         model: folder of a model, of which only the configuration is read.
         blocks: KV blocks of the pool, the null block included.
         groups: kind of each KV cache group: "full", "sliding" or "mamba".
+        change: changes vLLM's configuration before the scheduler is made.
         settings: arguments of vLLM's ``EngineArgs``.
     """
 
@@ -42,6 +43,7 @@ class Driver:
         block_size: int = 16,
         seed: int = 0,
         groups: tuple[str, ...] = ("full",),
+        change: Callable[[Any], None] = lambda config: None,
         **settings: Any,
     ) -> None:
         import vllm
@@ -56,6 +58,7 @@ class Driver:
         config = engine_args.create_engine_config()
         config.cache_config.block_size = block_size
         config.cache_config.num_gpu_blocks = blocks
+        change(config)
         self.config, self.block_size, self.random = config, block_size, random.Random(seed)
         self.scheduler = self._make_scheduler(blocks, groups)
         self.pool = self.scheduler.kv_cache_manager.block_pool
