@@ -24,6 +24,10 @@ FACTOR = 1.5
 DIFFERENCE = 0.1
 #: A single step is reported if it took so many times the median.
 OUTLIER = 5
+#: Work that is done twice is reported from this share on.
+SHARE = 0.05
+#: What a change of what limited batches begins with; a value of LIMITS follows.
+LIMITED_BY = "limited by "
 #: A cache is full from this usage on.
 FULL = 0.95
 
@@ -33,9 +37,10 @@ class Change(NamedTuple):
 
     Args:
         what: "slower", "faster", "longest step", "usage", "full", "queue grew", "queue shrank", "preemptions" or
-            "no stats".
-        before: the median of the steps before (of "preemptions" their sum).
-        last: the median or the sum of the last steps, or the value in the very last one.
+            "no stats"; from the engine core "computed again", "evictions" or "limited by " and a value of LIMITS.
+        before: the median of the steps before (of "preemptions" and "evictions" their sum, of what else the engine core
+            tells a share).
+        last: the median, the sum or the share of the last steps, or the value in the very last one.
         steps_before: how many steps there were before.
         steps: how many the last steps are.
     """
@@ -88,7 +93,7 @@ def examine(
             summary=summarize(records, engine, cores),
             last_steps=as_rows(steps[max(0, len(steps) - last) :], "step"),
             last_requests=as_rows(requests[-LAST_REQUESTS:], "request"),
-            changes=changes(steps),
+            changes=[*changes(steps), *(core_changes(cores.steps()) if cores is not None and len(cores) == 1 else [])],
             still_running=_last_known(steps, "num_running_reqs"),
             still_waiting=_last_known(steps, "num_waiting_reqs"),
         )
@@ -102,6 +107,16 @@ def changes(steps: Table) -> list[Change]:
     before, end = steps[:-count], steps[-count:]
     found = (*_step_time(before, end), *_usage(before, end), *_waiting(before, end), *_preemptions(before, end))
     return [Change(*one, len(before), len(end)) for one in (*found, *_no_stats(before, end))]
+
+
+def core_changes(steps: Table) -> list[Change]:
+    """The same of one engine core: work done twice, evictions, and what kept batches from growing."""
+    count = min(LAST, len(steps) // 4)
+    if not count:
+        return []
+    before, end = steps[:-count], steps[-count:]
+    found = [*_computed_again(before, end), *_evictions(before, end), *_limits(before, end)]
+    return [Change(*one, len(before), len(end)) for one in found]
 
 
 #: What changed, and its value before and at the end.
@@ -150,6 +165,29 @@ def _preemptions(before: Table, end: Table) -> _Found:
     if earlier is None or last is None or last <= 0 or last / len(end) < FACTOR * earlier / len(before):
         return []
     return [("preemptions", earlier, last)]
+
+
+def _computed_again(before: Table, end: Table) -> _Found:
+    """As a share of the scheduled tokens."""
+    usual, last = (
+        float(s["num_recomputed_tokens"].sum() / max(s["num_scheduled_tokens"].sum(), 1)) for s in (before, end)
+    )
+    return [("computed again", usual, last)] if last >= max(SHARE, FACTOR * usual) else []
+
+
+def _evictions(before: Table, end: Table) -> _Found:
+    usual, last = (int(s["num_kv_blocks_evicted"].sum()) for s in (before, end))
+    return [("evictions", usual, last)] if last and last / len(end) >= FACTOR * usual / len(before) else []
+
+
+def _limits(before: Table, end: Table) -> _Found:
+    """What limited at least half of the last batches, as a share of the steps, if it was another thing before."""
+    found = []
+    for why in np.unique(end["limited_by"]).tolist():
+        usual, last = (float((s["limited_by"] == why).mean()) for s in (before, end))
+        if why not in ("none_waiting", "unknown") and last >= 0.5 and last >= FACTOR * usual:
+            found.append((f"{LIMITED_BY}{why}", usual, last))
+    return found
 
 
 def _no_stats(before: Table, end: Table) -> _Found:

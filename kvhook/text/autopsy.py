@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from kvhook.analysis.autopsy import Autopsy, Change
+from kvhook.analysis.autopsy import LIMITED_BY, Autopsy, Change
+from kvhook.text.core_report import LIMITS
 from kvhook.text.numbers import percent, seconds
 from kvhook.text.steps import StepLines
 from kvhook.text.summary import as_text as summary_text
@@ -61,7 +62,7 @@ def sentences(changes: Sequence[Change]) -> list[str]:
     """The changes in words, a sentence each. What there is to say about step times is one sentence."""
     out: list[str] = []
     for i, change in enumerate(changes):
-        text = _WORDS[change.what](change)
+        text = _WORDS["limited by" if change.what.startswith(LIMITED_BY) else change.what](change)
         if change.what == "longest step" and i and changes[i - 1].what in ("slower", "faster"):
             out[-1] += f"; {text}"
         else:
@@ -98,6 +99,18 @@ _WORDS: dict[str, Callable[[Change], str]] = {
     "queue shrank": _queue("shrank"),
     "preemptions": lambda c: (
         f"{c.last:,.0f} preemptions in the last {c.steps} steps, {c.before:,.0f} in the {c.steps_before:,} before"
+    ),
+    "computed again": lambda c: (
+        f"{percent(c.last)} of the tokens that the engine core scheduled in the last {c.steps} steps had been computed "
+        f"before, {percent(c.before)} until then"
+    ),
+    "evictions": lambda c: (
+        f"{c.last:,.0f} cached blocks evicted in the last {c.steps} steps of the engine core, {c.before:,.0f} in the "
+        f"{c.steps_before:,} before"
+    ),
+    "limited by": lambda c: (
+        f"in {percent(c.last)} of the last {c.steps} steps of the engine core batches did not grow: "
+        f"{LIMITS.get(c.what.removeprefix(LIMITED_BY), c.what)} ({percent(c.before)} before)"
     ),
     "no stats": lambda c: f"{c.last:.0f} of the last {c.steps} steps brought no stats",
 }
