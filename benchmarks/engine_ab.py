@@ -39,6 +39,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ BASELINES = {
 FIGURES = ("throughput", "typical", "step_p50", "step_p99")
 #: Steps of a block, and how many at its beginning are not counted.
 BLOCK, WARM_UP = 20, 4
+#: What steps are measured by.
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 #: Seconds between two calls of get_metrics().
 POLL = 0.1
 #: Tokens of a prompt, and tokens generated before the next batch is sent.
@@ -162,9 +165,9 @@ class Poller:
 class Load:
     """Batches of requests that decode in step; the steps in which one begins are not given to anybody."""
 
-    def __init__(self, llm: Any, batch: int) -> None:
+    def __init__(self, llm: Any, batch: int, clock: Callable[[], float]) -> None:
         self.engine = llm.llm_engine
-        self.batch = batch
+        self.batch, self.clock = batch, clock
         self.sent = self.left = 0
 
     def steps(self, count: int) -> list[float]:
@@ -173,7 +176,7 @@ class Load:
             self.renew()
         self.left -= count
         out = []
-        step, clock = self.engine.step, time.perf_counter
+        step, clock = self.engine.step, self.clock
         for _ in range(count):
             start = clock()
             step()
@@ -209,12 +212,12 @@ def interval(ratios: np.ndarray, middle: Any = np.mean) -> tuple[float, float, f
     return float(np.exp(middle(logs))), float(np.exp(low)), float(np.exp(high))
 
 
-def compare(llm: Any, vllms: Any, batch: int, seconds: float, arms: list[str]) -> dict[str, Any]:
+def compare(llm: Any, vllms: Any, batch: int, seconds: float, arms: list[str], clock: str = "wall") -> dict[str, Any]:
     """All arms at one batch size, for some seconds."""
     plugs = {arm: Plug(llm, arm, Poller) for arm in arms}
     for plug in plugs.values():
         plug.make(vllms)
-    load = Load(llm, batch)
+    load = Load(llm, batch, CLOCKS[clock])
     total: dict[str, list[float]] = {arm: [] for arm in arms}
     single: dict[str, list[float]] = {arm: [] for arm in arms}
     driven = dict.fromkeys(arms, 0)
@@ -277,6 +280,12 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=60, help="of measuring, for each batch size")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="'processor' counts the processor time of this process: for a CPU engine on a machine that others use",
+    )
     parser.add_argument("--out", type=Path, help="write the JSON document there as well")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args()
@@ -284,8 +293,12 @@ def main() -> int:
 
     llm = make_engine(args.size, max(args.batches))
     vllms = llm.llm_engine.logger_manager
-    results = [compare(llm, vllms, b, args.seconds, args.arms) for b in args.batches]
-    about = machine() | {"model": args.size, "device": str(llm.llm_engine.vllm_config.device_config.device_type)}
+    results = [compare(llm, vllms, b, args.seconds, args.arms, args.clock) for b in args.batches]
+    about = machine() | {
+        "clock": args.clock,
+        "model": args.size,
+        "device": str(llm.llm_engine.vllm_config.device_config.device_type),
+    }
     document = json.dumps({"machine": about, "results": results}, indent=1)
     if args.out:
         args.out.write_text(document)
