@@ -47,7 +47,9 @@ async def work(model: str, session: kvhook.Session) -> tuple[list[tuple[str, int
     try:
         done = await asyncio.gather(*(generate(engine, number) for number in range(REQUESTS)))
         cores, steps = session.cores(), session.steps()
-        joined = [n for n in ("num_kv_blocks_peak", "engine_index", "has_scheduler_stats") if n in steps.dtype.names]
+        joined = [
+            n for n in ("num_kv_blocks_peak", "engine_index", "has_scheduler_stats") if n in (steps.dtype.names or ())
+        ]
         said: dict[str, Any] = {
             "facts": cores.facts,
             "why none": cores.why_none,
