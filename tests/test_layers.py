@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plugin",),
     ("stat_logger", "collector", "doctor", "launch"),
     ("kvhook",),  # the public face: kvhook/__init__.py
-    ("demo", "pytest_plugin"),
+    ("demo", "pytest_plugin", "top"),
     ("check",),
     ("cli",),
     ("__main__",),

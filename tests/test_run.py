@@ -142,10 +142,11 @@ def test_a_script_that_installs_kvhook_itself_is_recorded_once(start: Start, tmp
 
 
 def test_a_folder_takes_a_file_from_each_process(start: Start, tmp_path: Path):
-    run = start(*script("subprocess"), options=["--trace", "fleet/"])
+    run = start(*script("subprocess"), options=["--trace", "fleet/", "--textfile", "kvhook.prom"])
     _, err = run.communicate("", timeout=60)
     assert len(list((tmp_path / "fleet").glob("run_script-*.kvh"))) == 2
     assert "10 steps of 2 engines" in err
+    assert (tmp_path / "kvhook.prom").exists()  # what stands in it: test_top.py
 
 
 def test_without_a_trace_it_records_into_a_file_of_that_name(start: Start, tmp_path: Path):

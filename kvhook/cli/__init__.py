@@ -36,6 +36,7 @@ VERBS: dict[str, dict[str, str]] = {
     },
     "look at the processes of this machine, running or ended": {
         "ls": "kvhook.cli.ls:LsCommand",
+        "top": "kvhook.cli.top:TopCommand",
         "tail": "kvhook.cli.tail:TailCommand",
         "autopsy": "kvhook.cli.autopsy:AutopsyCommand",
         "recover": "kvhook.cli.recover:RecoverCommand",

@@ -8,8 +8,12 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvhook.errors import KvhookError
+
+if TYPE_CHECKING:
+    from kvhook.launch.textfile import Textfile
 
 
 class RunCommand:
@@ -44,6 +48,12 @@ class RunCommand:
         parser.add_argument(
             "--core", choices=CORE_LEVELS, default="steps", help="what is recorded inside the engine core"
         )
+        parser.add_argument(
+            "--textfile",
+            metavar="FILE",
+            type=Path,
+            help="while it runs, write what vLLM's /metrics lacks into this file, for node_exporter's textfiles",
+        )
         parser.add_argument("--quiet", action="store_true", help="print nothing when the program has ended")
         parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the program to run")
 
@@ -51,6 +61,7 @@ class RunCommand:
         """Run it, and tell what was recorded."""
         from kvhook.launch.child import NotStarted, end_like, run
         from kvhook.launch.interpreter import command_of
+        from kvhook.launch.textfile import LOOK
         from kvhook.recording.core_side import PLUGIN_OFF, is_kept_out
 
         words = args.command[1:] if args.command[:1] == ["--"] else args.command
@@ -62,8 +73,11 @@ class RunCommand:
         if is_kept_out(environment):
             _say(f"kvhook run: {PLUGIN_OFF}: VLLM_PLUGINS={environment['VLLM_PLUGINS']},kvhook")
         begun = time.time_ns()
+        textfile = _textfile(args.textfile)
         try:
-            code = run(command, environment)
+            code = run(command, environment, *([textfile.look, LOOK] if textfile else []))
+            if textfile is not None:
+                textfile.close()
         except NotStarted as error:
             _say(f"kvhook run: {error}")
             return error.code
@@ -90,6 +104,19 @@ def _trace_of(asked: str | None, command: list[str]) -> Path:
         if path.exists():
             raise KvhookError(f"{asked} exists: take another name, or remove it")
     return path
+
+
+def _textfile(path: Path | None) -> Textfile | None:
+    """What writes the file for Prometheus, of the engines of this process's children."""
+    from kvhook.discovery.rings import directories
+    from kvhook.discovery.watch import descends_from
+    from kvhook.launch.textfile import Textfile
+
+    if path is None:
+        return None
+    if not path.absolute().parent.is_dir():
+        raise KvhookError(f"--textfile {path}: there is no directory {path.absolute().parent}; make it first")
+    return Textfile(path.absolute(), directories, descends_from(os.getpid()))
 
 
 def _environment(args: argparse.Namespace, trace: Path) -> dict[str, str]:

@@ -2,5 +2,6 @@
 
 - `child`: starts it and waits for it; signals and the exit code are its own
 - `interpreter`: which Python a command runs in, and whether kvhook is there
+- `textfile`: a file for Prometheus, written while it runs
 - `traces`: what it has recorded, completed where it was killed
 """

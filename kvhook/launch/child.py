@@ -38,7 +38,7 @@ def run(
     Args:
         command: the program and its arguments.
         environment: of the program.
-        meanwhile: is called now and then.
+        meanwhile: is called now and then, with this process's signals blocked.
         pause: the most seconds between two calls.
 
     Returns:

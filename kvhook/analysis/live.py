@@ -1,0 +1,289 @@
+"""What an engine does at this moment: the last seconds of its steps, and sums since they were first looked at.
+
+`Live` is fed with tables of steps as they come and gives a `View`, plain numbers that are only rendered elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+
+from kvhook.records.columns import Table, has, has_times, total, with_stats
+
+Floats = npt.NDArray[np.float64]
+
+#: Points of the history that is kept, one for each so many seconds.
+HISTORY, HISTORY_STEP_NS = 60, 1_000_000_000
+#: The longest window, in nanoseconds, and the most steps that are kept for it.
+LONGEST_NS, MOST_STEPS = 60_000_000_000, 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One engine in numbers. None, or an empty list, is what is not known.
+
+    Figures of the window are about its last seconds; ``run`` is since the first step that was seen, the oldest in the
+    ring when it was opened.
+    """
+
+    pid: int
+    engine: int
+    model: str
+    program: str
+    #: alive, closed or dead
+    state: str
+    #: seconds since the last step; None if there was none
+    idle: float | None
+    steps: int
+    window: float
+
+    num_kv_blocks: int | None = None
+    block_size: int | None = None
+    used: float | None = None
+    #: of the engine core: blocks that only the prefix cache still needs, and those that hold nothing
+    cached: float | None = None
+    empty: float | None = None
+    history: list[float] = dataclasses.field(default_factory=list)
+
+    running: int | None = None
+    waiting: int | None = None
+    preempted: int | None = None
+    preempted_run: int | None = None
+    finished_run: int | None = None
+    aborted_run: int | None = None
+
+    prefill_rate: float | None = None
+    decode_rate: float | None = None
+    hit_rate: float | None = None
+    hit_rate_run: float | None = None
+    steps_rate: float | None = None
+
+    #: p50 and p99 in seconds
+    ttft: tuple[float, float] | None = None
+    itl: tuple[float, float] | None = None
+    step_time: tuple[float, float] | None = None
+
+    #: what kept the batch from growing -> share of the window's steps, the largest first; of the engine core
+    limits: list[tuple[str, float]] = dataclasses.field(default_factory=list)
+    recomputed: int | None = None
+    evicted: int | None = None
+
+    lost: int = 0
+    #: kvhook's own time per step in seconds, and its share of the time in steps
+    cost: float | None = None
+    cost_share: float | None = None
+
+
+class _Tail:
+    """The last steps of a stream, and sums over all that came.
+
+    Args:
+        sums: columns that are added up.
+    """
+
+    def __init__(self, sums: tuple[str, ...]) -> None:
+        self._parts: list[Table] = []
+        self._sums = sums
+        self.totals: Counter[str] = Counter()
+        self.known: set[str] = set()
+        self.count = 0
+
+    def take(self, steps: Table) -> None:
+        """Take in steps that have come."""
+        if not len(steps):
+            return
+        self.count += len(steps)
+        for name in self._sums:
+            if (more := total(steps, name)) is not None:
+                self.totals[name] += more
+                self.known.add(name)
+        self._parts.append(steps)
+        self._forget(int(steps["t_end_ns"].max()))
+
+    def since(self, begin_ns: int) -> Table | None:
+        """The steps that ended after that moment; None before the first step."""
+        if not self._parts:
+            return None
+        if len(self._parts) > 1:
+            self._parts = [np.concatenate(self._parts)]
+        steps = self._parts[0]
+        last: Table = steps[steps["t_end_ns"] > begin_ns]
+        return last
+
+    def run(self, name: str) -> int | None:
+        """The sum of a column over all steps; None if it is not known."""
+        return self.totals[name] if name in self.known else None
+
+    def _forget(self, now_ns: int) -> None:
+        if sum(map(len, self._parts)) > MOST_STEPS or int(self._parts[0]["t_end_ns"][0]) < now_ns - 2 * LONGEST_NS:
+            steps = np.concatenate(self._parts)
+            self._parts = [steps[steps["t_end_ns"] > now_ns - LONGEST_NS][-MOST_STEPS:]]
+
+
+class Live:
+    """One engine, fed as its records come.
+
+    Args:
+        pid: its process.
+        facts: what its ring's header tells.
+    """
+
+    def __init__(self, pid: int, facts: dict[str, object]) -> None:
+        self.pid = pid
+        self._facts = facts
+        names = ("prefix_cache_queries", "prefix_cache_hits", "num_preempted_reqs", "num_finished_reqs")
+        self._steps = _Tail((*names, "num_aborted_reqs"))
+        self._core = _Tail(())
+        self._latencies: dict[str, list[tuple[int, Floats]]] = {}
+        self._history: dict[int, float] = {}
+        self._last_ns = 0
+        self._number = -1
+        self.state = "alive"
+        self.lost = 0
+
+    def take(self, steps: Table, latencies: dict[str, Floats]) -> None:
+        """Take in steps of the front end, and the single latencies that came with them."""
+        if not len(steps):
+            return
+        self._steps.take(steps)
+        self._last_ns, self._number = int(steps["t_end_ns"][-1]), int(steps["step"][-1])
+        for series, values in latencies.items():
+            kept = self._latencies.setdefault(series, [])
+            kept.append((self._last_ns, values))
+            while kept[0][0] < self._last_ns - LONGEST_NS:
+                kept.pop(0)
+        known = with_stats(steps)
+        for end, usage in zip(known["t_end_ns"].tolist(), known["kv_cache_usage"].tolist(), strict=True):
+            second = end // HISTORY_STEP_NS
+            self._history[second] = max(self._history.get(second, 0.0), usage)
+        for second in sorted(self._history)[:-HISTORY]:
+            del self._history[second]
+
+    def take_core(self, steps: Table) -> None:
+        """Take in steps of its engine core."""
+        self._core.take(steps)
+
+    def view(self, now_ns: int, window: float) -> View:
+        """What it does.
+
+        Args:
+            now_ns: monotonic clock.
+            window: seconds that are looked back on.
+        """
+        facts = self._facts
+        begin = now_ns - int(window * 1e9)
+        view = View(
+            pid=self.pid,
+            engine=_int(facts.get("engine")) or 0,
+            model=str(facts.get("model") or ""),
+            program=str(facts.get("program") or ""),
+            state=self.state,
+            idle=max(0.0, (now_ns - self._last_ns) / 1e9) if self._last_ns else None,
+            steps=self._number + 1,
+            window=window,
+            num_kv_blocks=_int(facts.get("num_kv_blocks")),
+            block_size=_int(facts.get("block_size")),
+            history=[self._history[second] for second in sorted(self._history)],
+            lost=self.lost,
+        )
+        steps = self._steps.since(begin)
+        if steps is None:
+            return view
+        more = self._state() | self._sums() | _of_window(steps, window) | self._of_core(begin)
+        more |= {name: _two(self._values(series, begin)) for name, series in _SERIES.items()}
+        more |= self._cost(steps)
+        return dataclasses.replace(view, **more)  # type: ignore[arg-type]
+
+    def _state(self) -> dict[str, object]:
+        """The states after the last step in which they are known."""
+        known = with_stats(self._steps.since(0))  # type: ignore[arg-type]
+        if not len(known):
+            return {}
+        last = known[-1]
+        return {
+            "used": float(last["kv_cache_usage"]) if last["kv_cache_usage"] == last["kv_cache_usage"] else None,
+            "running": int(last["num_running_reqs"]),
+            "waiting": int(last["num_waiting_reqs"]) if has(known, "num_waiting_reqs") else None,
+        }
+
+    def _sums(self) -> dict[str, object]:
+        queries, hits = self._steps.run("prefix_cache_queries"), self._steps.run("prefix_cache_hits")
+        return {
+            "hit_rate_run": hits / queries if queries and hits is not None else None,
+            "preempted_run": self._steps.run("num_preempted_reqs"),
+            "finished_run": self._steps.run("num_finished_reqs"),
+            "aborted_run": self._steps.run("num_aborted_reqs"),
+        }
+
+    def _values(self, series: str, begin: int) -> Floats:
+        parts = [values for end, values in self._latencies.get(series, []) if end > begin]
+        return np.concatenate(parts) if parts else np.empty(0)
+
+    def _cost(self, steps: Table) -> dict[str, object]:
+        every = self._steps.since(0)
+        assert every is not None
+        measured = every["kvhook_ns"][every["kvhook_ns"] >= 0] if has(every, "kvhook_ns") else np.empty(0)
+        if not len(measured):
+            return {}
+        cost = (float(np.median(measured)) + (_int(self._facts.get("hook_call_ns")) or 0)) / 1e9
+        timed = every[has_times(every)]
+        spent = float((timed["t_end_ns"] - timed["t_start_ns"]).sum()) / 1e9
+        return {"cost": cost, "cost_share": cost * len(timed) / spent if spent else None}
+
+    def _of_core(self, begin: int) -> dict[str, object]:
+        steps = self._core.since(begin)
+        every = self._core.since(0)
+        if steps is None or every is None or not len(every):
+            return {}
+        last = every[-1]
+        blocks = int(last["num_kv_blocks"])
+        found: dict[str, object] = {}
+        if blocks > 0:
+            used, cached = int(last["num_kv_blocks_used"]), int(last["num_kv_blocks_cached"])
+            # cached blocks are counted when the batch was scheduled, used ones at the end of the step
+            cached = min(cached, blocks - used)
+            found = {"cached": cached / blocks, "empty": (blocks - used - cached) / blocks, "used": used / blocks}
+        if len(steps):
+            why = Counter(steps["limited_by"].tolist())
+            found["limits"] = [(name, n / len(steps)) for name, n in why.most_common()]
+            found["recomputed"] = int(steps["num_recomputed_tokens"].sum())
+            found["evicted"] = int(steps["num_kv_blocks_evicted"].sum())
+        return found
+
+
+#: Field of a `View` -> series of single latencies.
+_SERIES = {"ttft": "time_to_first_token", "itl": "inter_token_latency"}
+
+
+def _of_window(steps: Table, window: float) -> dict[str, object]:
+    """Rates and times of the window's steps."""
+    if not len(steps):
+        return {"prefill_rate": 0.0, "decode_rate": 0.0, "steps_rate": 0.0, "preempted": 0}
+    queries, hits = total(steps, "prefix_cache_queries"), total(steps, "prefix_cache_hits")
+    computed = total(steps, "num_prompt_tokens_computed")
+    prefill = total(steps, "num_prompt_tokens") if computed is None else computed
+    decode = total(steps, "num_generation_tokens")
+    timed = steps[has_times(steps)]
+    return {
+        "prefill_rate": None if prefill is None else prefill / window,
+        "decode_rate": None if decode is None else decode / window,
+        "steps_rate": len(steps) / window,
+        "hit_rate": hits / queries if queries and hits is not None else None,
+        "preempted": total(steps, "num_preempted_reqs"),
+        "step_time": _two((timed["t_end_ns"] - timed["t_start_ns"]) / 1e9),
+    }
+
+
+def _two(values: Floats) -> tuple[float, float] | None:
+    """p50 and p99."""
+    if not len(values):
+        return None
+    p50, p99 = np.quantile(values, (0.5, 0.99))
+    return float(p50), float(p99)
+
+
+def _int(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

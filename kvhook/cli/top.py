@@ -1,0 +1,80 @@
+"""``kvhook top``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+from kvhook.cli.common import add_dir
+from kvhook.errors import KvhookError
+
+if TYPE_CHECKING:
+    from kvhook.analysis.live import View
+    from kvhook.discovery.watch import Watch
+
+
+class TopCommand:
+    """Show what the engines on this machine do, live.
+
+    Of every engine that is being recorded, or of the processes PID and their children: how full the KV cache is, who
+    runs and waits, tokens per second, the hit rate, latencies of the last seconds, what limits the batch. It only reads
+    the rings, and costs the engines nothing. The screen needs textual: pip install "kvhook[top]"; --once does not.
+
+    Example:
+      $ kvhook top --once
+             pid eng  state   run  wait      KV    hits prefill/s decode/s  TTFT p50
+            4736   0  alive     7     5  81.8 %  39.8 %       120      890    178 ms
+      --- 4736 serve.py tiny-llama -----------------------------------------------
+      KV cache    ####################.... used 81.8 %, cached 9.1 %, empty 9.1 % of 11 blocks
+      ...
+    """
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.add_argument("pids", metavar="PID", nargs="*", type=int, help="only these processes and their children")
+        parser.add_argument("--once", action="store_true", help="print what there is, and end")
+        parser.add_argument("--ascii", action="store_true", help="draw with plain characters")
+        add_dir(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Show it until the user quits."""
+        from kvhook.discovery.rings import directories
+        from kvhook.discovery.watch import Watch, one_of
+        from kvhook.text.bar import shows_blocks
+        from kvhook.text.live import detail, screen
+
+        watch = Watch(lambda: directories(args.dir), one_of(args.pids))
+        ascii_only = args.ascii or not shows_blocks()
+        try:
+            watch.refresh()
+            if args.once:
+                views, width = watch.views(10.0), max(80, shutil.get_terminal_size().columns)
+                for line in screen(views, 0, width, 40 + len(views), ascii_only=ascii_only):
+                    print(line)
+                for view in views[1:]:
+                    print(*detail(view, width, ascii_only=ascii_only), sep="\n")
+                return 0
+            if not sys.stdout.isatty():
+                raise KvhookError("this is no terminal; --once prints what there is, kvhook tail a line per step")
+            return _show(watch, ascii_only)
+        finally:
+            watch.close()
+
+
+def _show(watch: Watch, ascii_only: bool) -> int:
+    try:
+        from kvhook.top.app import Top
+    except ImportError as error:
+        raise KvhookError(f'the live screen needs textual ({error}): pip install "kvhook[top]"; or --once') from None
+
+    def look(window: float) -> list[View]:
+        watch.refresh()
+        return watch.views(window)
+
+    Top(look, ascii_only=ascii_only).run()
+    for view in watch.views(10.0):
+        if view.state != "alive":
+            print(f"process {view.pid}, engine {view.engine}: {view.state} after {view.steps:,} steps")
+    return 0

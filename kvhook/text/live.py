@@ -1,0 +1,171 @@
+"""What engines do at this moment, as a screen of text: for the live screen, and for a terminal that is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from kvhook.analysis.live import View
+from kvhook.text.core_report import LIMITS
+from kvhook.text.numbers import count, percent, seconds
+
+#: Heading and width of the columns of the list of engines.
+COLUMNS = (
+    ("pid", 8),
+    ("eng", 3),
+    ("state", 6),
+    ("run", 5),
+    ("wait", 5),
+    ("KV", 7),
+    ("hits", 7),
+    ("prefill/s", 9),
+    ("decode/s", 8),
+    ("TTFT p50", 9),
+)
+#: What the list can be sorted by -> the key, largest first; `None` counts as least.
+SORTS: dict[str, Callable[[View], float]] = {
+    "arrival": lambda view: 0.0,
+    "KV usage": lambda view: view.used or 0.0,
+    "waiting": lambda view: view.waiting or 0.0,
+    "decode/s": lambda view: view.decode_rate or 0.0,
+    "TTFT": lambda view: view.ttft[0] if view.ttft else 0.0,
+}
+HELP = (
+    "up, down     choose an engine",
+    "+ -          a longer or a shorter window (1 to 60 s)",
+    "s            sort by arrival, KV usage, waiting, decode/s, TTFT",
+    "p, space     pause and go on",
+    "h, ?         this help",
+    "q            quit",
+    "",
+    "The bar: used blocks, blocks that only the prefix cache still needs, empty blocks.",
+    "This run: since the oldest step that the ring held when this screen began.",
+)
+_DETAIL = 12
+_MARKS = {False: ("█", "▒", "·", "▁▂▃▄▅▆▇█"), True: ("#", "=", ".", "_.-=*#%@")}
+
+
+def screen(
+    views: Sequence[View],
+    selected: int,
+    width: int,
+    height: int,
+    *,
+    heading: str = "",
+    ascii_only: bool = False,
+) -> list[str]:
+    """The whole screen: lines of at most `width` characters, at most `height` of them.
+
+    Args:
+        views: the engines, in the order in which they are listed.
+        selected: which of them is shown in detail.
+        heading: the first line.
+        ascii_only: draw without block characters.
+    """
+    lines = [heading] if heading else []
+    if not views:
+        lines += ["", "No engine is being recorded on this machine yet. This screen shows the first one that is:"]
+        lines += ["", "  kvhook run -- python script.py", "  or kvhook.install() in the script, before LLM(...)"]
+        return [line[:width] for line in lines[:height]]
+    selected = min(max(selected, 0), len(views) - 1)
+    room = max(1, height - len(lines) - 1 - _DETAIL)
+    first = max(0, min(selected - room // 2, len(views) - room))
+    lines.append("  " + " ".join(f"{name:>{w}}" for name, w in COLUMNS))
+    for place in range(first, min(first + room, len(views))):
+        mark = ">" if place == selected and len(views) > 1 else " "
+        lines.append(f"{mark} {_row(views[place])}")
+    lines += detail(views[selected], width, ascii_only=ascii_only)
+    return [line[:width].rstrip() for line in lines[:height]]
+
+
+def detail(view: View, width: int, *, ascii_only: bool = False) -> list[str]:
+    """One engine, some lines."""
+    return list(_detail(view, width, ascii_only))
+
+
+def _detail(v: View, width: int, ascii_only: bool) -> Iterator[str]:
+    ended = {"closed": "  it has ended", "dead": f"  its process has died: kvhook autopsy {v.pid}"}.get(v.state, "")
+    model = v.model.rsplit("/", 1)[-1] if v.model.startswith("/") else v.model
+    yield f"--- {v.pid} {v.program} {model} {'-' * width}"[: max(0, width - len(ended))] + ended
+    blocks = f" of {v.num_kv_blocks:,} blocks" if v.num_kv_blocks else ""
+    parts = [f"used {percent(v.used, 0)}"]
+    if v.cached is not None:
+        parts += [f"cached {percent(v.cached, 0)}", f"empty {percent(v.empty, 0)}"]
+    yield f"KV cache    {bar(v, 16, ascii_only=ascii_only)} {', '.join(parts)}{blocks}"
+    yield f"history     {history(v.history, min(60, width - 13), ascii_only=ascii_only)}"
+    yield f"requests    {_n(v.running)} running, {_n(v.waiting)} waiting, {_n(v.preempted)} preempted"
+    finished = f"{_n(v.finished_run)} finished, {_n(v.aborted_run)} aborted, {_n(v.preempted_run)} preempted"
+    yield f"this run    {finished}"
+    yield (
+        f"tokens/s    {_rate(v.prefill_rate)} prefill, {_rate(v.decode_rate)} decode;"
+        f" hit rate {percent(v.hit_rate)}, run {percent(v.hit_rate_run)}"
+    )
+    yield f"latency     TTFT {_two(v.ttft)}; ITL {_two(v.itl)} (p50, p99)"
+    yield f"steps       {v.steps:,}; {_rate(v.steps_rate)}/s, {_two(v.step_time)} (p50, p99)"
+    often = [(LIMITS.get(why, why), share) for why, share in v.limits if share >= 0.01]
+    yield f"limited by  {', '.join(f'{why} {share:.0%}' for why, share in often) or '-'}"
+    yield f"            {advice(v)}"
+    cost = (
+        "not measured yet" if v.cost is None else f"{seconds(v.cost)} a step, {percent(v.cost_share, 2)} of their time"
+    )
+    yield f"kvhook      {cost}; {v.lost:,} records missed here"
+
+
+def advice(v: View) -> str:
+    """What stands out in the window, in one sentence; "" if nothing does."""
+    shares = dict(v.limits)
+    blocks, places, budget = (shares.get(name, 0.0) for name in ("kv_blocks", "max_num_seqs", "token_budget"))
+    if v.state != "alive":
+        return ""
+    if v.idle is not None and v.idle > v.window:
+        return f"no step for {seconds(v.idle)}"
+    if v.recomputed and v.preempted:
+        return f"too few KV blocks: requests were preempted, and {v.recomputed:,} tokens computed a second time"
+    if blocks >= 0.25:
+        return f"requests waited for KV blocks in {blocks:.0%} of the steps"
+    if places >= 0.25:
+        return f"max_num_seqs kept requests waiting in {places:.0%} of the steps"
+    if budget >= 0.25:
+        return f"max_num_batched_tokens was used up in {budget:.0%} of the steps"
+    return ""
+
+
+def bar(v: View, width: int, *, ascii_only: bool = False) -> str:
+    """Used, cached and empty blocks as a bar."""
+    full, cached, empty, _ = _MARKS[ascii_only]
+    used = round(min(max(v.used or 0.0, 0.0), 1.0) * width)
+    more = min(round((v.cached or 0.0) * width), width - used)
+    return full * used + cached * more + empty * (width - used - more)
+
+
+def history(values: Sequence[float], width: int, *, ascii_only: bool = False) -> str:
+    """The last values from 0 to 1, one character each."""
+    marks = _MARKS[ascii_only][3]
+    return "".join(marks[min(int(min(max(v, 0.0), 1.0) * len(marks)), len(marks) - 1)] for v in values[-width:])
+
+
+def _row(v: View) -> str:
+    cells = (
+        str(v.pid),
+        str(v.engine),
+        v.state,
+        _n(v.running),
+        _n(v.waiting),
+        percent(v.used),
+        percent(v.hit_rate if v.hit_rate is not None else v.hit_rate_run),
+        _rate(v.prefill_rate),
+        _rate(v.decode_rate),
+        seconds(v.ttft[0]) if v.ttft else "-",
+    )
+    return " ".join(f"{text:>{w}}" for text, (_, w) in zip(cells, COLUMNS, strict=True))
+
+
+def _n(value: int | None) -> str:
+    return "-" if value is None else count(value)
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _two(values: tuple[float, float] | None) -> str:
+    return "-" if values is None else f"{seconds(values[0])}, {seconds(values[1])}"

@@ -1,0 +1,135 @@
+"""The live screen. Imports textual; only ``kvhook top`` imports this."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import ClassVar
+
+from rich.text import Text
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.events import Resize
+from textual.widgets import Footer, Static
+
+from kvhook.analysis.live import View
+from kvhook.text.live import HELP, SORTS, screen
+
+#: Seconds of the window that can be chosen.
+WINDOWS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+#: Seconds between two looks at the rings.
+EVERY = 0.2
+
+
+class Top(App[None]):
+    """Engines as they work.
+
+    Args:
+        look: takes in what has come and gives the engines, for a window of so many seconds.
+        ascii_only: draw without block characters.
+        every: seconds between two looks.
+    """
+
+    TITLE = "kvhook top"
+    ENABLE_COMMAND_PALETTE = False
+    CSS = "Screen { background: ansi_default; } #body { height: 1fr; } Static { height: auto; }"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q,ctrl+c", "quit", "quit"),
+        Binding("p,space", "pause", "pause"),
+        Binding("plus,equals_sign", "window(1)", "longer", key_display="+"),
+        Binding("minus", "window(-1)", "shorter", key_display="-"),
+        Binding("s", "sort", "sort"),
+        Binding("down,j", "select(1)", "next", show=False),
+        Binding("up,k", "select(-1)", "previous", show=False),
+        Binding("h,question_mark", "help", "help"),
+        Binding("escape", "help(False)", show=False),
+    ]
+
+    def __init__(self, look: Callable[[float], list[View]], *, ascii_only: bool = False, every: float = EVERY) -> None:
+        super().__init__(ansi_color=True)
+        self._look, self._ascii_only, self._every = look, ascii_only, every
+        self._text: Static | None = None
+        self._room = 80, 24
+        self._order: list[tuple[int, int]] = []
+        #: the lines on the screen
+        self.shown: list[str] = []
+        self.views: list[View] = []
+        self.window = 3
+        self.sort = 0
+        self.chosen: tuple[int, int] | None = None
+        self.paused = self.helps = False
+
+    def compose(self) -> ComposeResult:
+        """One text, and the keys below it."""
+        self._text = Static(id="text")
+        with VerticalScroll(id="body", can_focus=False):
+            yield self._text
+        yield Footer(show_command_palette=False)
+
+    def on_mount(self) -> None:
+        """Begin to look."""
+        self.set_interval(self._every, self.look)
+        self.look()
+
+    def on_resize(self, event: Resize) -> None:
+        """Draw for the new size."""
+        self._room = event.size.width, event.size.height
+        self.draw()
+
+    def look(self) -> None:
+        """Take in what has come, unless paused."""
+        views = self._look(WINDOWS[self.window])  # also while paused: the ring does not wait
+        if not self.paused:
+            self.views = views
+            self.draw()
+
+    def draw(self) -> None:
+        """Put the screen together."""
+        names = list(SORTS)
+        views = sorted(self.views, key=SORTS[names[self.sort]], reverse=self.sort > 0)
+        keys = [(view.pid, view.engine) for view in views]
+        selected = keys.index(self.chosen) if self.chosen in keys else 0
+        self._order = keys
+        many = f"{len(views)} engine{'' if len(views) == 1 else 's'}"
+        heading = f"kvhook top   {time.strftime('%H:%M:%S')}   {many}   last {WINDOWS[self.window]:g} s"
+        heading += f"   sorted by {names[self.sort]}" * (len(views) > 1) + "   PAUSED" * self.paused
+        width, height = self._room[0], self._room[1] - 1
+        lines = (
+            ["kvhook top", "", *HELP]
+            if self.helps
+            else screen(views, selected, width, height, heading=heading, ascii_only=self._ascii_only)
+        )
+        text = Text("\n".join(lines), no_wrap=True, overflow="crop")
+        text.stylize("bold", 0, len(lines[0]))
+        self.shown = lines
+        if self._text is not None and self._text.is_attached:
+            self._text.update(text)
+
+    def action_pause(self) -> None:
+        """Stop the screen, or let it go on."""
+        self.paused = not self.paused
+        self.draw()
+
+    def action_window(self, by: int) -> None:
+        """A longer or a shorter window."""
+        self.window = min(max(self.window + by, 0), len(WINDOWS) - 1)
+        self.look()
+        self.draw()
+
+    def action_sort(self) -> None:
+        """Sort by something else."""
+        self.sort = (self.sort + 1) % len(SORTS)
+        self.draw()
+
+    def action_select(self, by: int) -> None:
+        """Show another engine in detail."""
+        if self._order:
+            at = self._order.index(self.chosen) if self.chosen in self._order else 0
+            self.chosen = self._order[(at + by) % len(self._order)]
+        self.draw()
+
+    def action_help(self, on: bool | None = None) -> None:
+        """Show or hide the keys."""
+        self.helps = not self.helps if on is None else on
+        self.draw()

@@ -1,0 +1,428 @@
+"""``kvhook top``: what the rings hold, as numbers, as a screen of text, and under Textual's pilot."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvhook.analysis.live import Live, View
+from kvhook.cli import main
+from kvhook.core.writer import core_layout
+from kvhook.core_schema import CORE_KINDS, LIMITS
+from kvhook.discovery.watch import Watch, descends_from, one_of
+from kvhook.launch.textfile import Textfile
+from kvhook.ring.place import pid_namespace
+from kvhook.ring.writer import RingWriter
+from kvhook.schema import blank
+from kvhook.text.live import HELP, SORTS, advice, history, screen
+from kvhook.text.prometheus import as_text
+from tests.ring.synthetic import Recording
+
+NOW = 10_000_000_000
+
+
+class Core:
+    """The ring of an engine core, made by hand."""
+
+    def __init__(self, recording: Recording) -> None:
+        path = recording.path.with_suffix(".core")
+        facts = {"engine": 0, "stream": "core", "parent": recording.pid, "pid": recording.pid}
+        self.ring = RingWriter(path, core_layout(), 256, facts | {"pid_namespace": pid_namespace()})
+        self.n = 0
+
+    def step(self, **values: Any) -> None:
+        code, fields = CORE_KINDS["core_step"]
+        blanks = {f.name: float(blank(f)) if f.type == "f8" else int(blank(f)) for f in fields}
+        cells = [(blanks | values)[c.name] for c in core_layout().columns["core_step"]]
+        self.n = self.ring.publish(self.n, core_layout().struct_of("core_step").pack(self.n, code, 0, *cells))
+
+
+def watched(folder: Path, window: float = 10.0, now_ns: int | None = None) -> list[View]:
+    watch = Watch(lambda: [folder])
+    watch.refresh()
+    views = watch.views(window, now_ns)
+    watch.close()
+    return views
+
+
+def busy(folder: Path, engine: int = 0, **facts: Any) -> Recording:
+    """Twenty steps of 100 ms: two seconds."""
+    recording = Recording(folder, engine=engine, **facts)
+    recording.clock = NOW - 2_000_000_000
+    for n in range(20):
+        recording.step(
+            n / 20,
+            took_ms=100.0,
+            num_running_reqs=n,
+            num_waiting_reqs=20 - n,
+            num_generation_tokens=10,
+            num_prompt_tokens=40,
+            num_prompt_tokens_computed=30,
+            prefix_cache_queries=40,
+            prefix_cache_hits=10 if n < 10 else 30,
+            num_preempted_reqs=n == 19,
+            num_finished_reqs=1,
+            num_aborted_reqs=n == 3,
+            ttft_count=1,
+            ttft_min=n / 100,
+            ttft_max=n / 100,
+            kvhook_ns=4500,
+        )
+    return recording
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_the_window_and_of_the_run_are_those_of_the_steps(tmp_path: Path):
+    busy(tmp_path)
+    (view,) = watched(tmp_path, window=1.0, now_ns=NOW + 1)  # the last ten steps
+    assert (view.pid, view.engine, view.steps, view.num_kv_blocks) == (os.getpid(), 0, 20, 100)
+    assert (view.running, view.waiting, view.used) == (19, 1, 0.95)
+    assert (view.prefill_rate, view.decode_rate, view.steps_rate) == (300.0, 100.0, 10.0)
+    assert (view.hit_rate, view.hit_rate_run) == (300 / 400, 400 / 800)
+    assert (view.preempted, view.preempted_run, view.finished_run, view.aborted_run) == (1, 1, 20, 1)
+    assert view.step_time == pytest.approx((0.1, 0.1))
+    assert view.cost == pytest.approx(5e-6)
+    assert view.cost_share == pytest.approx(5e-5)
+    assert view.history == [0.45, 0.95] or len(view.history) == 3  # the seconds of the clock
+    assert view.lost == 0
+
+
+def test_latencies_are_those_that_came_with_the_last_looks(tmp_path: Path):
+    busy(tmp_path)
+    (view,) = watched(tmp_path, window=5.0, now_ns=NOW + 1)
+    values = np.arange(20) / 100
+    assert view.ttft == pytest.approx((np.median(values), np.quantile(values, 0.99)))
+    assert view.itl is None
+
+
+def test_what_only_the_core_knows_comes_from_its_ring(tmp_path: Path):
+    recording = busy(tmp_path)
+    core = Core(recording)
+    for n in range(10):
+        core.step(
+            step=n,
+            t_end_ns=NOW - 500_000_000,
+            limited_by=LIMITS.index("kv_blocks" if n < 6 else "none_waiting"),
+            num_kv_blocks=100,
+            num_kv_blocks_used=60,
+            num_kv_blocks_cached=30,
+            num_recomputed_tokens=7,
+            num_kv_blocks_evicted=2,
+        )
+    (view,) = watched(tmp_path, window=1.0, now_ns=NOW + 1)
+    assert (view.used, view.cached, view.empty) == (0.6, 0.3, pytest.approx(0.1))
+    assert view.limits == [("kv_blocks", 0.6), ("none_waiting", 0.4)]
+    assert (view.recomputed, view.evicted) == (70, 20)
+    assert advice(view).startswith("too few KV blocks: requests were preempted, and 70 tokens")
+
+
+def test_what_is_not_known_is_none(tmp_path: Path):
+    recording = Recording(tmp_path)
+    (view,) = watched(tmp_path)
+    assert (view.idle, view.running, view.used, view.ttft, view.hit_rate) == (None,) * 5
+    recording.record("step", step=0, t_start_ns=1, t_end_ns=2)  # a step that brought no stats
+    (view,) = watched(tmp_path)
+    assert (view.steps, view.running, view.used, view.hit_rate) == (1, None, None, None)
+
+
+def test_engines_come_and_go_while_they_are_watched(tmp_path: Path):
+    clock = [0.0]
+    watch = Watch(lambda: [tmp_path], clock=lambda: clock[0])
+    watch.refresh()
+    assert watch.views(10.0) == []
+    first = Recording(tmp_path).run(3)
+    clock[0] += 1
+    watch.refresh()
+    assert [(v.steps, v.state) for v in watch.views(10.0)] == [(3, "alive")]
+    second = Recording(tmp_path, engine=1).run(5)
+    first.run(2).close()
+    clock[0] += 1
+    watch.refresh()
+    assert [(v.engine, v.steps, v.state) for v in watch.views(10.0)] == [(1, 5, "alive"), (0, 5, "closed")]
+    assert watch.works
+    second.run(4)
+    watch.refresh()  # no look for new rings, but for new records
+    assert watch.views(10.0)[0].steps == 9
+    (tmp_path / second.path.name).unlink()  # the ring's name is gone, the engine works on
+    second.run(1)
+    watch.refresh()
+    assert watch.views(10.0)[0].steps == 10
+    watch.close()
+
+
+def test_records_that_were_overwritten_are_counted(tmp_path: Path):
+    watch = Watch(lambda: [tmp_path])
+    recording = Recording(tmp_path, slots=64).run(1)
+    watch.refresh()
+    recording.run(1000)
+    watch.refresh()
+    (view,) = watch.views(10.0)
+    assert view.steps == 1001
+    assert view.lost == 1000 - 63
+    watch.close()
+
+
+def test_processes_can_be_chosen():
+    assert one_of([])(5, 1)
+    assert [one_of([5])(*process) for process in ((5, 1), (6, 5), (7, 6))] == [True, True, False]
+    below = descends_from(5)
+    assert [below(*process) for process in ((6, 5), (7, 6), (8, 9))] == [True, True, False]
+
+
+def test_memory_is_bounded(tmp_path: Path):
+    live = Live(1, {})
+    dtype = [("step", "<i8"), ("t_start_ns", "<i8"), ("t_end_ns", "<i8"), ("has_scheduler_stats", "<i8")]
+    steps = np.zeros(20_000, [*dtype, ("kv_cache_usage", "<f8"), ("num_running_reqs", "<i8")])
+    for n in range(8):
+        steps["t_end_ns"] = np.arange(20_000) * 1_000_000 + n * 30_000_000_000 + 1
+        live.take(steps, {})
+    assert sum(map(len, live._steps._parts)) <= (1 << 16) + 20_000
+    assert len(live._history) <= 60
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+PLAIN = View(4736, 0, "/models/tiny-llama", "serve.py", "alive", 0.1, 5120, 10.0, 59, 32)
+FULL = View(
+    **{
+        **vars(PLAIN),
+        "used": 0.5,
+        "cached": 0.25,
+        "empty": 0.25,
+        "history": [0.0, 0.5, 1.0],
+        "running": 7,
+        "waiting": 12,
+        "preempted": 2,
+        "preempted_run": 30,
+        "finished_run": 1234,
+        "aborted_run": 1,
+        "prefill_rate": 1200.4,
+        "decode_rate": 890.0,
+        "hit_rate": 0.4,
+        "hit_rate_run": 0.35,
+        "steps_rate": 99.6,
+        "ttft": (0.178, 0.4),
+        "itl": (0.0094, 0.021),
+        "step_time": (0.009, 0.015),
+        "limits": [("kv_blocks", 0.75), ("none_waiting", 0.25)],
+        "recomputed": 0,
+        "cost": 5e-6,
+        "cost_share": 0.0005,
+    }
+)
+SCREEN = """\
+kvhook top
+       pid eng  state   run  wait      KV    hits prefill/s decode/s  TTFT p50
+      4736   0  alive     7    12  50.0 %  40.0 %     1,200      890    178 ms
+--- 4736 serve.py tiny-llama --------------------------------------------------
+KV cache    ########====.... used 50 %, cached 25 %, empty 25 % of 59 blocks
+history     _*@
+requests    7 running, 12 waiting, 2 preempted
+this run    1,234 finished, 1 aborted, 30 preempted
+tokens/s    1,200 prefill, 890 decode; hit rate 40.0 %, run 35.0 %
+latency     TTFT 178 ms, 400 ms; ITL 9.4 ms, 21 ms (p50, p99)
+steps       5,120; 100/s, 9 ms, 15 ms (p50, p99)
+limited by  no KV blocks 75%, nobody waited 25%
+            requests waited for KV blocks in 75% of the steps
+kvhook      5 us a step, 0.05 % of their time; 0 records missed here"""
+
+
+def test_the_screen_of_one_engine():
+    shown = screen([FULL], 0, 79, 23, heading="kvhook top", ascii_only=True)
+    assert "\n".join(shown) == SCREEN
+
+
+def test_nothing_is_known_and_nothing_is_made_up():
+    text = "\n".join(screen([PLAIN], 0, 100, 23))
+    assert "used -" in text
+    assert "0.0 %" not in text
+    assert "limited by  -" in text
+
+
+def test_without_an_engine_it_says_what_to_do():
+    text = "\n".join(screen([], 0, 80, 24, heading="kvhook top"))
+    assert "kvhook run -- python script.py" in text
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (80, 10), (40, 5), (200, 60), (1, 1)])
+@pytest.mark.parametrize("engines", [1, 16, 300])
+def test_it_fits_any_terminal(width: int, height: int, engines: int):
+    views = [View(**{**vars(FULL), "pid": 1000 + n}) for n in range(engines)]
+    for selected in (0, engines // 2, engines - 1, engines + 5):
+        shown = screen(views, selected, width, height, heading="kvhook top")
+        assert len(shown) <= height
+        assert max(map(len, shown)) <= width
+        if (width, height) == (80, 24):
+            assert any(line.startswith("--- ") and str(1000 + min(selected, engines - 1)) in line for line in shown)
+            assert engines == 1 or sum(line.startswith("> ") for line in shown) == 1
+
+
+def test_plain_characters_only_where_they_are_asked_for():
+    assert all(line.isascii() for line in screen([FULL], 0, 80, 24, ascii_only=True))
+    assert not all(line.isascii() for line in screen([FULL], 0, 80, 24))
+    assert history([-1.0, 0.5, 9.0], 60) == "▁▅█"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"limits": [("kv_blocks", 0.5)]}, "KV blocks in 50%"),
+        ({"limits": [("max_num_seqs", 0.9)]}, "max_num_seqs"),
+        ({"limits": [("token_budget", 0.3)]}, "max_num_batched_tokens"),
+        ({"limits": [("none_waiting", 1.0)]}, ""),
+        ({"idle": 30.0, "limits": []}, "no step for 30 s"),
+        ({"state": "dead"}, ""),
+    ],
+)
+def test_advice_comes_with_its_evidence_and_not_without(change: dict[str, Any], said: str):
+    text = advice(View(**{**vars(FULL), **change}))
+    assert said in text
+    assert bool(text) == bool(said)
+
+
+# ---- the command and the live screen -------------------------------------------------------------------------------
+
+
+def test_once_prints_every_engine_and_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    Recording(tmp_path).run(3)
+    Recording(tmp_path, engine=1).run(4)
+    Recording(tmp_path, engine=2).run(5).die()  # ended before: not shown
+    assert main(["top", "--once", "--ascii", "--dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("KV cache") == 2
+    assert out.count(" alive ") == 2
+
+
+def test_no_terminal_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["top", "--dir", str(tmp_path)]) == 1
+    assert "--once" in capsys.readouterr().err
+
+
+def test_only_the_verb_imports_textual(python):
+    out = python("import sys, kvhook, kvhook.cli; kvhook.cli.make_parser(); print('textual' in sys.modules)").stdout
+    assert out.strip() == "False"
+
+
+def pilot(size: tuple[int, int], views: list[View], act: Any) -> Any:
+    """Run the live screen without a terminal, and do something to it."""
+    app_module = pytest.importorskip("kvhook.top.app")
+    looks: list[float] = []
+
+    def look(window: float) -> list[View]:
+        looks.append(window)
+        return list(views)
+
+    app = app_module.Top(look, ascii_only=True, every=60.0)
+
+    async def drive() -> None:
+        async with app.run_test(size=size) as driver:
+            await driver.pause()
+            await act(app, driver)
+
+    asyncio.run(drive())
+    return app, looks
+
+
+def test_keys_do_what_the_help_says():
+    views = [View(**{**vars(FULL), "pid": n, "used": n / 10}) for n in range(1, 4)]
+
+    async def act(app: Any, driver: Any) -> None:
+        assert app.shown[2].startswith("> ")
+        await driver.press("down")
+        assert app.shown[3].startswith("> ")
+        await driver.press("s")
+        assert "sorted by KV usage" in app.shown[0]
+        assert [line.split()[0] for line in app.shown[2:5] if not line.startswith(">")] == ["3", "1"]
+        await driver.press("plus")
+        assert "last 30 s" in app.shown[0]
+        await driver.press("minus", "minus", "minus", "minus", "minus", "minus", "minus", "minus")
+        assert "last 1 s" in app.shown[0]
+        await driver.press("p")
+        assert "PAUSED" in app.shown[0]
+        views.clear()
+        app.look()
+        assert any(line.startswith("--- 2 ") for line in app.shown)  # what it showed when it was paused
+        await driver.press("space")
+        app.look()
+        assert "No engine" in app.shown[2]
+        await driver.press("h")
+        assert app.shown[2:] == list(HELP)
+        await driver.press("escape", "q")
+
+    app, looks = pilot((80, 24), views, act)
+    assert app._exit
+    assert looks[0] == 10.0
+    assert {1.0, 30.0} <= set(looks)
+
+
+def test_an_engine_that_ends_stays_with_a_last_summary_and_a_new_one_appears():
+    views = [FULL]
+
+    async def act(app: Any, driver: Any) -> None:
+        views[0] = View(**{**vars(FULL), "state": "dead"})
+        app.look()
+        assert "kvhook autopsy 4736" in "\n".join(app.shown)
+        views.insert(0, View(**{**vars(FULL), "pid": 99}))
+        app.look()
+        assert "2 engines" in app.shown[0]
+
+    pilot((80, 24), views, act)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (40, 8), (160, 50)])
+def test_it_is_drawn_for_the_terminal_s_size(size: tuple[int, int]):
+    views = [View(**{**vars(FULL), "pid": n}) for n in range(1, 17)]
+
+    async def act(app: Any, driver: Any) -> None:
+        assert len(app.shown) <= size[1] - 1
+        await driver.resize_terminal(60, 20)
+        await driver.pause()
+        assert max(map(len, app.shown)) <= 60
+
+    pilot(size, views, act)
+
+
+def test_every_order_can_be_computed_of_what_is_not_known():
+    assert [key(PLAIN) for key in SORTS.values()] == [0.0] * len(SORTS)
+
+
+# ---- for Prometheus ------------------------------------------------------------------------------------------------
+
+
+def test_the_text_for_prometheus_is_read_by_its_own_parser():
+    parser = pytest.importorskip("prometheus_client.parser")
+    views = [FULL, View(**{**vars(PLAIN), "engine": 1, "model": 'a "name"\\ with\nall'})]
+    families = {family.name: family for family in parser.text_string_to_metric_families(as_text(views))}
+    blocks = {(s.labels["engine"], s.labels["state"]): s.value for s in families["kvhook_kv_blocks"].samples}
+    assert blocks == {("0", "used"): 30, ("0", "cached"): 15, ("0", "empty"): 15}  # of 59, rounded
+    steps = {s.labels["model"]: s.value for s in families["kvhook_steps"].samples}
+    assert steps == {"/models/tiny-llama": 5120, 'a "name"\\ with\nall': 5120}
+    limits = {s.labels["reason"]: s.value for s in families["kvhook_batch_limited_ratio"].samples}
+    assert limits == {"kv_blocks": 0.75, "none_waiting": 0.25}
+    assert families["kvhook_prefix_cache_hit_ratio"].samples[0].value == 0.35
+    assert "kvhook_evicted_blocks" not in families, "what is not known is not there"
+
+
+def test_the_file_is_replaced_as_a_whole_and_an_error_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recording = Recording(tmp_path / "rings").run(3)
+    path = tmp_path / "out.prom"
+    textfile = Textfile(path, lambda: [tmp_path / "rings"], one_of([]), every=0.0)
+    textfile.look()
+    assert "} 3\n" in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o644
+    recording.run(2)
+    textfile.look()
+    assert "} 5\n" in path.read_text()
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["out.prom"]
+    path.unlink()
+    path.mkdir()
+    textfile.look()
+    textfile.close()
+    assert capsys.readouterr().err.count("cannot write") == 1
