@@ -117,7 +117,7 @@ def test_what_only_the_core_knows_comes_from_its_ring(tmp_path: Path):
             num_kv_blocks_evicted=2,
         )
     (view,) = watched(tmp_path, window=1.0, now_ns=NOW + 1)
-    assert (view.used, view.cached, view.empty) == (0.6, 0.3, pytest.approx(0.1))
+    assert [view.used, view.cached, view.empty] == pytest.approx([0.6, 0.3, 0.1])
     assert view.limits == [("kv_blocks", 0.6), ("none_waiting", 0.4)]
     assert (view.recomputed, view.evicted) == (70, 20)
     assert advice(view).startswith("too few KV blocks: requests were preempted, and 70 tokens")

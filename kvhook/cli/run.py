@@ -75,7 +75,7 @@ class RunCommand:
         begun = time.time_ns()
         textfile = _textfile(args.textfile)
         try:
-            code = run(command, environment, *([textfile.look, LOOK] if textfile else []))
+            code = run(command, environment, textfile.look if textfile else lambda: None, LOOK if textfile else 60.0)
             if textfile is not None:
                 textfile.close()
         except NotStarted as error:
