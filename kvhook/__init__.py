@@ -16,6 +16,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from kvhook.collector import VLLMMetricsCollector
     from kvhook.errors import KvhookError
+    from kvhook.labels import label
     from kvhook.recording.installation import attach, install, on_step, uninstall
     from kvhook.recording.session import Session
     from kvhook.stat_logger import StatLogger as StatLogger
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "attach",
     "install",
+    "label",
     "on_step",
     "open",
     "uninstall",
@@ -44,6 +46,7 @@ _WHERE = {
     "Trace": ("kvhook.trace", "Trace"),
     "VLLMMetricsCollector": ("kvhook.collector", "VLLMMetricsCollector"),
     "attach": ("kvhook.recording.installation", "attach"),
+    "label": ("kvhook.labels", "label"),
     "install": ("kvhook.recording.installation", "install"),
     "on_step": ("kvhook.recording.installation", "on_step"),
     "open": ("kvhook.trace", "open_trace"),

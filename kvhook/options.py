@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,9 @@ CORE_LEVELS = ("off", "steps", "blocks")
 #: The levels that can be asked for.
 LEVELS = ("full", "light")
 
+#: What labels requests: a separator in their ids, or a function that is given the id; None: only `kvhook.label`.
+LabelOf = str | Callable[[str], str | None] | None
+
 
 @dataclass(frozen=True)
 class Options:
@@ -33,6 +37,7 @@ class Options:
         level: ``"full"`` or ``"light"``.
         max_overhead: the most that kvhook may take, as a share of the time inside steps.
         core: how much is recorded inside the engine core, a value of `CORE_LEVELS`.
+        labels: what labels requests by their ids.
     """
 
     trace: str | os.PathLike[str] | None = None
@@ -42,6 +47,7 @@ class Options:
     level: str = "full"
     max_overhead: float | None = None
     core: str = "steps"
+    labels: LabelOf = None
 
     def check(self) -> None:
         """Look at every option before anything is made.
@@ -53,6 +59,11 @@ class Options:
             raise KvhookError(f"level={self.level!r}: there are {', '.join(map(repr, LEVELS))}")
         if self.core not in CORE_LEVELS:
             raise KvhookError(f"core={self.core!r}: there are {', '.join(map(repr, CORE_LEVELS))}")
+        labels: object = self.labels
+        if labels is not None and not callable(labels) and not (isinstance(labels, str) and labels):
+            raise KvhookError(
+                f"labels={self.labels!r}: a separator in request ids, such as '/', or a function that is given one"
+            )
         _check_share(self.max_overhead)
         _check_slots(self.ring_slots)
         if self.trace_path is not None:

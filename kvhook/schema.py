@@ -130,7 +130,18 @@ REQUEST_FIELDS: tuple[Field, ...] = (
         "",
         "which sample of its prompt, from 0, where n > 1; samples of one prompt share their request_id",
     ),
+    Field(
+        "prompt_number",
+        "i8",
+        ID,
+        "",
+        "number of its prompt in the order in which they were added, from 0, per engine; the samples of a prompt share "
+        "it. -1 if it was there before kvhook",
+    ),
+    Field("label", "i8", ID, "", "its label, see kvhook.label; empty if it has none"),
+    Field("lora_name", "i8", ID, "", "its LoRA adapter; empty if it has none"),
     Field("step", "i8", ID, "", "step in which it finished, or the first one published after it was aborted"),
+    Field("t_end_ns", "i8", TIME, "ns", "end of that step, monotonic clock"),
     Field("finish_reason", "enum", ID, "", "stop, length, abort, error or repetition"),
     Field("num_prompt_tokens", "i8", COUNTER, "tokens", "length of the prompt"),
     Field("num_generation_tokens", "i8", COUNTER, "tokens", "tokens generated"),
@@ -261,6 +272,15 @@ RUN_FIELDS: tuple[FactField, ...] = (
     FactField("damaged", "count", "records", "records that are not whole and are left out"),
     FactField("monotonic_ns", "count", "ns", "the recording machine's monotonic clock at one moment"),
     FactField("realtime_ns", "count", "ns", "the same moment since 1970"),
+    FactField(
+        "clock_drift_ns",
+        "i8",
+        "ns",
+        "how much further the time since 1970 went in the run than the monotonic clock",
+    ),
+    FactField("scopes", "list", "", "the scopes, as `kvhook.records.events.Scope` has them"),
+    FactField("labels", "list", "", "the labels that requests were given"),
+    FactField("part", "text", "", "which part of a run this is; empty if it is all of it"),
     FactField("faults", "texts", "", "a session's: what failed inside kvhook"),
     FactField("hook_call_ns", "i8", "ns", "a session's: see the fact of that name about engines"),
     FactField("why_no_steps", "text", "", "a session's: what to do if no steps are recorded"),
@@ -303,6 +323,9 @@ COUNTED = (
 
 #: Codes of ``finish_reason``, in the order of vLLM's FinishReason. Newer reasons keep their number as text.
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
+
+#: Columns of requests that hold a code, which is read as a text. The trace says what each code means; -1 is "".
+NAMES = ("label", "lora_name")
 
 #: Kind of record -> its code and its fields.
 KINDS: dict[str, tuple[int, tuple[Field, ...]]] = {

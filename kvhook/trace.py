@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvhook.analysis.peaks import NEEDED, PEAKS, NotJoined, Peaks, peaks_of
-from kvhook.analysis.summarize import summarize
 from kvhook.analysis.windows import windows_of
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.export import export, export_to_folder
 from kvhook.export.hive import is_folder
+from kvhook.parts import Parts
+from kvhook.records.clock import Clock
 from kvhook.records.core import CoreRecords, core_files, is_of_core, open_cores
+from kvhook.records.events import Events
+from kvhook.records.selection import places_of
 from kvhook.records.sources import ArraySlots, FileSlots, RenumberedSlots, SlotSource
-from kvhook.records.tables import Records
 from kvhook.ring.layout import Header
 from kvhook.ring.reader import RingReader
 from kvhook.ring.trace_file import TRACE_SUFFIX, header_of
-from kvhook.schema import STEP_FIELDS
-from kvhook.text.summary import PrintedSummary, printed
+from kvhook.schema import NAMES, STEP_FIELDS
 from kvhook.text.windows import PrintedWindows
 from kvhook.text.windows import printed as printed_windows
 from kvhook.whatif.mooncake import REQUEST_SUFFIXES, looks_like_requests
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _ORDER = tuple(field.name for field in STEP_FIELDS)
 
 
-class Trace(Records):
+class Trace(Parts):
     """One recorded run.
 
     Made by `kvhook.open` from a file, by ``session.trace()`` from a running session, and by the command line from the
@@ -117,6 +118,11 @@ class Trace(Records):
 
     def _peaks(self, there: set[str]) -> Peaks:
         """Peaks inside steps out of the engine cores' records, for each step of the run."""
+        if self.whole is not None:
+            # front end and core are joined by counting steps from the beginning
+            every, mine = (t.steps(columns=("engine", "step")) for t in (self.whole, self))
+            at = places_of(every, mine)
+            return Peaks(*(column[at] for column in self.whole._peaks(there)))
         meta = self.meta
         lost = int(meta["records_lost"]) + int(meta["records_dropped"]) + int(meta["damaged"])
         steps = super().steps(columns=[name for name in NEEDED if name == "engine" or name in there])
@@ -141,28 +147,6 @@ class Trace(Records):
         if complete:
             chosen &= table["has_scheduler_stats"] == 1
         return out if chosen.all() else out[chosen]
-
-    def summary(self, engine: int | None = None) -> PrintedSummary:
-        """The run in numbers: ``print`` it for people, ``.as_dict()`` for programs.
-
-        >>> summary = kvhook.open("run.kvh").summary()
-        >>> print(f"{summary.prefix_cache_hit_rate:.3f}", summary.prefix_cache_hits, summary.num_preempted_reqs)
-        0.398 320 2
-        >>> print(summary)
-        vLLM 0.32.0, tiny-llama: 56 steps in 1.53 s
-          step time       p50 9.18 ms, p99 155 ms (99% of it inside steps)
-        <BLANKLINE>
-          KV cache        peak 90.9 %, p95 90.9 %, mean 62.0 % of 11 blocks of 32 tokens
-          prefix cache    hit rate 39.8 % of this run: 320 of 804 tokens
-                          re-admitted requests: 64 of 130 tokens hit, 16.7 % of all hits
-          prompt tokens   804: 484 computed, 320 cached; 529 per second in steps
-          generated       168 tokens, 111 per second in steps
-        ...
-
-        Args:
-            engine: only this engine of the run.
-        """
-        return printed(summarize(self, engine, self.cores()))
 
     def windows(self, count: int, engine: int | None = None) -> PrintedWindows:
         """The run in so many windows of equal time: ``print`` it for pictures and a table, ``.as_dict()`` for programs,
@@ -330,14 +314,22 @@ def _side_by_side(traces: Sequence[Trace]) -> Trace:
     """Several traces as one."""
     sources: list[SlotSource] = []
     facts: dict[int, dict[str, Any]] = {}
+    events, clocks = Events(), dict[int, Clock]()
+    scopes, codes = 0, dict.fromkeys(NAMES, 0)
     for trace in traces:
         first = len(facts)
         known = {e["engine"]: e for e in trace.meta["engines"]}
         numbers = range(max(known, default=-1) + 1)
         facts |= {first + n: known.get(n, {}) | {"trace": trace.name} for n in numbers}
-        sources += [RenumberedSlots(source, first) for source in trace.sources]
+        clocks |= {first + n: trace.clock for n in numbers}
+        sources += [RenumberedSlots(source, first, dict(codes)) for source in trace.sources]
+        theirs = trace.engines.events
+        events.add(theirs.moved(scopes, range(first, len(facts)), codes))
+        scopes += max(theirs.scopes, default=-1) + 1
+        codes = {column: code + max(theirs.names[column], default=-1) + 1 for column, code in codes.items()}
     damaged = sum(trace.damaged for trace in traces)
-    return Trace(sources, ", ".join(t.name for t in traces), {"damaged": damaged}, facts)
+    name = ", ".join(t.name for t in traces)
+    return Trace(sources, name, {"damaged": damaged}, facts, events=events, clocks=clocks)
 
 
 def from_slots(slots: Slots, header: Header, name: str) -> Trace:

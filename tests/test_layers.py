@@ -14,13 +14,13 @@ PACKAGE = Path(kvhook.__file__).parent
 
 #: From bottom to top. A name stands for a module or for a package with everything in it. This is the one list.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "schema", "core_schema", "files", "faults", "forks"),
+    ("errors", "schema", "core_schema", "files", "faults", "forks", "labels"),
     ("facts", "_step"),
     ("ring",),
     ("records", "options"),
     ("analysis", "whatif"),
     ("text", "export"),
-    ("trace", "window"),
+    ("trace", "parts", "window"),
     ("discovery",),
     ("adapters",),
     ("hooks",),

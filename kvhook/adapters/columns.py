@@ -94,7 +94,7 @@ class ColumnPlan:
         self.requests: dict[str, str] = {}
         self.absent["request"] |= {r.column: r.absent for r in adapter.requests if not r.expressions and r.absent}
         if self.finished:
-            self.requests = {"request": "request_number", "step": "step"}
+            self.requests = {"request": "request_number", "step": "step", "t_end_ns": "t_end_ns"}
             self.requests |= self._live("request", REQUEST_FIELDS, adapter.requests)
         for kind, fields, live in (("step", STEP_FIELDS, self.steps), ("request", REQUEST_FIELDS, self.requests)):
             for name in (f.name for f in fields if f.name not in live):

@@ -15,12 +15,18 @@ from kvhook.schema import FINISH_REASONS
 
 _NAN = float("nan")
 
+#: What is noted of a request when it is added, as attributes of its ``RequestState`` that begin with ``kvhook_``.
+NOTED = ("prompt_number", "label", "lora_name")
+
 
 class AbortedRequest(NamedTuple):
     """One row of `requests()` for a request that was aborted. Times are in seconds; what is not known is -1 or NaN."""
 
     request_id: int = -1
     sample_index: int = -1
+    prompt_number: int = -1
+    label: int = -1
+    lora_name: int = -1
     finish_reason: int = FINISH_REASONS.index("abort")
     num_prompt_tokens: int = -1
     num_generation_tokens: int = -1
@@ -47,6 +53,7 @@ def aborted_v1(state: Any) -> AbortedRequest:
     return AbortedRequest(
         request_id=request_id_of(state),
         sample_index=sample_index_of(state),
+        **{name: getattr(state, f"kvhook_{name}", -1) for name in NOTED},
         num_prompt_tokens=_count(state, "prompt_len"),
         num_generation_tokens=_count(stats, "num_generation_tokens"),
         num_cached_tokens=_count(state, "num_cached_tokens") if first else -1,
@@ -77,7 +84,12 @@ def aborted_v0(group: Any) -> AbortedRequest:
 
 
 def request_id_of(state: Any) -> int:
-    """The id that the user gave or that ``LLM`` counted, if it is a number, else -1. All samples of a prompt share it.
+    """The id that the user gave or that ``LLM`` counted, if it is a number, else -1. Samples of a prompt share it."""
+    return number(users_id_of(state))
+
+
+def users_id_of(state: Any) -> Any:
+    """The id that the user gave, or that ``LLM`` counted, as it is.
 
     From 0.14 a request has an id of its own inside vLLM (``external_req_id`` is the user's). Before, a sample's id is
     ``{index}_{id of its parent}``.
@@ -86,7 +98,12 @@ def request_id_of(state: Any) -> int:
     if external is None:
         parent = getattr(state, "parent_req", None)
         external = getattr(parent, "request_id", None) or getattr(state, "request_id", None)
-    return number(external)
+    return external
+
+
+def lora_name_of(state: Any) -> str:
+    """The name of a request's LoRA adapter; "" if it has none."""
+    return getattr(state, "lora_name", None) or ""
 
 
 def sample_index_of(state: Any) -> int:

@@ -71,7 +71,7 @@ class Shape:
 
     def aborted_cells(self) -> list[str]:
         """What is packed for a request that was aborted; none if this level has no requests."""
-        known = {"request": "request_number", "step": "step"}
+        known = {"request": "request_number", "step": "step", "t_end_ns": "t_end_ns"}
         columns = self.layout.columns["request"] if self.plan.requests else ()
         return [known.get(c.name, f"gone.{c.name}") for c in columns]
 

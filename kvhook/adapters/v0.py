@@ -24,6 +24,7 @@ _BLOCKS = "V0 counts its prefix cache in blocks and gives a running rate of them
 _NO_SPLIT = "V0 does not split prompt tokens by where they came from"
 _NO_DRAFTS = "V0 gives totals of the worker's speculative decoding now and then, not of steps"
 _NO_CLOCKS = "this vLLM gives the end-to-end latency of a request only"
+_NOT_TOLD_APART = "V0's stats are lists of numbers that do not say which request each one is from"
 _NOT_PER_REQUEST = "V0 does not count it per request"
 
 
@@ -120,6 +121,7 @@ V0 = Adapter(
     requests=(
         Read("request_id", (), "this vLLM does not say which request finished"),
         Read("sample_index", (), "V0 counts the samples of a prompt as one request"),
+        *(Read(column, (), _NOT_TOLD_APART) for column in ("prompt_number", "label", "lora_name")),
         Read("finish_reason", ("list(map(reason, each(v0.finished_reason_requests, v0.n_requests, first)))",)),
         Read("num_prompt_tokens", ("v0.num_prompt_tokens_requests",)),
         Read("num_generation_tokens", ("each(v0.num_generation_tokens_requests, v0.n_requests, sum)",)),

@@ -29,6 +29,7 @@ _PROMPT_SPLIT = "this vLLM does not split prompt tokens by where they came from"
 _NO_CONNECTOR = "this vLLM does not count the KV connector's cache"
 _NO_MM = "this vLLM has no stats of the multi-modal cache"
 _NOT_PER_REQUEST = "this vLLM does not count it per request"
+_NOT_SEEN_ADDED = "this vLLM's front end has no place where a request can be seen when it is added"
 _NO_TTFT = "this vLLM does not keep it per request; every value of the run is in session.latencies()"
 
 _STATS_ARGUMENTS = ("scheduler_stats", "iteration_stats")
@@ -125,6 +126,10 @@ V1 = Adapter(
             ("getattr(request, 'kvhook_sample_index', -1)",),
             needs=SEES_REQUESTS,
             unmet="vLLM's stats do not say which sample of a prompt finished",
+        ),
+        *(
+            Read(column, (f"getattr(request, 'kvhook_{column}', -1)",), needs=SEES_REQUESTS, unmet=_NOT_SEEN_ADDED)
+            for column in ("prompt_number", "label", "lora_name")
         ),
         Read("finish_reason", ("request.finish_reason",)),
         Read("num_prompt_tokens", ("request.num_prompt_tokens",)),

@@ -11,7 +11,7 @@ from kvhook.analysis.raw import Rows
 from kvhook.analysis.siblings import Siblings
 from kvhook.analysis.values import Values
 from kvhook.records.tables import reason_texts
-from kvhook.schema import FINISH_REASONS
+from kvhook.schema import FINISH_REASONS, NAMES
 
 _STOP, _ABORT, _ERROR = (FINISH_REASONS.index(name) for name in ("stop", "abort", "error"))
 
@@ -55,6 +55,8 @@ class RequestTotals:
         aborted: the prompts of the aborted ones.
         e2e, per_token, decode_per_token: values of ``e2e_latency``, ``mean_time_per_output_token``, and of
             ``decode_time`` by the number of tokens; the last two of requests that generated more than one token.
+        groups: column of `kvhook.schema.NAMES` -> code -> counts of its requests and tokens; empty where no request has
+            one.
     """
 
     def __init__(self, *, runs: bool = False) -> None:
@@ -67,6 +69,7 @@ class RequestTotals:
         self.aborted = Prompts()
         self.e2e, self.per_token, self.decode_per_token, self.all_per_token = (Values(runs=runs) for _ in range(4))
         self.siblings = Siblings()
+        self.groups: dict[str, dict[int, Counter[str]]] = {column: {} for column in NAMES}
 
     def take(self, rows: Rows) -> npt.NDArray[np.int64]:
         """Take in requests; gives the step numbers of those that stopped."""
@@ -92,8 +95,30 @@ class RequestTotals:
         self.decode_per_token.take(rows.floats("decode_time")[several] / (generated[several] - 1))
         self.e2e.take(rows.floats("e2e_latency"))
         self.siblings.take(rows.ints("request_id"), rows.ints("sample_index"), rows.ints("num_cached_tokens"))
+        self._group(rows)
         stopped: npt.NDArray[np.int64] = rows.ints("step")[reason == _STOP]
         return stopped
+
+    def _group(self, rows: Rows) -> None:
+        """Add the requests up by their labels and adapters."""
+        for column, groups in self.groups.items():
+            if not rows.has(column) or not (rows.ints(column) >= 0).any():
+                continue
+            codes, where = np.unique(rows.ints(column), return_inverse=True)
+            cached = rows.ints("num_cached_tokens") if rows.has("num_cached_tokens") else np.full(len(where), -1)
+            tell = cached >= 0
+            prompts = rows.ints("num_prompt_tokens")
+            sums = {
+                "requests": np.bincount(where),
+                "tell": np.bincount(where, tell),
+                "prompt": np.bincount(where, np.maximum(prompts, 0)),
+                "asked": np.bincount(where, np.where(tell, np.maximum(prompts, 0), 0)),
+                "cached": np.bincount(where, np.where(tell, cached, 0)),
+                "generated": np.bincount(where, np.maximum(rows.ints("num_generation_tokens"), 0)),
+            }
+            for i, code in enumerate(codes.tolist()):
+                group = groups.setdefault(code, Counter())
+                group.update({name: int(of[i]) for name, of in sums.items()})
 
     def add(self, later: RequestTotals) -> None:
         """Put those of another engine, or of a later part of the run, to these; they stay as they are."""
@@ -107,6 +132,9 @@ class RequestTotals:
         for name in ("e2e", "per_token", "decode_per_token", "all_per_token"):
             getattr(self, name).add(getattr(later, name))
         self.siblings.add(later.siblings)
+        for column, groups in later.groups.items():
+            for code, group in groups.items():
+                self.groups[column].setdefault(code, Counter()).update(group)
 
     @property
     def by_reason(self) -> dict[str, int]:

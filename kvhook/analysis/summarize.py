@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from kvhook.analysis.lookups import missed_by_vllm, never_looked_up, repeated
 from kvhook.analysis.part import Part
 from kvhook.analysis.siblings import SiblingHits
 from kvhook.analysis.step_totals import StepTotals
-from kvhook.analysis.summary import Summary
+from kvhook.analysis.summary import GroupRate, Summary
 from kvhook.analysis.totals import Totals
 from kvhook.analysis.usage import NOT_SEEN, usage_of
 from kvhook.analysis.values import Values
@@ -24,7 +25,7 @@ from kvhook.records.core import CoreRecords
 from kvhook.records.levels import NOBODY_COUNTED, NOT_COUNTED, tokens_are_known
 from kvhook.records.run import Run
 from kvhook.records.tables import Records
-from kvhook.schema import COUNTED
+from kvhook.schema import COUNTED, NAMES
 
 _FIELDS = frozenset(f.name for f in dataclasses.fields(Summary))
 #: what needs records of single requests, or their clocks
@@ -70,7 +71,10 @@ def summary_of(totals: Totals, run: Run, engine: int | None = None, core: CoreRe
     columns = {kind: frozenset(c.name for c in run.columns(kind)) for kind in ("step", "request")}
     engines = [e for e in run.meta["engines"] if engine is None or e["engine"] == engine]
     with np.errstate(all="ignore"):
-        summary = _summary(totals, Part(totals, engines, columns), run.meta)
+        part = Part(totals, engines, columns)
+        summary = _summary(totals, part, run.meta)
+        by_label, by_lora_name = (group_rates(part, run, column) for column in NAMES)
+        summary = dataclasses.replace(summary, by_label=by_label, by_lora_name=by_lora_name)
         if core is None or not core.num_steps or (engine is not None and len(run.meta["engines"]) > 1):
             return summary
         peak = summary.kv_cache_usage_peak_in_step
@@ -193,7 +197,29 @@ def _summary(totals: Totals, part: Part, meta: dict[str, Any]) -> Summary:
         accounts=accounts(totals, part, missing),
         faults=dict(meta.get("faults", {})),
         why_no_steps=str(meta.get("why_no_steps", "")),
+        part=str(meta.get("part", "")),
     )
+
+
+def group_rates(part: Part, run: Run, column: str) -> list[GroupRate]:
+    """The requests by their label or their adapter, those with the most prompt tokens first; none if none has one."""
+    names, groups = run.names(column), dict[str, Counter[str]]()
+    for code, counts in part.requests.groups[column].items():
+        # traces side by side have codes of their own for the same name
+        name = "" if code < 0 else names.get(code, str(code))
+        groups.setdefault(name, Counter()).update(counts)
+    out = [
+        GroupRate(
+            name=name,
+            requests=group["requests"],
+            num_prompt_tokens=group["prompt"],
+            num_cached_tokens=group["cached"] if group["tell"] else None,
+            num_generation_tokens=group["generated"],
+            hit_rate=_ratio(group["cached"] if group["tell"] else None, group["asked"]),
+        )
+        for name, group in groups.items()
+    ]
+    return sorted(out, key=lambda rate: (-rate.num_prompt_tokens, rate.name))
 
 
 def _same(engines: Sequence[dict[str, Any]], fact: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvhook.analysis.accounts import Account
 from kvhook.analysis.core_report import CoreReport
@@ -12,6 +12,25 @@ from kvhook.analysis.distribution import Distribution
 from kvhook.analysis.lives import EngineLife
 from kvhook.analysis.lookups import Missed, NotLookedUp
 from kvhook.analysis.siblings import SiblingHits
+
+
+class LeftOut(NamedTuple):
+    """Steps that a summary leaves out because they are warm-up, and the scopes that say so."""
+
+    steps: int
+    scopes: tuple[str, ...]
+
+
+class GroupRate(NamedTuple):
+    """What the requests of one group (a label, a LoRA adapter) got from the caches. Sums of tokens are of the requests
+    that tell them; ``hit_rate`` is None where none does."""
+
+    name: str
+    requests: int
+    num_prompt_tokens: int
+    num_cached_tokens: int | None
+    num_generation_tokens: int
+    hit_rate: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +169,14 @@ class Summary:
     why_no_steps: str
     #: what was recorded inside the engine cores; None where nothing was. Without the ledger of blocks
     core: CoreReport | None = None
+    #: which part of a run this is, "" if it is all of it
+    part: str = ""
+    #: what was left out because it is warm-up; None if nothing was
+    left_out: LeftOut | None = None
+    #: the requests by their labels and by their LoRA adapters, those with the most prompt tokens first; empty where no
+    #: request has one
+    by_label: list[GroupRate] = dataclasses.field(default_factory=list)
+    by_lora_name: list[GroupRate] = dataclasses.field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries, numbers and None: what ``json.dumps`` takes. NaN becomes None."""
@@ -160,7 +187,9 @@ def _json_value(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {f.name: _json_value(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
-        return value._asdict() if hasattr(value, "_asdict") else list(value)
+        if hasattr(value, "_asdict"):
+            return {name: _json_value(one) for name, one in value._asdict().items()}
+        return [_json_value(one) for one in value]
     if isinstance(value, list):
         return [_json_value(one) for one in value]
     if isinstance(value, float) and math.isnan(value):

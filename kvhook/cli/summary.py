@@ -15,6 +15,7 @@ class SummaryCommand:
     FILE is a .kvh trace, or the ring of a process (kvhook ls names them). With more than one FILE there is a column
     for each; they may be of different vLLM versions. Which differences are more than chance says kvhook compare.
 
+    What a program marked as warm-up is left out unless --warmup is given; --scope and --label choose a part of a run.
     The exit code is 3 if a condition of --fail-if is true for one of the files, 1 if one of its numbers is not known.
 
     Example:
@@ -36,6 +37,12 @@ class SummaryCommand:
         parser.add_argument(
             "--windows", type=positive, default=0, metavar="N", help="show also how it went, in N windows of equal time"
         )
+        parser.add_argument(
+            "--scope", metavar="NAME", help="only this scope: its name or path, or a kind of call such as generate"
+        )
+        parser.add_argument("--label", metavar="TEXT", help="only the requests with this label")
+        parser.add_argument("--warmup", action="store_true", help="count what is marked as warm-up as well")
+        parser.add_argument("--scopes", action="store_true", help="list the scopes of the run instead")
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -44,8 +51,12 @@ class SummaryCommand:
         from kvhook.trace import open_trace
 
         traces = [open_trace(file) for file in args.files]
-        summaries = [trace.summary() for trace in traces]
-        windows = [trace.windows(args.windows) for trace in traces] if args.windows else []
+        if args.scopes:
+            print("\n".join(str(scope) for trace in traces for scope in trace.scopes) or "this run has no scopes")
+            return 0
+        part = {"scope": args.scope, "label": args.label, "warmup": args.warmup}
+        summaries = [trace.summary(**part) for trace in traces]
+        windows = [trace.select(**part).windows(args.windows) for trace in traces] if args.windows else []
         if args.json:
             plain = [s.as_dict() for s in summaries]
             for one, cut in zip(plain, windows, strict=False):

@@ -70,6 +70,9 @@ def _all(records: Records, path: Path) -> Iterator[Slots]:
             first = layout
             for engine in records.meta["engines"]:
                 yield pack_meta(layout, engine["engine"], engine)
+            events = records.engines.events
+            if events and records.meta["engines"]:
+                yield pack_meta(layout, records.meta["engines"][0]["engine"], {"events": events.as_list()})
         if layout != first:
             raise ExportError(f"{path}: these engines have different columns; a .kvh file holds one set. Use .jsonl")
         yield slots

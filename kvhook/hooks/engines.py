@@ -16,6 +16,7 @@ from kvhook.adapters.step_functions import Counters, StepFunctions
 from kvhook.adapters.table import Adapter, vllm_version
 from kvhook.errors import StatsOffError
 from kvhook.hooks.event_loop import EventLoopRecorder
+from kvhook.hooks.noted import Notes
 from kvhook.hooks.own_step import FirstOutputs, OutputCounts
 from kvhook.hooks.quiet import do_nothing, make_no_stats
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER, RecordedEngine, registry
@@ -212,7 +213,7 @@ def _put_in(
         known.thread = threading.get_ident()
         functions.abort(request)
 
-    methods = request_methods(engine, adapter, add, abort, failed)
+    methods = request_methods(engine, adapter, add, abort, failed, _note_of(engine))
     if blocks is not None:
         methods.append(blocks.method())
     remove_stats = TAPS[adapter.tap](tap)
@@ -223,6 +224,25 @@ def _put_in(
         remove_methods()
 
     known.remove_tap = remove
+
+
+def _note_of(engine: Any) -> Callable[[Any], None]:
+    """What notes the label, the adapter and the prompt's number of each request that is added to an engine."""
+    alive = weakref.ref(engine)
+
+    def codes_of(request_id: Any, lora_name: str) -> tuple[int, int]:
+        owner = registry.owner
+        return (-1, -1) if owner is None else owner.label_request(alive(), request_id, lora_name)
+
+    notes = Notes(codes_of)
+
+    def note(state: Any) -> None:
+        try:
+            notes.take(state)
+        except Exception as error:
+            registry.fault("noting a request's label", error, "this request has none")
+
+    return note
 
 
 def _output_counts(engine: Any) -> OutputCounts | None:

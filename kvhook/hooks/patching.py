@@ -12,9 +12,11 @@ from typing import Any
 import wrapt
 
 from kvhook.adapters import BY_LEVEL, NEWEST
+from kvhook.adapters.calls import MODULE as CALLS
 from kvhook.adapters.fit import choose, is_there
 from kvhook.adapters.settings import Settings
 from kvhook.adapters.table import Adapter, Target, lookup, release, vllm_version
+from kvhook.hooks.calls import patch_calls
 from kvhook.hooks.engines import forget
 from kvhook.hooks.registry import Owner, Patch, PatchedAdapter, registry
 from kvhook.hooks.wrappers import ROLES, around_step
@@ -28,7 +30,7 @@ def arm(owner: Owner, level: str = "full") -> None:
         level: how much is to be recorded, a key of `kvhook.adapters.BY_LEVEL`.
     """
     registry.begin(owner, level)
-    for trigger in dict.fromkeys(a.trigger for a in BY_LEVEL[level]):
+    for trigger in dict.fromkeys([*(a.trigger for a in BY_LEVEL[level]), CALLS]):
         if trigger in sys.modules:
             registry.imported.add(trigger)
         elif trigger not in registry.imports_awaited:
@@ -76,6 +78,8 @@ def _patch_what_is_there() -> None:
         for family in dict.fromkeys(a.family for a in adapters):
             of_family = [a for a in adapters if a.family == family and a.trigger in registry.imported]
             _patch_family([a for a in of_family if is_there(a)])
+        if registry.patched and CALLS in registry.imported:
+            patch_calls()
     except Exception as error:
         owner.fault("patching vLLM", error, "nothing is recorded")
 

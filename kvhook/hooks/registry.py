@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from kvhook import forks
+from kvhook.adapters.calls import Call
 from kvhook.adapters.step_functions import PublishStep, Record, StepFunctions
 from kvhook.adapters.table import Adapter, Target
 from kvhook.hooks.own_step import OutputCounts
@@ -46,6 +47,12 @@ class Owner(Protocol):
 
     def not_counted(self, engine: Any) -> None:
         """Outputs of an engine were recorded whose tokens nobody counted."""
+
+    def label_request(self, engine: Any, request_id: Any, lora_name: str) -> tuple[int, int]:
+        """A request was added. Returns the codes of its label and of its LoRA adapter, -1 where it has none."""
+
+    def begin_call(self, engine: Any, call: Call) -> Callable[[], None]:
+        """A method of ``LLM`` is about to be called. Returns what is to be called when it has returned or raised."""
 
     def close_engine(self, engine_id: int) -> None:
         """The engine is gone. Called from finalizers, so it must not wait for a lock."""

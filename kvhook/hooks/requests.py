@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvhook.adapters.requests import AbortedRequest, aborted_v0, aborted_v1, request_id_of, sample_index_of
+from kvhook.adapters.requests import NOTED, AbortedRequest, aborted_v0, aborted_v1, request_id_of, sample_index_of
 from kvhook.adapters.table import Adapter
+
+_NOTED = tuple(f"kvhook_{name}" for name in NOTED)
 
 Replaced = list[tuple[Any, str, Callable[..., Any]]]
 Add = Callable[[], None]
 Abort = Callable[[AbortedRequest], None]
 Failed = Callable[[Exception], None]
+#: is given vLLM's object for a request that has been added; never raises
+Note = Callable[[Any], None]
 
 
 def sees_requests(engine: Any, adapter: Adapter) -> bool:
@@ -25,7 +29,7 @@ def sees_requests(engine: Any, adapter: Adapter) -> bool:
     return owner is not None and all(hasattr(owner, name) for name in needed)
 
 
-def request_methods(engine: Any, adapter: Adapter, add: Add, abort: Abort, failed: Failed) -> Replaced:
+def request_methods(engine: Any, adapter: Adapter, add: Add, abort: Abort, failed: Failed, note: Note) -> Replaced:
     """The methods to be put into the engine: object, name, function. Empty where requests cannot be seen.
 
     Args:
@@ -34,6 +38,7 @@ def request_methods(engine: Any, adapter: Adapter, add: Add, abort: Abort, faile
         add: is called when a request was added.
         abort: is called with each request that was aborted.
         failed: is called with an error of kvhook's.
+        note: notes what is known of a request that was added (V1).
     """
     if not sees_requests(engine, adapter):
         return []
@@ -41,7 +46,7 @@ def request_methods(engine: Any, adapter: Adapter, add: Add, abort: Abort, faile
         return _of_v0(engine, add, abort, failed)
     processor = engine.output_processor
     replaced: Replaced = [
-        (processor, "add_request", _count_added(processor, add, failed)),
+        (processor, "add_request", _count_added(processor, add, failed, note)),
         (processor, "abort_requests", _abort_v1(processor, abort, failed)),
     ]
     if adapter.level == "full" and hasattr(processor, "_update_stats_from_finished"):
@@ -55,7 +60,7 @@ def _places(engine: Any, adapter: Adapter) -> tuple[Any, str, str]:
     return getattr(engine, "output_processor", None), "add_request", "abort_requests"
 
 
-def _count_added(processor: Any, add: Add, failed: Failed) -> Callable[..., Any]:
+def _count_added(processor: Any, add: Add, failed: Failed, note: Note) -> Callable[..., Any]:
     add_request, states = processor.add_request, processor.request_states
 
     def add_request_and_count(*args: Any, **kwargs: Any) -> Any:
@@ -65,6 +70,8 @@ def _count_added(processor: Any, add: Add, failed: Failed) -> Callable[..., Any]
             # a further piece of a streamed prompt is no new request
             if len(states) > before:
                 add()
+                # the newest is the last: the states are a dictionary
+                note(states[next(reversed(states))])
         except Exception as error:
             failed(error)
         return result
@@ -109,6 +116,8 @@ def _mark_finished(processor: Any, failed: Failed) -> Callable[..., Any]:
                 finished = iteration_stats.finished_requests[-1]
                 finished.kvhook_sample_index = sample_index_of(req_state)
                 finished.kvhook_request_id = request_id_of(req_state)
+                for name in _NOTED:
+                    setattr(finished, name, getattr(req_state, name, -1))
             except Exception as error:
                 failed(error)
         return result

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvhook import forks, hooks
 from kvhook.errors import KvhookError, StatsOffError
-from kvhook.options import HISTORY, RING_SLOTS, Options
+from kvhook.options import HISTORY, RING_SLOTS, LabelOf, Options
 from kvhook.recording.from_environment import completed
 from kvhook.recording.session import Session, lock
 from kvhook.recording.subscription import EVERY, Callback, Subscription
@@ -39,6 +39,7 @@ def install(
     level: str = "full",
     max_overhead: float | None = None,
     core: str = "steps",
+    labels: LabelOf = None,
 ) -> Session:
     """Record every vLLM engine that is made from now on.
 
@@ -62,6 +63,9 @@ def install(
             this process or in one of its own (`Session.core_steps` and others). ``"blocks"``: also every event of every
             KV block (`Session.blocks`), in a file of its own, which takes more. ``"off"``: nothing is done there.
             ``session.cores().why_none`` says so where a vLLM's engine core cannot be recorded.
+        labels: how a request's id tells its label: a separator (``"/"``: the label of ``"agent-7/12"`` is
+            ``"agent-7"``), or a function that is given the id and returns a label, or None for none. Requests that get
+            none by this have that of `kvhook.label`.
 
     With ``KVHOOK=1`` in the environment, ``KVHOOK_TRACE``, ``KVHOOK_LEVEL`` and ``KVHOOK_CORE`` stand for the arguments
     that are left out (`kvhook.recording.from_environment`).
@@ -79,6 +83,7 @@ def install(
         level=level,
         max_overhead=max_overhead,
         core=core,
+        labels=labels,
     )
     options = completed(options)
     with lock:
@@ -204,6 +209,8 @@ def _warn_of_ignored(options: Options, session: Session) -> None:
         ignored["level"] = options.level
     if options.core not in ("steps", session.options.core):
         ignored["core"] = options.core
+    if options.labels not in (None, session.options.labels):
+        ignored["labels"] = options.labels
     if options.max_overhead not in (None, session.options.max_overhead):
         ignored["max_overhead"] = options.max_overhead
     for name, value in ignored.items():

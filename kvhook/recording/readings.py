@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from kvhook.recording.recorder import Recorder
     from kvhook.recording.running import Opened, Running, SoFar
     from kvhook.records.core import CoreRecords
+    from kvhook.records.events import Scope
+    from kvhook.records.part import Interval
     from kvhook.text.summary import PrintedSummary
     from kvhook.text.windows import PrintedWindows
     from kvhook.trace import Trace
@@ -45,6 +47,10 @@ class Readings(abc.ABC):
     @abc.abstractmethod
     def _check_own(self) -> None:
         """Raise if this session belongs to another process."""
+
+    @abc.abstractmethod
+    def _warmups(self) -> Sequence[Interval]:
+        """From when to when the session was warming up so far."""
 
     #: what adds the run up, as soon as somebody needs it
     _running: dict[str, Running]
@@ -94,14 +100,30 @@ class Readings(abc.ABC):
         trace.of_session = self.cores
         return trace
 
-    def summary(self, engine: int | None = None) -> PrintedSummary:
-        """The run so far in numbers: ``print`` it for people, ``.as_dict()`` for programs. It is added up while the
-        engine works, so that it takes about as long after ten million steps as after a thousand."""
+    def summary(
+        self,
+        engine: int | None = None,
+        *,
+        scope: str | int | Scope | None = None,
+        label: str | None = None,
+        warmup: bool = False,
+    ) -> PrintedSummary:
+        """The run so far in numbers: ``print`` it for people, ``.as_dict()`` for programs. Warm-up is left out, which
+        the summary says. It is added up while the engine works, so that it takes about as long after ten million steps
+        as after a thousand; the summary of a scope or a label reads the run. For the arguments see
+        `kvhook.Trace.summary`."""
+        from kvhook.analysis.summarize import account_of
         from kvhook.recording.running import summary_so_far
+        from kvhook.records.part import outside
 
         self._check_own()
-        core = self._core_side.account()
-        return self.ask(lambda so_far: summary_so_far(so_far, engine, core)) or self.trace().summary(engine)
+        if scope is None and label is None:
+            left = [] if warmup else self._warmups()
+            core = account_of(self.cores().part(outside(left))) if left else self._core_side.account()
+            found = self.ask(lambda so_far: summary_so_far(so_far, engine, core, warmup=warmup))
+            if found is not None:
+                return found
+        return self.trace().summary(engine, scope=scope, label=label, warmup=warmup)
 
     def windows(self, count: int, engine: int | None = None) -> PrintedWindows:
         """The run so far in so many windows of equal time, see `kvhook.Trace.windows`."""
@@ -116,7 +138,7 @@ class Readings(abc.ABC):
         from kvhook.recording.running import Running
 
         # no lock: the spool's thread asks as well, and `close` waits for it while it holds one
-        return self._running.get("it") or self._running.setdefault("it", Running(self._opened))
+        return self._running.get("it") or self._running.setdefault("it", Running(self._opened, self._warmups))
 
     def _keep_up(self) -> None:
         """Add up what has come since; the spool's thread calls it now and then."""

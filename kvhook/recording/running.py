@@ -6,9 +6,10 @@ whoever asks takes in the rest.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,8 +17,12 @@ import numpy as np
 
 from kvhook.analysis.core_report import CoreReport
 from kvhook.analysis.summarize import summary_of
+from kvhook.analysis.summary import LeftOut
 from kvhook.analysis.totals import Totals
+from kvhook.recording.measured import Measured
 from kvhook.records.engines import Engines
+from kvhook.records.part import Interval
+from kvhook.records.selection import warmups
 from kvhook.records.sources import FileSlots
 from kvhook.records.tables import Records
 from kvhook.text.summary import PrintedSummary, printed
@@ -34,11 +39,12 @@ Opened = tuple[list[Path], list[int], dict[int, dict[str, int]]]
 class _File:
     """A trace file, and what has been taken in of it."""
 
-    def __init__(self, path: Path, fd: int) -> None:
+    def __init__(self, path: Path, fd: int, warmups: Callable[[], Sequence[Interval]]) -> None:
         self.source = FileSlots(path, fd)
         self.engines = Engines()
         self.engines.begin(self.source)
         self.totals = Totals(runs=True)
+        self.measured = Measured(self.totals, warmups)
         self._taken = 0
 
     def take(self) -> None:
@@ -47,7 +53,9 @@ class _File:
         for slots in self.source.chunks(self._taken, CHUNK_BYTES):
             self._taken += len(slots)
             with np.errstate(all="ignore"):
-                self.totals.take(self.engines.take(slots), self.source.layout)
+                usable = self.engines.take(slots)
+                self.measured.take(usable, self.source.layout)
+                self.totals.take(usable, self.source.layout)
 
 
 class SoFar(NamedTuple):
@@ -55,11 +63,23 @@ class SoFar(NamedTuple):
 
     totals: Totals
     run: Records
+    #: the totals without warm-up, and how many steps are left out
+    measured: Totals
+    left_out: int
 
 
-def summary_so_far(so_far: SoFar, engine: int | None, core: CoreReport | None = None) -> PrintedSummary | None:
+def summary_so_far(
+    so_far: SoFar, engine: int | None, core: CoreReport | None = None, *, warmup: bool = False
+) -> PrintedSummary | None:
     """The summary of a run so far; None if only reading it can give one."""
-    return printed(summary_of(so_far.totals, so_far.run, engine, core)) if so_far.totals.exact else None
+    if warmup or not so_far.left_out:
+        totals, left_out = so_far.totals, None
+    else:
+        names = tuple(dict.fromkeys(scope.path for scope in warmups(so_far.run.scopes)))
+        totals, left_out = so_far.measured, LeftOut(so_far.left_out, names)
+    if not totals.exact:
+        return None
+    return printed(dataclasses.replace(summary_of(totals, so_far.run, engine, core), left_out=left_out))
 
 
 class Running:
@@ -67,10 +87,11 @@ class Running:
 
     Args:
         opened: gives the files that there are at the moment; see `Opened`.
+        warmups: gives from when to when the session was warming up so far.
     """
 
-    def __init__(self, opened: Callable[[], Opened]) -> None:
-        self._opened = opened
+    def __init__(self, opened: Callable[[], Opened], warmups: Callable[[], Sequence[Interval]] = list) -> None:
+        self._opened, self._warmups = opened, warmups
         self._lock = threading.Lock()
         self._files: dict[Path, _File] = {}
 
@@ -94,13 +115,15 @@ class Running:
             for file in files:
                 engines.add(file.engines)
             if len(files) == 1:
-                totals = files[0].totals
+                totals, measured = files[0].totals, files[0].measured.totals
             else:
-                totals = Totals()
+                totals, measured = Totals(), Totals()
                 for file in files:
                     totals.add(file.totals)
+                    measured.add(file.measured.totals)
             run = Records([file.source for file in files], name, more, counts, engines=engines)
-            return question(SoFar(totals, run))
+            left_out = sum(file.measured.left_out for file in files)
+            return question(SoFar(totals, run, measured, left_out))
 
     def _take(self) -> dict[int, dict[str, int]]:
         paths, opened, counts = self._opened()
@@ -110,7 +133,7 @@ class Running:
                 os.close(fd)
                 files[path] = self._files[path]
             else:
-                files[path] = _File(path, fd)
+                files[path] = _File(path, fd, self._warmups)
             files[path].take()
         self._files = files  # those that have fallen out of a bounded history are forgotten
         return counts

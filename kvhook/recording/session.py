@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import multiprocessing
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from kvhook.faults import Faults
 from kvhook.recording import own_files
 from kvhook.recording.budget import OverheadMonitor, probe_of
 from kvhook.recording.core_side import CoreSide
+from kvhook.recording.notebook import Notebook, check_name
 from kvhook.recording.overhead import call_overhead_ns
 from kvhook.recording.own_steps import OwnSteps
 from kvhook.recording.plan import plan_engine
@@ -37,11 +39,14 @@ from kvhook.ring.place import find_directory, history_root, process_start
 from kvhook.ring.trace_file import TRACE_SUFFIX
 
 if TYPE_CHECKING:
+    from kvhook.adapters.calls import Call
     from kvhook.adapters.step_functions import Counters, StepFunctions
     from kvhook.adapters.table import Adapter
     from kvhook.options import Options
     from kvhook.recording.budget import Level
     from kvhook.recording.running import Opened, Running
+    from kvhook.records.events import Scope
+    from kvhook.records.part import Interval
 
 log = logging.getLogger("kvhook")
 
@@ -98,7 +103,8 @@ class Session(Readings):
         self._core_side = CoreSide(options, self._ring_dir)
         #: what adds the run up, as soon as somebody needs it
         self._running: dict[str, Running] = {}
-        self._spool = Spool(self._next_files, options.history_bytes, self._faults.fault, self._keep_up)
+        self._notebook = Notebook(self._write_events, options.labels, self._core_side.request_key)
+        self._spool = Spool(self._next_files, options.history_bytes, self._faults.fault, self._keep_up, self._notebook)
         self._own_steps = OwnSteps(self._spool.write_meta_again)
         self._call_overhead_ns = 0
 
@@ -123,6 +129,9 @@ class Session(Readings):
             return self._spool.open()
         except OSError as error:
             raise KvhookError(f"what was recorded is gone: {error.filename}: {error.strerror}") from None
+
+    def _warmups(self) -> Sequence[Interval]:
+        return self._notebook.warmups()
 
     def _check_own(self) -> None:
         if self.belongs_to_parent:
@@ -200,7 +209,7 @@ class Session(Readings):
                 log.warning("kvhook: nothing was recorded: %s", why)
             for recorder in self._recorders.values():
                 recorder.close()
-            self._closed = True
+            self._closed = self._notebook.closed = True
 
     def stop_measuring(self) -> None:
         """Take out of the engines what waits for their next step in order to measure it."""
@@ -229,6 +238,38 @@ class Session(Readings):
     def __repr__(self) -> str:
         state = "closed" if self._closed else "recording"
         return f"<kvhook.Session {state}: {self._next_number} engines, {len(self._faults.counts)} faults>"
+
+    def scope(self, name: str, *, warmup: bool | None = None) -> contextlib.AbstractContextManager[Scope]:
+        """Give a part of the run a name: what happens inside the ``with`` block.
+
+        >>> with session.scope("warm-up"):
+        ...     outputs = llm.generate(prompts[:4], params)
+        >>> with session.scope("A"):
+        ...     outputs = llm.generate(prompts, params)
+        >>> print(session.summary(scope="A"))
+
+        Scopes may lie in each other, and a name may come again: then all of its blocks are meant. Each call of
+        ``LLM.generate``, ``chat``, ``embed`` and so on is a scope without being asked: ``"generate-0"``,
+        ``"generate-1"``; ``"generate"`` means all of them. A step belongs to a scope if it ended inside of it.
+
+        Args:
+            name: what to call it.
+            warmup: whether a summary leaves it out unless it is asked for. By default it does so if the name is
+                ``"warm-up"`` or ``"warmup"``.
+
+        Raises:
+            KvhookError: the name is none.
+        """
+        return self._notebook.scope(check_name(name), warmup)
+
+    @property
+    def scopes(self) -> list[Scope]:
+        """The scopes so far, in the order in which they began, see `kvhook.Trace.scopes`."""
+        return self.trace().scopes
+
+    def _write_events(self) -> None:
+        if not self._closed:
+            self._spool.write_events()
 
     def arm_core(self) -> None:
         """Record the engine cores that are made from now on, if they are to be recorded."""
@@ -354,6 +395,15 @@ class Session(Readings):
 
     def _probe_failed(self, error: Exception) -> None:
         self.fault("measuring what vLLM's stats take", error, "it is not measured any more")
+
+    def label_request(self, engine: Any, request_id: Any, lora_name: str) -> tuple[int, int]:
+        """A request was added; see `kvhook.hooks.Owner`."""
+        recorder = next(iter(self._recorders_of.get(id(engine), ())), None)
+        return self._notebook.label_request(-1 if recorder is None else recorder.number, request_id, lora_name)
+
+    def begin_call(self, engine: Any, call: Call) -> Callable[[], None]:
+        """A method of ``LLM`` is about to be called; see `kvhook.hooks.Owner`."""
+        return self._notebook.begin_call(self.engine_numbers(engine), call)
 
     def close_engine(self, engine_id: int) -> None:
         """An engine was deleted; see `kvhook.hooks.Owner`. Finalizers call it, so it must not wait for a lock."""

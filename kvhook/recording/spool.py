@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -32,6 +32,9 @@ BATCH = 4096
 #: So many records make it worth while to add them up.
 KEEP_UP = 4096
 
+#: Seconds between two readings of the clocks in a trace.
+CLOCK_EVERY = 10.0
+
 _WRITING, _THEN = "writing the trace", "records are counted as lost until it can be written again"
 
 
@@ -49,6 +52,16 @@ def next_pause(taken: int, seconds: float, capacity: int, last: float) -> float:
     return max(SHORTEST, min(capacity / 8 * seconds / taken, 2 * last, LONGEST))
 
 
+def read_clocks() -> tuple[int, int]:
+    """The monotonic clock and the time since 1970 of one moment, in nanoseconds: of three readings the closest."""
+    readings = []
+    for _ in range(3):
+        before, real, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        readings.append((after - before, before + (after - before) // 2, real))
+    _, monotonic, real = min(readings)
+    return monotonic, real
+
+
 class Recorded(Protocol):
     """What the spool needs of a recorder: the number of its engine, facts about it, and its ring."""
 
@@ -58,6 +71,23 @@ class Recorded(Protocol):
 
     def close(self) -> None:
         """Mark the ring closed."""
+
+
+class Notes(Protocol):
+    """What is written beside the records, see `kvhook.recording.notebook.Notebook`."""
+
+    @property
+    def due(self) -> bool:
+        """Whether something waits to be written."""
+
+    def take(self) -> list[list[Any]]:
+        """What waits to be written; it is the caller's now."""
+
+    def put_back(self, events: Sequence[list[Any]]) -> None:
+        """What could not be written."""
+
+    def everything(self) -> list[list[Any]]:
+        """What a new file begins with."""
 
 
 class _Engine(NamedTuple):
@@ -76,6 +106,7 @@ class Spool:
         limit: bytes on disk, above which the oldest part is dropped and counted; None for no limit.
         fault: is called with errors (where, error, what happens then). None is raised: the thread goes on.
         keep_up: is called by the thread when `KEEP_UP` records have come since it was called last.
+        notes: what is written beside the records.
     """
 
     def __init__(
@@ -84,7 +115,11 @@ class Spool:
         limit: int | None,
         fault: Callable[[str, BaseException, str], None],
         keep_up: Callable[[], None] | None = None,
+        notes: Notes | None = None,
     ) -> None:
+        self._notes = notes
+        #: when both clocks were written last
+        self._clock_read = 0
         self._keep_up, self._behind = keep_up, 0
         self._new_paths = new_paths
         self._limit = limit
@@ -175,6 +210,7 @@ class Spool:
     def drain(self) -> int:
         """Bring the files up to date; returns the number of records that were copied."""
         with self._lock:
+            self._write_notes()
             self._close_retired()
             taken = 0
             for number, engine in self._engines.items():
@@ -184,7 +220,55 @@ class Spool:
                         self._write_due_meta(number, self._file_for(engine.recorder.ring.layout))
                     except OSError as error:
                         self._fault(_WRITING, error, _THEN)
-            return taken
+            if taken:
+                self._write_clock()
+        self.write_events()  # what came meanwhile
+        return taken
+
+    def write_events(self) -> None:
+        """Write what waits to be written beside the records. Waits for nothing: if another thread writes at this
+        moment, that thread writes it."""
+        while self._notes is not None and self._notes.due and self._files and self._lock.acquire(blocking=False):
+            try:
+                if not self._write_notes():
+                    return
+            finally:
+                self._lock.release()
+
+    def _write_notes(self) -> bool:
+        """Write what waits beside the records, to the newest file of each kind. False if it could not be written."""
+        events = self._notes.take() if self._notes is not None and self._files else []
+        if not events:
+            return True
+        try:
+            for file in self._newest():
+                file.append_meta(file.engine, {"events": events})
+        except OSError as error:
+            assert self._notes is not None
+            self._notes.put_back(events)
+            self._fault(_WRITING, error, _THEN)
+            return False
+        return True
+
+    def _newest(self) -> list[TraceWriter]:
+        """The files that are written to: of each layout the last."""
+        found: list[TraceWriter] = []
+        for file in reversed(self._files):
+            if not any(file.layout == other.layout for other in found):
+                found.append(file)
+        return found
+
+    def _write_clock(self) -> None:
+        """Write what both clocks show, now and then: the one that is recorded, and the time since 1970."""
+        now = time.monotonic_ns()
+        if now - self._clock_read < CLOCK_EVERY * 1e9:
+            return
+        try:
+            for file in self._newest():
+                file.append_meta(file.engine, {"events": [["clock", *read_clocks()]]})
+            self._clock_read = now
+        except OSError as error:
+            self._fault(_WRITING, error, _THEN)
 
     def paths(self) -> list[Path]:
         """The files, oldest first."""
@@ -218,6 +302,9 @@ class Spool:
         with self._lock:
             for number in list(self._engines):
                 self._drain_finally(number)
+            self._write_notes()
+            self._clock_read = 0
+            self._write_clock()
             for file in self._files:
                 try:
                     file.close()
@@ -311,10 +398,13 @@ class Spool:
         file = self._create(layout, meta | {"pid_namespace": pid_namespace()})
         self._made += 1
         self._files.append(file)
+        file.engine = min((n for n, e in self._engines.items() if e.recorder.ring.layout == layout), default=0)
         self._meta_due |= {number for number, e in self._engines.items() if e.recorder.ring.layout == layout}
         for number in sorted(self._meta_due):
             if number in self._engines and self._engines[number].recorder.ring.layout == layout:
                 self._write_due_meta(number, file)
+        if self._notes is not None and (events := self._notes.everything()):
+            file.append_meta(file.engine, {"events": events})
         return file
 
     def _create(self, layout: Layout, meta: dict[str, Any]) -> TraceWriter:

@@ -7,6 +7,7 @@ process. What its trace does not hold yet is read from the ring.
 from __future__ import annotations
 
 import contextlib
+import copy
 import glob
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,11 +28,13 @@ from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.records.block_lives import block_lives, prefixes
 from kvhook.records.columns import Table
 from kvhook.records.engines import Engines
+from kvhook.records.part import Interval, inside
 from kvhook.records.sources import ArraySlots, FileSlots, LaterSlots, SlotSource, usable
 from kvhook.ring.layout import FIELDS_AT
 from kvhook.ring.reader import RingReader
 from kvhook.ring.slots import fields_of, slot_head
 from kvhook.ring.trace_file import TRACE_SUFFIX
+from kvhook.schema import META
 
 if TYPE_CHECKING:
     from kvhook.ring.layout import Kinds, Layout
@@ -73,6 +76,8 @@ class CoreRecords:
         self.name = name
         self._ledgers = [list(sources) for sources in ledgers]
         self._cores = [list(sources) for sources in cores]
+        self._intervals: list[Interval] | None = None
+        self._steps_of_part: dict[int, Any] = {}
         self.facts: list[dict[str, Any]] = []
         self.absent: dict[str, str] = {}
         self.lost = 0
@@ -101,7 +106,49 @@ class CoreRecords:
             size = int(self.facts[number].get("block_size") or 0)
             for source in sources:
                 for slots in source.chunks():
-                    take(number, slots[usable(slots, CORE_KINDS)], source.layout, size)
+                    slots = slots[usable(slots, CORE_KINDS)]
+                    take(number, self._of_part(number, slots, source.layout), source.layout, size)
+
+    def part(self, intervals: Sequence[Interval]) -> CoreRecords:
+        """Only the steps that ended in one of these intervals of the monotonic clock, and what belongs to them."""
+        part = copy.copy(self)
+        part._intervals = list(intervals)  # noqa: SLF001 (of this very class)
+        part._steps_of_part = {}  # noqa: SLF001
+        return part
+
+    def _of_part(self, core: int, slots: Slots, layout: Layout) -> Slots:
+        """Those of some usable slots of a core that belong to steps of this part."""
+        if self._intervals is None:
+            return slots
+        keep = np.zeros(len(slots), np.bool_)
+        kinds = slot_head(slots)["kind"]
+        for kind, (code, _) in CORE_KINDS.items():
+            at = (kinds == code).nonzero()[0]
+            if code != META and len(at):
+                fields = fields_of(slots[at], layout.columns[kind])
+                number = fields["finished_step" if kind == "core_request" else "step"]
+                keep[at] = np.isin(number, self._chosen(core))
+        return slots[keep]
+
+    def _chosen(self, core: int) -> Any:
+        """The numbers of the steps of a core that are in this part."""
+        if core not in self._steps_of_part:
+            whole = copy.copy(self)
+            whole._intervals = None  # noqa: SLF001 (of this very class)
+            steps = whole.steps(core)
+            ended = np.where(steps["t_end_ns"] >= 0, steps["t_end_ns"], steps["t_scheduled_ns"])
+            self._steps_of_part[core] = steps["step"][inside(ended, self._intervals or ())]
+        return self._steps_of_part[core]
+
+    def _only_chosen(self, table: Table) -> Table:
+        """The rows of a table that belong to steps of this part."""
+        if self._intervals is None:
+            return table
+        keep = np.zeros(len(table), np.bool_)
+        for core in np.unique(table["core"]).tolist():
+            mine = table["core"] == core
+            keep[mine] = np.isin(table["step"][mine], self._chosen(core))
+        return table[keep]
 
     def steps(self, core: int | None = None) -> Table:
         """One row per step of an engine core: the columns of `kvhook.core_schema.CORE_STEP_FIELDS`, and ``core``."""
@@ -134,7 +181,7 @@ class CoreRecords:
                 for name, _, _ in BLOCK_EVENT_FIELDS:
                     part[name] = _text(raw[name], BLOCK_EVENTS) if name == "event" else raw[name]
                 parts.append(part)
-        return np.concatenate(parts)
+        return self._only_chosen(np.concatenate(parts))
 
     def block_events(self, core: int) -> Iterator[Table]:
         """The events of one core as they are stored, piece by piece: `BLOCK_EVENT_FIELDS`, with the events' codes."""
@@ -197,7 +244,7 @@ class CoreRecords:
     def _slots(self, core: int, code: int) -> Iterator[tuple[Slots, Layout]]:
         for source in self._cores[core]:
             for slots in source.chunks():
-                slots = slots[usable(slots, CORE_KINDS)]
+                slots = self._of_part(core, slots[usable(slots, CORE_KINDS)], source.layout)
                 yield slots[slot_head(slots)["kind"] == code], source.layout
 
 

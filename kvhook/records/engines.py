@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvhook.facts import clean_facts
+from kvhook.records.events import Events
 from kvhook.records.sources import SlotSource, usable
 from kvhook.ring.layout import BODY_AT, FIELDS_AT, Kinds, make_layout
 from kvhook.ring.slots import fields_of, slot_head
@@ -30,10 +31,12 @@ class Engines:
 
     Attributes:
         damaged: slots that hold no usable record.
+        events: what happened beside the steps: scopes, labels, clock readings.
     """
 
     def __init__(self, after: Mapping[int, int] | None = None, kinds: Kinds = KINDS) -> None:
         self.damaged = 0
+        self.events = Events()
         self._kinds = kinds
         self._after = after
         self._facts: dict[int, dict[str, Any]] = {}
@@ -75,6 +78,7 @@ class Engines:
     def add(self, later: Engines) -> None:
         """Take in what a later part of the run has told; that stays as it is."""
         self.damaged += later.damaged
+        self.events.add(later.events)
         for engine, facts in later._facts.items():
             self.add_facts(engine, facts)
         for engine, span in later._numbers.items():
@@ -88,6 +92,16 @@ class Engines:
         """Of a later part of a run: leave out the engines that did nothing in it."""
         if self._after is not None:
             self._facts = {engine: facts for engine, facts in self._facts.items() if engine in self._numbers}
+
+    def only(self, numbers: Iterable[int]) -> Engines:
+        """Some of these engines, with all that is known of them."""
+        part = Engines(kinds=self._kinds)
+        part.damaged, part.events = self.damaged, self.events
+        for engine in numbers:
+            part._facts[engine] = self._facts.get(engine, {})
+            if engine in self._numbers:
+                part._numbers[engine] = self._numbers[engine]
+        return part
 
     def _count(self, engines: npt.NDArray[np.int32], n: npt.NDArray[np.int64]) -> None:
         """Add to the lowest number, the highest, and the count of records of each engine."""
@@ -129,7 +143,9 @@ class Engines:
         parts.append(slot[begin : begin + int(np.clip(fields["nbytes"], 0, layout.meta_bytes_per_slot))].tobytes())
         if len(parts) == fields["parts"]:
             try:
-                self.add_facts(engine, clean_facts(json.loads(b"".join(parts))))
+                facts = clean_facts(json.loads(b"".join(parts)))
+                self.events.take(facts.pop("events", None))
+                self.add_facts(engine, facts)
             except (ValueError, RecursionError):
                 self.damaged += len(parts)
             parts.clear()

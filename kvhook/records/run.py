@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from kvhook.errors import TraceFormatError
 from kvhook.facts import NEEDED_COLUMNS
+from kvhook.records.clock import Clock, Ints
 from kvhook.records.engines import Engines
+from kvhook.records.events import Events, Scope, described
 from kvhook.records.sources import SlotSource
 from kvhook.ring.layout import Column, Header, make_layout
+
+_BEGAN_AND_ENDED = (Scope._fields.index("began_ns"), Scope._fields.index("ended_ns"))
 
 
 class Run:
@@ -22,6 +28,8 @@ class Run:
         facts: the same for single engines, by their number.
         after: of a part of a run, engine -> the last record before the part; see `Engines`.
         engines: what the slots tell of the engines, where that is known already; it is taken over.
+        events: scopes and names beside those that the slots tell.
+        clocks: engine -> its clock, where the engines come from several machines or processes.
 
     Attributes:
         sources: as given.
@@ -38,6 +46,8 @@ class Run:
         facts: Mapping[int, Mapping[str, Any]] | None = None,
         after: Mapping[int, int] | None = None,
         engines: Engines | None = None,
+        events: Events | None = None,
+        clocks: Mapping[int, Clock] | None = None,
     ) -> None:
         for source in sources:
             if "step" not in source.layout.columns:
@@ -52,6 +62,9 @@ class Run:
         self._more, self._more_facts, self._after = dict(more or {}), dict(facts or {}), after
         self._engines: Engines | None = None
         self._meta: dict[str, Any] = {}
+        self._scopes: list[Scope] | None = None
+        self._clock: Clock | None = None
+        self._clocks, self._more_events = dict(clocks or {}), events
         if engines is not None:
             self._found(engines)
 
@@ -69,6 +82,8 @@ class Run:
         if self._engines is None:
             for engine, known in self._more_facts.items():
                 engines.add_facts(engine, known)
+            if self._more_events is not None:
+                engines.events.add(self._more_events)
             engines.leave_out_idle()
             self._engines = engines
         return self._engines
@@ -79,6 +94,43 @@ class Run:
         if not self._meta:
             self._meta = self._describe() | self._more
         return self._meta
+
+    @property
+    def clock(self) -> Clock:
+        """The monotonic clock of this run and the time since 1970."""
+        if self._clock is None:
+            headers = [s.header for s in self.sources if s.header is not None]
+            readings = {header.monotonic_ns: header.realtime_ns for header in headers}
+            self._clock = Clock(readings | self.engines.events.clocks)
+        return self._clock
+
+    @property
+    def scopes(self) -> list[Scope]:
+        """The scopes of the run, in the order in which they began: ``with session.scope(...)`` blocks, and the calls of
+        ``LLM.generate`` and the like."""
+        if self._scopes is None:
+            scopes = described(self.engines.events.scopes.values())
+            engines = np.array([s.engines[0] if s.engines else -1 for s in scopes], np.int64)
+            began, ended = (
+                self.unix(engines, np.array([s[at] for s in scopes], np.int64)).tolist() for at in _BEGAN_AND_ENDED
+            )
+            self._scopes = [
+                s._replace(began_unix_ns=b, ended_unix_ns=e) for s, b, e in zip(scopes, began, ended, strict=True)
+            ]
+        return self._scopes
+
+    def unix(self, engines: Ints, ns: Ints) -> Ints:
+        """Monotonic nanoseconds of these engines as nanoseconds since 1970; -1 where they are not known."""
+        out = self.clock.unix(ns)
+        for engine, clock in self._clocks.items():
+            mine = engines == engine
+            if mine.any():
+                out[mine] = clock.unix(ns[mine])
+        return out
+
+    def names(self, column: str) -> dict[int, str]:
+        """What the codes of a column of `kvhook.schema.NAMES` mean."""
+        return self.engines.events.names[column]
 
     @property
     def damaged(self) -> int:
@@ -116,4 +168,8 @@ class Run:
             "damaged": self.engines.damaged,
             "monotonic_ns": clocks[0][0] if clocks else 0,
             "realtime_ns": clocks[0][1] if clocks else 0,
+            "clock_drift_ns": self.clock.drift_ns,
+            "scopes": [scope._asdict() for scope in self.scopes],
+            "labels": list(self.names("label").values()),
+            "part": "",
         }

@@ -15,7 +15,7 @@ from kvhook.ring.frames import Frame, frames_of, read_frame
 from kvhook.ring.layout import Header, Kinds, Layout
 from kvhook.ring.slots import CHUNK_BYTES, slot_head, whole
 from kvhook.ring.trace_file import read_header
-from kvhook.schema import KINDS, META
+from kvhook.schema import KINDS, META, REQUEST
 
 if TYPE_CHECKING:
     from kvhook.ring.slots import Bools, Slots
@@ -125,19 +125,31 @@ class ArraySlots(SlotSource):
 
 
 class RenumberedSlots(SlotSource):
-    """A source of one run among the sources of others: its engines get other numbers, and its facts are left out."""
+    """A source of one run among the sources of others: its engines get other numbers, and its facts are left out.
 
-    def __init__(self, source: SlotSource, first_engine: int) -> None:
+    Args:
+        source: the source.
+        first_engine: what is added to the numbers of its engines.
+        codes: column of `kvhook.schema.NAMES` -> what is added to its codes.
+    """
+
+    def __init__(self, source: SlotSource, first_engine: int, codes: Mapping[str, int]) -> None:
         super().__init__(source.layout, source.header)
         self._source = source
-        self._first_engine = first_engine
+        self._first_engine, self._codes = first_engine, codes
 
     def chunks(self) -> Iterator[Slots]:
         """Copies of the usable slots, with the new numbers."""
         for slots in self._source.chunks():
             slots = slots[usable(slots)]
             slots = slots[slot_head(slots)["kind"] != META].copy()  # the facts have been read already
-            slot_head(slots)["engine"] += self._first_engine
+            head = slot_head(slots)
+            head["engine"] += self._first_engine
+            requests = head["kind"] == REQUEST
+            for column in self.layout.columns["request"] if requests.any() else ():
+                if self._codes.get(column.name):
+                    codes = slots[:, column.offset : column.offset + 8].view("<i8")[:, 0]
+                    codes[requests & (codes >= 0)] += self._codes[column.name]
             yield slots
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,7 @@ from kvhook.records.run import Run
 from kvhook.records.sources import usable
 from kvhook.ring.layout import FIELDS_AT, Layout
 from kvhook.ring.slots import fields_of, slot_head
-from kvhook.schema import FINISH_REASONS, KINDS, VALUE_SERIES, VALUES, blank
+from kvhook.schema import FINISH_REASONS, KINDS, NAMES, VALUE_SERIES, VALUES, blank
 
 if TYPE_CHECKING:
     from kvhook.ring.slots import Slots
@@ -162,11 +162,12 @@ class Records(Run):
     def table(self, slots: Slots, layout: Layout, kind: str) -> Table:
         """Raw slots of one kind as the structured array that `steps` and `requests` give."""
         out = np.empty(len(slots), self._types(kind, None))
-        _fill(out, slots, layout, kind)
+        _fill(out, slots, layout, kind, self.names)
         return out
 
     def _types(self, kind: str, columns: Sequence[str] | None) -> list[tuple[str, str]]:
         there = {"engine": "<i8"} | {c.name: "U12" if c.enum else c.type for c in self.columns(kind)}
+        there |= {name: f"U{_longest(self.names(name))}" for name in there.keys() & set(NAMES) if kind == "request"}
         if columns is None:
             return list(there.items())
         for name in columns:
@@ -193,7 +194,7 @@ class Records(Run):
                 known = fields_of(slots, layout.columns[kind])["has_scheduler_stats"] == 1
                 slots = slots[known]
             begin, end = end, end + len(slots)
-            _fill(out[begin:end], slots, layout, kind)
+            _fill(out[begin:end], slots, layout, kind, self.names)
         out.resize(end, refcheck=False)
         return out
 
@@ -207,18 +208,36 @@ class Records(Run):
                 yield slots[mine], layout
 
 
-def _fill(out: Table, slots: Slots, layout: Layout, kind: str) -> None:
-    """Fill the columns of a table from raw slots of one kind; what these do not hold is blank."""
+def _fill(out: Table, slots: Slots, layout: Layout, kind: str, names: Callable[[str], Mapping[int, str]]) -> None:
+    """Fill the columns of a table from raw slots of one kind; what these do not hold is blank.
+
+    Args:
+        names: gives what the codes of a column of `NAMES` mean.
+    """
     stored = {c.name: c for c in layout.columns[kind]}
     fields = fields_of(slots, layout.columns[kind])
     blanks = {f.name: float(blank(f)) for f in KINDS[kind][1]}
     for name in out.dtype.names or ():
         if name == "engine":
             out[name] = slot_head(slots)["engine"]
+        elif name in NAMES and kind == "request":
+            out[name] = name_texts(fields[name], names(name)) if name in stored else ""
         elif name in stored:
             out[name] = reason_texts(fields[name]) if stored[name].enum else fields[name]
         else:
             out[name] = blanks.get(name, 0)
+
+
+def _longest(names: Mapping[int, str]) -> int:
+    """Characters that a column of names needs; a code whose name is not there is a number of up to 20."""
+    return max(20, *map(len, names.values())) if names else 20
+
+
+def name_texts(codes: npt.NDArray[np.int64], names: Mapping[int, str]) -> npt.NDArray[np.str_]:
+    """Codes of a column of `NAMES` as text: "" for -1, the number itself where the name is not there."""
+    different, where = np.unique(codes, return_inverse=True)
+    texts = ["" if code < 0 else names.get(code, str(code)) for code in different.tolist()]
+    return np.array(texts, f"U{_longest(names)}")[where]
 
 
 def reason_texts(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:

@@ -86,6 +86,8 @@ class TraceWriter:
             path.unlink(missing_ok=True)
             raise
         self.header_bytes = self.size = len(header)
+        #: an engine whose records are in here: what is written about the whole run is written as being about it
+        self.engine = 0
 
     @property
     def slots(self) -> int:

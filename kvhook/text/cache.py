@@ -41,6 +41,22 @@ def cache_lines(s: Summary) -> Iterator[Line]:
         yield "multi-modal", f"hit rate {percent(s.mm_cache_hit_rate)} of the processor cache: {items}"
 
 
+#: Labels and adapters that are listed.
+MOST_GROUPS = 8
+
+
+def group_lines(s: Summary) -> Iterator[Line]:
+    """The hit rates of requests by their labels and by their LoRA adapters."""
+    for title, groups, none in (("labels", s.by_label, "without a label"), ("LoRA", s.by_lora_name, "no adapter")):
+        for i, group in enumerate(groups[:MOST_GROUPS]):
+            found = f"{count(group.num_cached_tokens)} of {group.num_prompt_tokens:,} prompt tokens cached"
+            known = "cached tokens not known" if group.num_cached_tokens is None else found
+            number = f"{group.requests:,} request{'s' * (group.requests != 1)}"
+            yield title * (not i), f"{group.name or none}: {percent(group.hit_rate)}, {known}, {number}"
+        if len(groups) > MOST_GROUPS:
+            yield "", f"and {len(groups) - MOST_GROUPS} more"
+
+
 def _usage(s: Summary, size: str) -> str:
     if s.kv_cache_usage_peak is None:
         reason = s.not_recorded.get("kv_cache_usage_peak") or s.absent.get("kv_cache_usage", "no step brought stats")
@@ -99,14 +115,18 @@ def _engines(s: Summary) -> Iterator[Line]:
 def _prefix(s: Summary) -> str:
     if s.prefix_caching is False:
         return "off (enable_prefix_caching=False): no hit rate"
-    if s.prefix_cache_queries is None:
+    if s.prefix_cache_queries is None and s.prefix_cache_hit_rate is None:
         return f"not known: {s.absent.get('prefix_cache_queries', 'no reason given')}"
     if s.prefix_cache_hit_rate is None:
         return "no look-ups yet"
-    return (
-        f"hit rate {percent(s.prefix_cache_hit_rate)} of this run: {s.prefix_cache_hits:,} of "
-        f"{s.prefix_cache_queries:,} tokens"
-    )
+    if s.prefix_cache_hits is None:
+        return (
+            f"hit rate {percent(s.prefix_cache_hit_rate)} of these requests: {count(s.num_prompt_tokens_cached)} of "
+            f"{count(s.num_prompt_tokens)} prompt tokens cached"
+        )
+    of = "part" if s.part else "run"
+    found = f"{s.prefix_cache_hits:,} of {s.prefix_cache_queries:,} tokens"
+    return f"hit rate {percent(s.prefix_cache_hit_rate)} of this {of}: {found}"
 
 
 def _more_on_look_ups(s: Summary) -> Iterator[Line]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from kvhook.analysis.accounts import Account
 from kvhook.analysis.distribution import Distribution
-from kvhook.analysis.summary import Summary
+from kvhook.analysis.summary import LeftOut, Summary
 from kvhook.records.levels import tokens_are_known
-from kvhook.text.cache import cache_lines
+from kvhook.text.cache import cache_lines, group_lines
 from kvhook.text.core_report import LIMITS, again
 from kvhook.text.numbers import count, percent, rate, seconds
 
@@ -39,8 +39,13 @@ def _lines(s: Summary) -> Iterator[str]:
     # of a path the last part says enough; of a hub's name all of it is wanted
     model = s.model.rsplit("/", 1)[-1] if s.model.startswith("/") else s.model
     yield f"vLLM {s.vllm or '?'}{f', {model}' if model else ''}: {s.steps:,} steps{of} in {seconds(s.wall_time)}"
+    if s.part:
+        yield _row("only", s.part)
+    if s.left_out:
+        yield _row("left out", _left_out(s.left_out))
     if not s.steps:
-        yield _row("no steps yet", s.why_no_steps or "the trace holds none")
+        why = "all of them are warm-up" if s.left_out else "this part holds none" if s.part else "the trace holds none"
+        yield _row("no steps yet", s.why_no_steps or why)
         return
     share = f" ({s.time_in_steps / s.wall_time:.0%} of it inside steps)" if s.wall_time else ""
     if s.step_time.count:
@@ -56,6 +61,8 @@ def _lines(s: Summary) -> Iterator[str]:
     yield ""
     for name, text in cache_lines(s):
         yield _row(name, text)
+    for name, text in group_lines(s):
+        yield _row(name, text)
     yield _row("prompt tokens", _prompt(s))
     if s.pooling:
         yield _row("pooling", "no tokens are generated")
@@ -66,8 +73,8 @@ def _lines(s: Summary) -> Iterator[str]:
         yield _row("generated", unknown if s.num_generation_tokens is None else generated)
     if s.num_drafts:
         yield _row("speculative", _drafts(s))
-    if s.max_loras:
-        yield _row("LoRA", f"on, at most {s.max_loras} adapters in a batch; which request has one is not recorded")
+    if s.max_loras and not s.by_lora_name:
+        yield _row("LoRA", f"on, at most {s.max_loras} adapters in a batch; no finished request had one")
     yield ""
     yield from _queue(s)
     yield ""
@@ -95,6 +102,12 @@ def _lines(s: Summary) -> Iterator[str]:
     yield _row("lost", _lost(s))
     for where, error in s.faults.items():
         yield _row("fault", f"{where}: {error}")
+
+
+def _left_out(left: LeftOut) -> str:
+    names = ", ".join(map(repr, left.scopes[:3])) + (", ..." if len(left.scopes) > 3 else "")
+    scopes = f"scope{'s' * (len(left.scopes) != 1)} {names}"
+    return f"warm-up: {left.steps:,} step{'s' * (left.steps != 1)} in {scopes}; summary(warmup=True) counts them"
 
 
 def _levels(s: Summary) -> Iterator[str]:
