@@ -114,7 +114,7 @@ class Trace(Parts):
             raise KvhookError(f"there is no column {wanted[0]!r} of steps in this run: {reason}; {why}") from None
         return self._with_peaks(peaks, wanted, engine, complete, columns)
 
-    steps.__doc__ = Records.steps.__doc__
+    steps.__doc__ = Parts.steps.__doc__
 
     def _peaks(self, there: set[str]) -> Peaks:
         """Peaks inside steps out of the engine cores' records, for each step of the run."""
@@ -122,7 +122,7 @@ class Trace(Parts):
             # front end and core are joined by counting steps from the beginning
             every, mine = (t.steps(columns=("engine", "step")) for t in (self.whole, self))
             at = places_of(every, mine)
-            return Peaks(*(column[at] for column in self.whole._peaks(there)))
+            return Peaks(*(column[at] for column in self.whole._peaks(there)))  # noqa: SLF001 (of this very class)
         meta = self.meta
         lost = int(meta["records_lost"]) + int(meta["records_dropped"]) + int(meta["damaged"])
         steps = super().steps(columns=[name for name in NEEDED if name == "engine" or name in there])
