@@ -24,6 +24,7 @@ from kvhook.records.selection import (
     interval_of,
     keys_of,
     labelled,
+    labels_of_core_requests,
     steps_in,
     steps_of_requests,
     warmups,
@@ -181,6 +182,11 @@ class Parts(Records, abc.ABC):
         keys = keys_of(self)
         what = f"{which.start or 0}:{'' if which.stop is None else which.stop}" if isinstance(which, slice) else which
         return self.cut(keys, by_number(keys, which), f"steps {what}")
+
+    def core_labels(self, core_requests: Table) -> Table:
+        """The labels and LoRA adapters of an engine core's requests: a structured array with the columns ``label`` and
+        ``lora_name``, one row for each of the rows of ``cores().requests()``; "" where a request has none."""
+        return labels_of_core_requests(core_requests, self.engines.events)
 
     def cut(
         self: P,

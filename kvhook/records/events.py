@@ -56,7 +56,7 @@ class Scope(NamedTuple):
 
     def __str__(self) -> str:
         took = f"{(self.ended_ns - self.began_ns) / 1e9:.3f} s" if self.ended_ns >= 0 else "has not ended"
-        prompts = f", {self.num_prompts} prompts" if self.num_prompts >= 0 else ""
+        prompts = f", {self.num_prompts} prompt{'s' * (self.num_prompts != 1)}" if self.num_prompts >= 0 else ""
         return f"{self.path or self.name}: {took}{prompts}{f', {self.params}' if self.params else ''}"
 
 

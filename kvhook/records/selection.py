@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from kvhook.errors import KvhookError
 from kvhook.records.columns import Table, has
-from kvhook.records.events import Scope
+from kvhook.records.events import Events, Scope
 from kvhook.records.part import FOREVER, Bools, Interval, Ints, inside
-from kvhook.records.tables import Records
+from kvhook.records.tables import Records, longest
+from kvhook.schema import NAMES
 
 #: What is needed of each step to choose some.
 STEP_KEYS = ("engine", "step", "t_end_ns")
@@ -160,3 +161,26 @@ def places_of(steps: Table, some: Table) -> Ints:
     order = np.argsort(keys, kind="stable")
     found: Ints = order[np.searchsorted(keys, wanted, sorter=order)]
     return found
+
+
+def labels_of_core_requests(core_requests: Table, events: Events) -> Table:
+    """The label and the LoRA adapter of each request of an engine core: columns ``label`` and ``lora_name``.
+
+    They are empty where it has none. Front end and core know a request by the same key. Where an id was used several
+    times, the one that was added last before the core's request ended is meant.
+
+    Args:
+        core_requests: as `kvhook.records.core.CoreRecords.requests` gives them.
+        events: of the run.
+    """
+    out = np.zeros(len(core_requests), [(name, f"U{longest(events.names[name])}") for name in NAMES])
+    added = sorted(events.requests, key=lambda one: (one.request_key, one.t_ns))
+    keys, times = (np.array([getattr(one, name) for one in added], np.int64) for name in ("request_key", "t_ns"))
+    asked, ended = core_requests["request_key"], core_requests["t_finished_ns"]
+    first, last = (np.searchsorted(keys, asked, side=side) for side in ("left", "right"))  # type: ignore[call-overload]
+    for row in np.flatnonzero(first < last).tolist():
+        begin, end = int(first[row]), int(last[row])
+        at = begin + int(np.searchsorted(times[begin:end], ended[row], side="right")) - 1
+        one = added[max(at, begin)]
+        out[row] = tuple(events.names[name].get(getattr(one, name), "") for name in NAMES)
+    return out

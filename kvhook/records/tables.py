@@ -167,7 +167,7 @@ class Records(Run):
 
     def _types(self, kind: str, columns: Sequence[str] | None) -> list[tuple[str, str]]:
         there = {"engine": "<i8"} | {c.name: "U12" if c.enum else c.type for c in self.columns(kind)}
-        there |= {name: f"U{_longest(self.names(name))}" for name in there.keys() & set(NAMES) if kind == "request"}
+        there |= {name: f"U{longest(self.names(name))}" for name in there.keys() & set(NAMES) if kind == "request"}
         if columns is None:
             return list(there.items())
         for name in columns:
@@ -228,7 +228,7 @@ def _fill(out: Table, slots: Slots, layout: Layout, kind: str, names: Callable[[
             out[name] = blanks.get(name, 0)
 
 
-def _longest(names: Mapping[int, str]) -> int:
+def longest(names: Mapping[int, str]) -> int:
     """Characters that a column of names needs; a code whose name is not there is a number of up to 20."""
     return max(20, *map(len, names.values())) if names else 20
 
@@ -237,7 +237,7 @@ def name_texts(codes: npt.NDArray[np.int64], names: Mapping[int, str]) -> npt.ND
     """Codes of a column of `NAMES` as text: "" for -1, the number itself where the name is not there."""
     different, where = np.unique(codes, return_inverse=True)
     texts = ["" if code < 0 else names.get(code, str(code)) for code in different.tolist()]
-    return np.array(texts, f"U{_longest(names)}")[where]
+    return np.array(texts, f"U{longest(names)}")[where]
 
 
 def reason_texts(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
