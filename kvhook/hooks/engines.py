@@ -236,9 +236,9 @@ def _note_of(engine: Any) -> Callable[[Any], None]:
 
     notes = Notes(codes_of)
 
-    def note(state: Any) -> None:
+    def note(states: Any) -> None:
         try:
-            notes.take(state)
+            notes.take(states[next(reversed(states))])  # a dictionary: the newest is the last
         except Exception as error:
             registry.fault("noting a request's label", error, "this request has none")
 

@@ -18,7 +18,7 @@ Replaced = list[tuple[Any, str, Callable[..., Any]]]
 Add = Callable[[], None]
 Abort = Callable[[AbortedRequest], None]
 Failed = Callable[[Exception], None]
-#: is given vLLM's object for a request that has been added; never raises
+#: is given vLLM's dictionary of requests when one has been added to it; never raises
 Note = Callable[[Any], None]
 
 
@@ -70,8 +70,7 @@ def _count_added(processor: Any, add: Add, failed: Failed, note: Note) -> Callab
             # a further piece of a streamed prompt is no new request
             if len(states) > before:
                 add()
-                # the newest is the last: the states are a dictionary
-                note(states[next(reversed(states))])
+                note(states)
         except Exception as error:
             failed(error)
         return result
