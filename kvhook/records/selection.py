@@ -177,7 +177,7 @@ def labels_of_core_requests(core_requests: Table, events: Events) -> Table:
     added = sorted(events.requests, key=lambda one: (one.request_key, one.t_ns))
     keys, times = (np.array([getattr(one, name) for one in added], np.int64) for name in ("request_key", "t_ns"))
     asked, ended = core_requests["request_key"], core_requests["t_finished_ns"]
-    first, last = (np.searchsorted(keys, asked, side=side) for side in ("left", "right"))  # type: ignore[call-overload]
+    first, last = (np.searchsorted(keys, asked, side=side) for side in ("left", "right"))
     for row in np.flatnonzero(first < last).tolist():
         begin, end = int(first[row]), int(last[row])
         at = begin + int(np.searchsorted(times[begin:end], ended[row], side="right")) - 1
