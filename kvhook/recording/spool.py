@@ -303,8 +303,6 @@ class Spool:
             for number in list(self._engines):
                 self._drain_finally(number)
             self._write_notes()
-            self._clock_read = 0
-            self._write_clock()
             for file in self._files:
                 try:
                     file.close()
