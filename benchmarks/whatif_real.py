@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -33,6 +34,8 @@ OPTIONS: dict[str, Any] = {
     "seed": 0,
     "use_tqdm_on_load": False,
     "disable_log_stats": True,
+    # for other devices: '{"gpu_memory_utilization": 0.05, "async_scheduling": false}'
+    **json.loads(os.environ.get("WHATIF_OPTIONS", "{}")),
 }
 
 
