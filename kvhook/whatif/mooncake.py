@@ -110,12 +110,12 @@ def _parse(file: Iterable[bytes], name: str, block_size: int | None) -> BlockReq
     length, count = np.array(inputs), np.fromiter(map(len, chains), np.int64, len(chains))
     size = block_size or _block_size(length, count, name)
     full = length // size
-    short = np.flatnonzero(count < full)
-    if len(short):
-        at = int(short[0])
+    wrong = np.flatnonzero((count < full) | (count > -(-length // size)))
+    if len(wrong):
+        at = int(wrong[0])
         raise TraceFormatError(
-            f"{name}: request {at + 1} has {inputs[at]} tokens and {count[at]} blocks, too few for blocks of {size} "
-            "tokens: say how long a block is"
+            f"{name}: request {at + 1} has {inputs[at]} tokens and {count[at]} blocks, which does not go with blocks of "
+            f"{size} tokens: say how long a block is"
         )
     order = np.argsort(np.array(times), kind="stable")
     return make_requests(
