@@ -62,9 +62,8 @@ def _losses(w: WhatIf) -> Iterator[str]:
             time = f" ({_time(tokens, w)})" if w.prefill_tokens_per_second else ""
             yield _row(name, f"{tokens:,} {what}{time}")
             name = ""
-    if losses.order:
-        less = f"{losses.order:,} of them" if losses.order > 0 else f"{-losses.order:,} fewer"
-        yield _row(name, f"{less} would be found in longest-prefix-first order")
+    if losses.order and losses.order > 0:
+        yield _row(name, f"{losses.order:,} of them would be found in longest-prefix-first order")
         name = ""
     if losses.block_size:
         yield _row(name, f"up to {losses.block_size:,} lie in blocks that agree in part, about half of that is likely")

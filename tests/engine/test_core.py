@@ -275,3 +275,21 @@ def stats_on_core(make_llm: Any) -> Recorded:
     from tests.engine.conftest import record
 
     return record(make_llm, {"core": "blocks"}, disable_log_stats=False)
+
+
+@pytest.mark.parametrize("where", ["inside:blocks", "forked:blocks"])
+def test_the_run_can_be_played_again_with_other_caches(runs: Runs, where: str):
+    """With its own blocks the replay finds for each request what the engine found, preemptions and all."""
+    trace = runs.get(where).trace
+    assert trace is not None
+    told = trace.what_if(blocks=[USABLE, 10 * USABLE])
+    here, large = told.sizes
+    assert here.query_tokens == sum(map(len, PROMPTS))
+    assert told.hit_tokens is not None
+    if where == "inside:blocks":
+        assert told.reproduced
+        assert here.num_preemptions == len(trace.cores().preemptions()) > 0
+        assert here.hit_tokens == told.hit_tokens
+    assert abs(here.hit_tokens - told.hit_tokens) <= 0.01 * here.query_tokens
+    assert not here.exact, "requests are preempted"
+    assert large.hit_tokens >= here.hit_tokens
