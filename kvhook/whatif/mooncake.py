@@ -114,8 +114,8 @@ def _parse(file: Iterable[bytes], name: str, block_size: int | None) -> BlockReq
     if len(wrong):
         at = int(wrong[0])
         raise TraceFormatError(
-            f"{name}: request {at + 1} has {inputs[at]} tokens and {count[at]} blocks, which does not go with blocks of "
-            f"{size} tokens: say how long a block is"
+            f"{name}: request {at + 1} has {inputs[at]} tokens and {count[at]} blocks, which does not go with "
+            f"blocks of {size} tokens: say how long a block is"
         )
     order = np.argsort(np.array(times), kind="stable")
     return make_requests(
