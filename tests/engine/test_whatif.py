@@ -44,7 +44,10 @@ def test_predicted_and_found(make_llm: Any, tmp_path: Path):
             real.send_again(recorded.asks)
             size = told[name].sizes[place]
             assert size.query_tokens == real.query_tokens
-            if size.exact and real.answers == recorded.answers:
+            # a chat goes on from the answers of the record: an engine that answers otherwise has cached other blocks
+            if name == "multi-turn chats" and real.answers != recorded.answers:
+                continue
+            if size.exact:
                 exact += 1
                 assert size.hit_tokens == real.hit_tokens
             assert abs(size.hit_tokens - real.hit_tokens) <= 0.01 * real.query_tokens
