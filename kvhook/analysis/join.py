@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvhook.records.columns import Table, has
+from kvhook.records.columns import Table
 
 
 def core_step_of(steps: Table, core_steps: Table) -> npt.NDArray[np.int64]:
@@ -28,29 +28,4 @@ def core_step_of(steps: Table, core_steps: Table) -> npt.NDArray[np.int64]:
     inside = with_stats & (place < len(sent))
     inside[inside] = sent["stats_number"][place[inside]] == number[inside]
     found[inside] = sent["step"][place[inside]]
-    return found
-
-
-def labels_of(core_requests: Table, requests: Table) -> npt.NDArray[np.str_]:
-    """For each request of an engine core, the label that the front end knows it by; empty for one that has none.
-
-    They are joined by vLLM's request id and the number of the sample, so that only requests with a number for an id
-    have a label here; of several engines or cores, which count from 0 each, none has.
-
-    Args:
-        core_requests: of one engine core.
-        requests: of its engine.
-    """
-    found = np.zeros(len(core_requests), requests["label"].dtype if has(requests, "label") else "U1")
-    if not has(requests, "label") or not len(requests) or not len(core_requests):
-        return found
-    if len(np.unique(requests["engine"])) > 1 or len(np.unique(core_requests["core"])) > 1:
-        return found
-    sample = requests["sample_index"] if has(requests, "sample_index") else np.zeros(len(requests), np.int64)
-    keys = zip(requests["request_id"].tolist(), np.maximum(sample, 0).tolist(), strict=True)
-    labels = dict(zip(keys, requests["label"].tolist(), strict=True))
-    asked = zip(core_requests["request_id"].tolist(), np.maximum(core_requests["sample"], 0).tolist(), strict=True)
-    for i, (name, number) in enumerate(asked):
-        if name >= 0:
-            found[i] = labels.get((name, number), "")
     return found
