@@ -42,6 +42,7 @@ _V1 = (
     "test_collector.py",
     "test_check.py",
     "test_core.py",
+    "test_tensor_parallel.py",
     "test_whatif.py",
     "test_shown.py",
     "settings",
