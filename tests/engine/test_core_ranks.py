@@ -27,7 +27,7 @@ def run(engine_environment: dict[str, str], model: str, tmp_path_factory: pytest
         [sys.executable, Path(__file__).with_name("ranks.py"), model, folder / "results.json"],
         env={
             **engine_environment,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT}:{engine_environment.get('PYTHONPATH', '')}",
             "KVHOOK_DIR": str(folder / "rings"),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork",
