@@ -162,6 +162,14 @@ class Trace(Parts):
         """
         return printed_windows(windows_of(self, count, engine))
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: KV usage over time, and the summary."""
+        from kvhook.text.notebook import trace_html
+
+        there = {c.name for c in self.columns("step")}
+        steps = self.steps(columns=[name for name in ("t_end_ns", "kv_cache_usage") if name in there])
+        return trace_html(self.name, self.summary(), steps)
+
     def dump(
         self,
         path: str | os.PathLike[str],

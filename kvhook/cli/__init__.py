@@ -32,6 +32,8 @@ VERBS: dict[str, dict[str, str]] = {
         "compare": "kvhook.cli.compare:CompareCommand",
         "cache": "kvhook.cli.cache:CacheCommand",
         "whatif": "kvhook.cli.whatif:WhatIfCommand",
+        "report": "kvhook.cli.report:ReportCommand",
+        "plot": "kvhook.cli.plot:PlotCommand",
         "export": "kvhook.cli.export:ExportCommand",
     },
     "look at the processes of this machine, running or ended": {

@@ -225,6 +225,12 @@ class CoreRecords:
             return {0: int(facts.get("block_size") or 0)}
         return {number: int(group.get("block_size") or 0) for number, group in enumerate(groups)}
 
+    def chunks(self, kind: str, core: int) -> Iterator[Table]:
+        """Rows of one kind as they are stored, some thousands at a time: a long run has more than memory may hold. Values
+        of `kvhook.core_schema.CORE_ENUMS` are codes."""
+        for slots, layout in self._slots(core, CORE_KINDS[kind][0]):
+            yield fields_of(slots, layout.columns[kind])
+
     def _gather(self, kind: str, core: int | None) -> Table:
         code, fields = CORE_KINDS[kind]
         columns = [f for f in fields if f.name not in self.absent]

@@ -170,3 +170,8 @@ def _bytes(number: int) -> str:
 
 def _row(name: str, text: str) -> str:
     return f"  {name:<{_WIDTH}}{text}".rstrip()
+
+
+def miss_text(why: str) -> str:
+    """A value of `MISS_REASONS`, for people."""
+    return _MISSES.get(why, why)

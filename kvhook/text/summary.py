@@ -23,6 +23,12 @@ class PrintedSummary(Summary):
     def __str__(self) -> str:
         return as_text(self)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from kvhook.text.notebook import summary_html
+
+        return summary_html(self)
+
 
 def printed(summary: Summary) -> PrintedSummary:
     """The same numbers, as an object that prints as a table."""

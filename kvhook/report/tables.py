@@ -1,0 +1,124 @@
+"""The tables of a report as HTML. Every text that comes from a trace is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from kvhook.analysis.compare import side_by_side
+from kvhook.analysis.settings import settings_of
+from kvhook.report.runs import Run
+from kvhook.text.compare import cell
+from kvhook.text.numbers import percent
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the first cell of a row is its head."""
+    head = "".join(f"<th scope=col>{escape(text)}</th>" for text in heads)
+    body = "".join(
+        f"<tr><th scope=row>{escape(first)}</th>{''.join(f'<td>{escape(text)}</td>' for text in rest)}</tr>"
+        for first, *rest in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def wide(*tables: str) -> str:
+    """Tables side by side, as far as there is room."""
+    return f"<div class=wide>{''.join(tables)}</div>"
+
+
+def facts(runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> str:
+    """Names and values: of one run in columns like a newspaper's, of several as tables."""
+    if len(runs) == 1:
+        cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
+        return f"<dl class=facts>{cells}</dl>"
+    heads = ["", *(run.name for run in runs)]
+    half = (len(rows) + 1) // 2
+    return wide(table(heads, rows[:half]), table(heads, rows[half:]))
+
+
+def numbers(runs: Sequence[Run]) -> str:
+    """The numbers of the summary, a column for each run."""
+    rows = [
+        (row.label, *(cell(row, value) for value in row.values))
+        for row in side_by_side([run.summary for run in runs])
+        if any(value is not None and cell(row, value) != "-" for value in row.values)
+    ]
+    return facts(runs, rows)
+
+
+def summaries(runs: Sequence[Run]) -> str:
+    """The summaries as they are printed, folded away."""
+    from kvhook.text.summary import as_text
+
+    return "".join(
+        f"<details><summary>kvhook summary {escape(run.name)}</summary><pre>{escape(as_text(run.summary))}</pre></details>"
+        for run in runs
+    )
+
+
+def settings(runs: Sequence[Run]) -> str:
+    """The engines' settings; those that differ between runs are marked."""
+    found = [settings_of([*run.meta["engines"], *run.core_facts]) for run in runs]
+    names = list(dict.fromkeys(name for one in found for name in one))
+    if not names:
+        return "<p class=absent>The traces do not hold the engines' settings.</p>"
+    rows = []
+    for name in names:
+        values = [_values(name, one.get(name, ())) for one in found]
+        mark = " ≠" if len({value for value in values if value}) > 1 else ""
+        rows.append((name + mark, *(value or "not known" for value in values)))
+    return facts(runs, rows)
+
+
+def _values(name: str, values: Iterable[Any]) -> str:
+    # of a path the last part says enough, and the rest is nobody's business
+    short = [str(v).rstrip("/").rsplit("/", 1)[-1] if name == "model" and str(v)[:1] in "/.~" else str(v) for v in values]
+    return ", ".join(short)
+
+
+def prefixes(run: Run) -> str:
+    """The prefixes that requests share, those first that save most."""
+    if run.core is None:
+        return _absent(run, run.why_no_core)
+    if run.core.blocks is None:
+        return _absent(run, 'blocks were not recorded one by one: kvhook.install(core="blocks") does')
+    if not run.core.blocks.shared_prefixes:
+        return _absent(run, "no two requests share a whole block")
+    rows = [
+        (f"{p.digest:016x}", f"{p.num_tokens:,}", f"{p.num_requests:,}", f"{p.num_tokens * (p.num_requests - 1):,}")
+        for p in run.core.blocks.shared_prefixes
+    ]
+    heads = ["digest", "tokens", "requests", "tokens that need not be computed again"]
+    return f"<h4>{escape(run.name)}</h4>{wide(table(heads, rows))}"
+
+
+def misses(run: Run) -> str:
+    """Why look-ups found no more."""
+    from kvhook.text.core_report import miss_text
+
+    if run.core is None or not run.core.misses:
+        return ""
+    rows = [(miss_text(why), f"{m.lookups:,}", f"{m.tokens:,}") for why, m in run.core.misses.items()]
+    return f"<h4>{escape(run.name)}: why look-ups found no more</h4>{wide(table(['', 'look-ups', 'tokens'], rows))}"
+
+
+def cost(runs: Sequence[Run]) -> str:
+    """What kvhook itself took, and what it lost."""
+    heads = ["", "per step, p50", "per step, p99", "share of the time in steps", "records lost", "dropped"]
+    rows = []
+    for run in runs:
+        s = run.summary
+        known = s.kvhook_ns_p50 is not None and s.kvhook_ns_p99 is not None
+        p50, p99 = (f"{(ns or 0) / 1e3:.1f} µs" if known else "not measured" for ns in (s.kvhook_ns_p50, s.kvhook_ns_p99))
+        share = percent(s.kvhook_share, 3)
+        rows.append((run.name, p50, p99, share, f"{s.records_lost:,}", f"{s.records_dropped:,}"))
+    faults = "".join(
+        _absent(run, f"{where} failed: {error}") for run in runs for where, error in run.summary.faults.items()
+    )
+    return wide(table(heads, rows)) + faults
+
+
+def _absent(run: Run, why: str) -> str:
+    return f"<p class=absent><b>{escape(run.name)}</b>: {escape(why)}</p>"
