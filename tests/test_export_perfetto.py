@@ -24,7 +24,7 @@ DATA = Path(__file__).parent / "data"
 REPORT_DATA = Path(__file__).parent / "report" / "data"
 TRACES = [
     *(DATA / f"{name}.kvh" for name in ("engine-0.32.0-full", "engine-0.32.0-light", "scripted-sparse")),
-    *(REPORT_DATA / f"{name}.kvh" for name in ("baseline",)),
+    *(REPORT_DATA / f"{name}.kvh" for name in ("baseline", "grouped")),
 ]
 every_trace = pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
 

@@ -226,8 +226,8 @@ class CoreRecords:
         return {number: int(group.get("block_size") or 0) for number, group in enumerate(groups)}
 
     def chunks(self, kind: str, core: int) -> Iterator[Table]:
-        """Rows of one kind as they are stored, some thousands at a time: a long run has more than memory may hold. Values
-        of `kvhook.core_schema.CORE_ENUMS` are codes."""
+        """Rows of one kind as they are stored, some thousands at a time: a long run has more than memory
+        may hold. Values of `kvhook.core_schema.CORE_ENUMS` are codes."""
         for slots, layout in self._slots(core, CORE_KINDS[kind][0]):
             yield fields_of(slots, layout.columns[kind])
 

@@ -1,8 +1,8 @@
 """Steps reduced to some thousands of buckets as they come, each with mean, smallest and largest value of every column.
 
-How many steps there will be need not be known: when the buckets are full, neighbours are merged two by two and hold twice
-as many steps from then on. A value that only one step had is the smallest or largest of its bucket, whatever its size,
-so that it cannot get lost. Memory does not grow with the run.
+How many steps there will be need not be known: when the buckets are full, neighbours are merged two by two and hold
+twice as many steps from then on. A value that only one step had is the smallest or largest of its bucket, whatever its
+size, so that it cannot get lost. Memory does not grow with the run.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ class Buckets:
         self._begin[place] = begin[rows][:: self.size]
         self._end[place] = end[rows][self.size - 1 :: self.size]
         for i, column in enumerate(columns):
-            _reduce(
-                column[rows].reshape(many, -1), self._sum[i], self._known[i], self._low[i], self._high[i], place
-            )
+            _reduce(column[rows].reshape(many, -1), self._sum[i], self._known[i], self._low[i], self._high[i], place)
         self._used += many
 
     def _halve(self) -> None:
@@ -155,4 +153,5 @@ class Reduced:
 
 def ratio(part: Floats, whole: Floats) -> Floats:
     """A share, NaN of nothing."""
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+    out: Floats = np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+    return out

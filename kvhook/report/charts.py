@@ -8,8 +8,8 @@ from kvhook.core_schema import LIMITS
 from kvhook.report.runs import MADE_OF, Run
 from kvhook.text.core_report import LIMITS as LIMIT_TEXTS
 
-#: Kinds: lines over time of all runs together; a stack over time, a chart for each run; a distribution; a point for each
-#: request.
+#: Kinds: lines over time of all runs together; a stack over time, a chart for each run; a distribution; a point for
+#: each request.
 LINES, STACK, SHARES, POINTS = "lines", "stack", "shares", "points"
 
 
@@ -157,7 +157,17 @@ PARTS: tuple[Part, ...] = (
         "Times",
         (
             Chart("step-time", "Time of a step", LINES, "s", "steps", {"step_time": "step time"}, "", log=True),
-            Chart("ttft", "Time to first token", LINES, "s", "steps", {"ttft": "time to first token"}, "", log=True, dots=True),
+            Chart(
+                "ttft",
+                "Time to first token",
+                LINES,
+                "s",
+                "steps",
+                {"ttft": "time to first token"},
+                "",
+                log=True,
+                dots=True,
+            ),
             Chart("itl", "Inter-token latency", LINES, "s", "steps", {"itl": "inter-token latency"}, "", log=True),
             Chart("e2e", "End-to-end latency of each request", POINTS, "s", "", {"e2e": "end to end"}, "", log=True),
             Chart(

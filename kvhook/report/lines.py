@@ -18,7 +18,7 @@ from kvhook.records.levels import not_recorded
 from kvhook.report.buckets import Buckets, Floats, Reduced, ratio
 
 if TYPE_CHECKING:
-    from kvhook.ring.slots import Slots
+    pass
 
 #: Columns of steps that are taken as they are: states (-1 or NaN where they are not known), and counts.
 _STATES = ("kv_cache_usage", "kv_cache_usage_peak", "num_running_reqs", "num_waiting_reqs", "kvhook_ns")

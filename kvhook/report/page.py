@@ -53,9 +53,11 @@ class Section(NamedTuple):
 def sections(runs: Sequence[Run]) -> list[Section]:
     """The page's sections in order. A new one is added here."""
     html: dict[str, Callable[[], str]] = {
-        "prefix": lambda: "".join(tables.misses(run) for run in runs)
-        + "<h3>Prefixes that requests share</h3>"
-        + "".join(tables.prefixes(run) for run in runs),
+        "prefix": lambda: (
+            "".join(tables.misses(run) for run in runs)
+            + "<h3>Prefixes that requests share</h3>"
+            + "".join(tables.prefixes(run) for run in runs)
+        ),
     }
     charts = [Section(part.id, part.title, html.get(part.id, str)(), part.charts) for part in PARTS]
     return [
@@ -123,8 +125,9 @@ def _subtitle(runs: Sequence[Run]) -> str:
 
 
 def _model(run: Run) -> str:
-    model = run.summary.model
-    return f"vLLM {run.summary.vllm or '?'}, {model.rsplit('/', 1)[-1] if model[:1] in '/.~' else model or 'no model named'}"
+    model = run.summary.model or "no model named"
+    # of a path the last part says enough
+    return f"vLLM {run.summary.vllm or '?'}, {model.rsplit('/', 1)[-1] if model[0] in '/.~' else model}"
 
 
 def _section(part: Section) -> str:
@@ -178,7 +181,7 @@ def _requests(shown: Shown, begin: float, blob: Blob) -> dict[str, Any]:
     rows, spans = shown.timeline.requests, shown.timeline.preempted
     numbers, names = codes(rows["finish_reason"].tolist())
     return {
-        "count": shown.count,
+        "count": shown.number,
         "core": shown.timeline.from_core,
         "reasons": names,
         "reason": blob.add(numbers, "i4"),

@@ -67,7 +67,11 @@ def _parts(runs: Sequence[Run], names: dict[str, str]) -> Iterator[tuple[str, An
                 continue
             for name, text in names.items():
                 if name in line.curves:
-                    yield ", ".join(t for t in (_who(run, line) if several else "", text) if t), _times(run, line), line.curves[name]
+                    yield (
+                        ", ".join(t for t in (_who(run, line) if several else "", text) if t),
+                        _times(run, line),
+                        line.curves[name],
+                    )
 
 
 def _who(run: Run, line: Line) -> str:

@@ -18,11 +18,11 @@ class Shown(NamedTuple):
 
     Args:
         timeline: those that are drawn.
-        count: how many there are.
+        number: how many there are.
     """
 
     timeline: Timeline
-    count: int
+    number: int
 
 
 class FrontRequests:
@@ -92,5 +92,3 @@ def sample(lives: Timeline, seed: int = 0) -> Shown:
     spans = spans.copy()
     spans["row"] = place[spans["row"]]
     return Shown(Timeline(lives.requests[chosen], spans, lives.from_core), len(lives.requests))
-
-

@@ -53,7 +53,8 @@ def summaries(runs: Sequence[Run]) -> str:
     from kvhook.text.summary import as_text
 
     return "".join(
-        f"<details><summary>kvhook summary {escape(run.name)}</summary><pre>{escape(as_text(run.summary))}</pre></details>"
+        f"<details><summary>kvhook summary {escape(run.name)}</summary>"
+        f"<pre>{escape(as_text(run.summary))}</pre></details>"
         for run in runs
     )
 
@@ -74,8 +75,9 @@ def settings(runs: Sequence[Run]) -> str:
 
 def _values(name: str, values: Iterable[Any]) -> str:
     # of a path the last part says enough, and the rest is nobody's business
-    short = [str(v).rstrip("/").rsplit("/", 1)[-1] if name == "model" and str(v)[:1] in "/.~" else str(v) for v in values]
-    return ", ".join(short)
+    return ", ".join(
+        str(v).rstrip("/").rsplit("/", 1)[-1] if name == "model" and str(v)[:1] in "/.~" else str(v) for v in values
+    )
 
 
 def prefixes(run: Run) -> str:
@@ -110,8 +112,7 @@ def cost(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         s = run.summary
-        known = s.kvhook_ns_p50 is not None and s.kvhook_ns_p99 is not None
-        p50, p99 = (f"{(ns or 0) / 1e3:.1f} µs" if known else "not measured" for ns in (s.kvhook_ns_p50, s.kvhook_ns_p99))
+        p50, p99 = ("not measured" if ns is None else f"{ns / 1e3:.1f} µs" for ns in (s.kvhook_ns_p50, s.kvhook_ns_p99))
         share = percent(s.kvhook_share, 3)
         rows.append((run.name, p50, p99, share, f"{s.records_lost:,}", f"{s.records_dropped:,}"))
     faults = "".join(

@@ -27,7 +27,10 @@ def summary_html(s: Summary) -> str:
     for i in range(half):
         row = [*cells[i], *(cells[half + i] if half + i < len(cells) else ("", ""))]
         rows.append(
-            "".join(f'<td style="{_CELL.format("right" if n % 2 else "left")}">{escape(t)}</td>' for n, t in enumerate(row))
+            "".join(
+                f'<td style="{_CELL.format("right" if n % 2 else "left")}">{escape(text)}</td>'
+                for n, text in enumerate(row)
+            )
         )
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return f'<table class="kvhook" style="font-variant-numeric:tabular-nums">{body}</table>'
@@ -57,10 +60,10 @@ def usage_svg(steps: Table) -> str:
     there = (~np.isnan(highest)).nonzero()[0]
     points = " ".join(f"{i / _POINTS * _WIDTH:.1f},{_HEIGHT - 14 - highest[i] * (_HEIGHT - 28):.1f}" for i in there)
     text = f"KV cache in use, at most {100 * float(known['kv_cache_usage'].max()):.1f} %, over {last:,.1f} s"
+    line = f'<line x1="0" x2="{_WIDTH}" stroke="currentColor" stroke-opacity="0.25"'
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{text}">'
-        f'<line x1="0" x2="{_WIDTH}" y1="14" y2="14" stroke="currentColor" stroke-opacity="0.25" stroke-dasharray="3 4"/>'
-        f'<line x1="0" x2="{_WIDTH}" y1="{_HEIGHT - 14}" y2="{_HEIGHT - 14}" stroke="currentColor" stroke-opacity="0.25"/>'
+        f'{line} y1="14" y2="14" stroke-dasharray="3 4"/>{line} y1="{_HEIGHT - 14}" y2="{_HEIGHT - 14}"/>'
         f'<polyline points="{points}" fill="none" stroke="#3d8fc4" stroke-width="1.5"/>'
         f'<text x="0" y="10" font-size="10" fill="currentColor">{text}</text></svg>'
     )
