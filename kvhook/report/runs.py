@@ -87,7 +87,8 @@ def read(records: Records, cores: CoreRecords, name: str) -> Run:
 
     with np.errstate(all="ignore"):
         records.go_over(take)
-        summary = summary_of(totals, records, None, cores)
+        core = report(cores) if len(cores) else None
+        summary = summary_of(totals, records, None, core)
         there = {c.name for c in records.columns("step")}
         lines = [_present(line, there) for line in steps.lines()] + list(core_lines(cores))
     shown = _without_absent(front.shown(), {c.name for c in records.columns("request")})
@@ -103,7 +104,7 @@ def read(records: Records, cores: CoreRecords, name: str) -> Run:
         lines,
         shown,
         {key: _share(v) for key, v in values.items() if v.count},
-        report(cores) if len(cores) else None,
+        core,
         cores.why_none,
         cores.facts,
     )

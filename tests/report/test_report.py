@@ -252,6 +252,6 @@ def test_a_notebook_shows_the_numbers_of_the_summary():
     summary = trace.summary()
     for html in (summary._repr_html_(), trace._repr_html_()):
         assert f"{summary.prefix_cache_hits:,}" in html
-        assert f"{100 * summary.prefix_cache_hit_rate:.1f} %" in html
+        assert f"{100 * (summary.prefix_cache_hit_rate or 0):.1f} %" in html
     assert "<svg" in trace._repr_html_()
     assert "<script" not in trace._repr_html_()

@@ -58,13 +58,18 @@ function sampled(parts, width) {
   return most <= width / 2 ? asTheyAre(parts, ranges) : perPixel(parts, ranges, Math.max(2, Math.floor(width)));
 }
 
+// What sticks out of the view is cut off at its edge: uPlot takes the height of the axis from the points in the view alone.
 function asTheyAre(parts, ranges) {
-  const apart = 3 * (view.to - view.from) / 1000;
+  const apart = (3 * (view.to - view.from)) / 1000;
+  const inView = (line, i) => [Math.max(line.begin[i], view.from), Math.min(line.end[i], view.to)];
+  const gapAfter = (line, i, last) => i + 1 < last && line.begin[i + 1] - line.end[i] > apart;
+  const middle = (line, i) => (line.end[i] + line.begin[i + 1]) / 2;
   const all = [];
   parts.forEach(({ line }, p) => {
     for (let i = ranges[p][0]; i < ranges[p][1]; i++) {
-      all.push(line.begin[i], line.end[i]);
-      if (i + 1 < ranges[p][1] && line.begin[i + 1] - line.end[i] > apart) all.push((line.end[i] + line.begin[i + 1]) / 2);
+      const [from, to] = inView(line, i);
+      if (from <= to) all.push(from, to);
+      if (gapAfter(line, i, ranges[p][1])) all.push(middle(line, i));
     }
   });
   const xs = Float64Array.from(new Set(all)).sort();
@@ -72,14 +77,11 @@ function asTheyAre(parts, ranges) {
     const out = [0, 1, 2].map(() => new Array(xs.length));
     for (let i = ranges[p][0]; i < ranges[p][1]; i++) {
       const values = [curve.mean[i], curve.low[i], curve.high[i]];
-      for (const x of [line.begin[i], line.end[i]]) {
-        const place = placeOf(xs, x);
-        values.forEach((v, k) => (out[k][place] = Number.isNaN(v) ? null : v));
+      const [from, to] = inView(line, i);
+      if (from <= to) {
+        for (const place of [placeOf(xs, from), placeOf(xs, to)]) values.forEach((v, k) => (out[k][place] = Number.isNaN(v) ? null : v));
       }
-      if (i + 1 < ranges[p][1] && line.begin[i + 1] - line.end[i] > apart) {
-        const place = placeOf(xs, (line.end[i] + line.begin[i + 1]) / 2);
-        out.forEach((column) => (column[place] = null));
-      }
+      if (gapAfter(line, i, ranges[p][1])) out.forEach((column) => (column[placeOf(xs, middle(line, i))] = null));
     }
     return out;
   });
@@ -251,9 +253,10 @@ class TimeChart {
         continue;
       }
       const at = series.length;
-      const edge = { stroke: () => fade(colour(part.shade), 0.6), width: 1, points: { show: false }, spanGaps: false };
+      const dash = DASHES[part.index % DASHES.length];
+      const edge = { stroke: () => fade(colour(part.shade), 0.6), width: 1, dash, points: { show: false }, spanGaps: false };
       bands.push({ series: [at, at + 1], fill: () => fade(colour(part.shade), 0.22) });
-      series.push(edge, { ...edge }, { stroke, width: 1.6, dash: DASHES[part.index % DASHES.length], points: this.points(stroke), spanGaps: false });
+      series.push(edge, { ...edge }, { stroke, width: 1.6, dash, points: this.points(stroke), spanGaps: false });
       this.places.set(part, [at, at + 1, at + 2]);
     }
     this.u = new uPlot(
