@@ -150,7 +150,7 @@ def test_a_folder_takes_a_file_from_each_process(start: Start, tmp_path: Path):
 
 
 def test_without_a_trace_it_records_into_a_file_of_that_name(start: Start, tmp_path: Path):
-    run = start(*script("nothing"), options=["--level", "light", "--core", "off"])
+    run = start(*script("nothing"), options=["--level", "light", "--core", "off", "--label", "agent-7"])
     _, err = run.communicate("", timeout=60)
     assert run.returncode == 0
     (path,) = tmp_path.glob("kvhook-run_script-*.kvh")
@@ -266,6 +266,10 @@ def test_options_that_are_given_win_over_the_environment(tmp_path: Path):
     assert (given.trace, given.level, given.core) == ("mine.kvh", "light", "off")
     assert completed(Options(), environment).trace == "env.kvh"
     assert completed(Options(), {**environment, "KVHOOK": "0"}) == Options()
+    labels = completed(Options(), {**environment, "KVHOOK_LABEL": "agent-7"}).labels
+    assert callable(labels)
+    assert labels("17") == "agent-7"
+    assert completed(Options(labels="/"), {**environment, "KVHOOK_LABEL": "agent-7"}).labels == "/"
     assert [is_on({"KVHOOK": value}) for value in ("1", "yes", "0", "no", "")] == [True, True, False, False, False]
 
 

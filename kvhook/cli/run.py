@@ -48,6 +48,7 @@ class RunCommand:
         parser.add_argument(
             "--core", choices=CORE_LEVELS, default="steps", help="what is recorded inside the engine core"
         )
+        parser.add_argument("--label", metavar="NAME", help="label every request, for summaries of several runs")
         parser.add_argument(
             "--textfile",
             metavar="FILE",
@@ -120,7 +121,7 @@ def _textfile(path: Path | None) -> Textfile | None:
 
 
 def _environment(args: argparse.Namespace, trace: Path) -> dict[str, str]:
-    from kvhook.recording.from_environment import ENV_ON, ENV_OPTIONS, ENV_RUN
+    from kvhook.recording.from_environment import ENV_LABEL, ENV_ON, ENV_OPTIONS, ENV_RUN
 
     folder = trace.suffix != ".kvh"
     chosen = {"trace": f"{trace}{os.sep * folder}", "level": args.level, "core": args.core}
@@ -128,6 +129,7 @@ def _environment(args: argparse.Namespace, trace: Path) -> dict[str, str]:
         **os.environ,
         ENV_ON: "1",
         ENV_RUN: str(os.getpid()),
+        **({ENV_LABEL: args.label} if args.label else {}),
         **{ENV_OPTIONS[name]: value for name, value in chosen.items()},
     }
 

@@ -5,6 +5,7 @@
 ``KVHOOK_TRACE``         stream the run to this ``.kvh`` file; or a folder, where each process has a file
 ``KVHOOK_LEVEL``         ``full`` or ``light``
 ``KVHOOK_CORE``          ``steps``, ``blocks`` or ``off``
+``KVHOOK_LABEL``         a label for every request
 ======================== ===============================================================================
 
 They are the arguments of `kvhook.install` of these names. A program that calls ``install`` itself gets them too, for
@@ -19,6 +20,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from kvhook.errors import KvhookError
 from kvhook.options import Options
@@ -27,6 +29,7 @@ from kvhook.ring.trace_file import TRACE_SUFFIX
 ENV_ON = "KVHOOK"
 #: Argument of `kvhook.install` -> its variable.
 ENV_OPTIONS = {"trace": "KVHOOK_TRACE", "level": "KVHOOK_LEVEL", "core": "KVHOOK_CORE"}
+ENV_LABEL = "KVHOOK_LABEL"
 #: Set by ``kvhook run``, which prints the summary itself.
 ENV_RUN = "KVHOOK_RUN"
 
@@ -43,14 +46,16 @@ def completed(options: Options, environment: Mapping[str, str] = os.environ) -> 
     if not is_on(environment):
         return options
     usual = {field.name: field.default for field in dataclasses.fields(Options)}
-    asked = {
+    asked: dict[str, Any] = {
         name: environment[variable]
         for name, variable in ENV_OPTIONS.items()
         if environment.get(variable) and getattr(options, name) == usual[name]
     }
     if "trace" in asked:
         asked["trace"] = str(file_in(asked["trace"]))
-    return dataclasses.replace(options, **asked)  # type: ignore[arg-type]
+    if (label := environment.get(ENV_LABEL)) and options.labels is None:
+        asked["labels"] = lambda _: label
+    return dataclasses.replace(options, **asked)
 
 
 def is_folder(trace: str) -> bool:

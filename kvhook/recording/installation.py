@@ -67,8 +67,8 @@ def install(
             ``"agent-7"``), or a function that is given the id and returns a label, or None for none. Requests that get
             none by this have that of `kvhook.label`.
 
-    With ``KVHOOK=1`` in the environment, ``KVHOOK_TRACE``, ``KVHOOK_LEVEL`` and ``KVHOOK_CORE`` stand for the arguments
-    that are left out (`kvhook.recording.from_environment`).
+    With ``KVHOOK=1`` in the environment, ``KVHOOK_TRACE``, ``KVHOOK_LEVEL``, ``KVHOOK_CORE`` and ``KVHOOK_LABEL`` stand
+    for the arguments that are left out (`kvhook.recording.from_environment`).
 
     Raises:
         RingDirectoryError: there is no place for the ring; the message gives each place that was tried.
