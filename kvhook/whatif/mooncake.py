@@ -9,6 +9,7 @@ stands nowhere in them: it follows from the lengths, as far as these tell.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from kvhook.errors import TraceFormatError
-from kvhook.whatif.requests import BlockRequests, make_requests
+from kvhook.whatif.requests import BlockRequests, requests_from
 
 try:
     import orjson
@@ -88,14 +89,16 @@ def read(path: Path, block_size: int | None = None) -> BlockRequests:
 
 
 def _parse(file: Iterable[bytes], name: str, block_size: int | None) -> BlockRequests:
-    chains, inputs, outputs, times = [], [], [], []
+    flat, counts, inputs, outputs, times = array("q"), array("q"), array("q"), array("q"), array("d")
     more: dict[str, list[Any]] = {"session_id": [], "label": []}
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
             row = _named(_loads(line))
-            chains.append(np.array(row["hash_ids"], np.int64))
+            chain = row["hash_ids"]
+            flat.extend(chain)
+            counts.append(len(chain))
             inputs.append(int(row["input_length"]))
             outputs.append(int(row.get("output_length") or 1))
             times.append(float(row.get("timestamp") or 0))
@@ -105,9 +108,9 @@ def _parse(file: Iterable[bytes], name: str, block_size: int | None) -> BlockReq
             ) from None
         for key, values in more.items():
             values.append(row.get(key))
-    if not chains:
+    if not counts:
         raise TraceFormatError(f"{name}: no requests")
-    length, count = np.array(inputs), np.fromiter(map(len, chains), np.int64, len(chains))
+    length, count = np.frombuffer(inputs, np.int64), np.frombuffer(counts, np.int64)
     size = block_size or _block_size(length, count, name)
     full = length // size
     wrong = np.flatnonzero((count < full) | (count > -(-length // size)))
@@ -117,15 +120,23 @@ def _parse(file: Iterable[bytes], name: str, block_size: int | None) -> BlockReq
             f"{name}: request {at + 1} has {inputs[at]} tokens and {count[at]} blocks, which does not go with "
             f"blocks of {size} tokens: say how long a block is"
         )
-    order = np.argsort(np.array(times), kind="stable")
-    return make_requests(
-        size,
-        [chains[i][: full[i]] for i in order.tolist()],
-        length[order],
-        np.array(outputs)[order],
-        t_ns=(np.array(times)[order] * 1e6).astype(np.int64),
-        names={key: [values[i] for i in order.tolist()] for key, values in more.items() if any(values)},
-    ).checked()
+    ids = np.frombuffer(flat, np.int64)
+    within = np.arange(len(ids)) - np.repeat(np.cumsum(count) - count, count)
+    order = np.argsort(np.frombuffer(times), kind="stable")
+    return (
+        requests_from(
+            size,
+            ids[within < np.repeat(full, count)],
+            full,
+            length,
+            np.frombuffer(outputs, np.int64),
+            t_ns=(np.frombuffer(times) * 1e6).astype(np.int64),
+            names={key: values for key, values in more.items() if any(values)},
+        )
+        .select(order)
+        .in_this_order()
+        .checked()
+    )
 
 
 def _named(row: Any) -> dict[str, Any]:

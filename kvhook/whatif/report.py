@@ -309,7 +309,9 @@ class _Study:
 
     def _longer_blocks(self) -> dict[int, int]:
         """What blocks of twice and four times the size find, with room for all."""
-        found = {}
+        found: dict[int, int] = {}
+        if len(self.requests.ids) > REPLAY_UP_TO:
+            return found
         for times in (1, 2, 4):
             size = times * self.requests.block_size
             found[size] = round(lru_curve(self.requests.with_block_size(size)).ceiling) * size
@@ -324,17 +326,17 @@ def _everything(requests: BlockRequests) -> int:
 
 def _in_part(requests: BlockRequests) -> int:
     """The most tokens that agree with something that came before, and lie in a block that does not agree as a whole."""
-    size, seen = requests.block_size, np.full(requests.num_distinct, False)
-    asked, most = requests.num_looked_up_blocks.tolist(), 0
-    tokens, ids, offsets = requests.num_prompt_tokens.tolist(), requests.ids, requests.offsets.tolist()
-    for number in range(len(requests)):
-        mine = ids[offsets[number] : offsets[number + 1]]
-        if requests.looked_up[number] and number:
-            known = seen[mine[: asked[number]]]
-            hits = int(known.argmin()) if len(known) and not known.all() else len(known)
-            most += min(size - 1, max(tokens[number] - 1 - hits * size, 0))
-        seen[mine] = True
-    return most
+    size, ids, starts = requests.block_size, requests.ids, requests.offsets[:-1]
+    if not len(ids):
+        return 0
+    first = np.empty(requests.num_distinct, np.int64)
+    first[ids[::-1]] = np.arange(len(ids))[::-1]
+    begins = np.repeat(starts, requests.num_blocks)
+    asked = np.arange(len(ids)) - begins < np.repeat(requests.num_looked_up_blocks, requests.num_blocks)
+    known = np.concatenate(([0], np.cumsum(asked & (first[ids] < begins))))
+    hits = known[requests.offsets[1:]] - known[starts]
+    rest = np.clip(requests.num_prompt_tokens - 1 - hits * size, 0, size - 1)
+    return int(rest[1:][requests.looked_up[1:]].sum())
 
 
 def _points(curve: Curve, block_size: int, most: int = 200) -> tuple[tuple[int, int], ...]:

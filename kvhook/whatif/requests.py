@@ -98,6 +98,11 @@ class BlockRequests:
             names={name: [values[i] for i in places.tolist()] for name, values in self.names.items()},
         )
 
+    def in_this_order(self) -> BlockRequests:
+        """The same, as if each had come when the one before it had ended."""
+        order = np.arange(len(self))
+        return replace(self, arrival=order, wave=order)
+
     def with_block_size(self, block_size: int) -> BlockRequests:
         """The same requests in longer blocks: a longer block is known by the last of the short ones in it.
 
@@ -148,8 +153,9 @@ class BlockRequests:
         before = np.concatenate(([-1], self.ids[:-1])) if len(self.ids) else self.ids
         starts = self.offsets[:-1][self.num_blocks > 0]
         before[starts] = -1
-        pairs = np.unique(np.stack((self.ids, before)), axis=1)
-        if len(np.unique(pairs[0])) == pairs.shape[1]:
+        above_of = np.full(self.num_distinct, -1, np.int64)
+        above_of[self.ids] = before
+        if (above_of[self.ids] == before).all():
             return self
         known: dict[tuple[int, int], int] = {}
         ids, given = self.ids.tolist(), np.empty(len(self.ids), np.int64)
@@ -172,9 +178,16 @@ def make_requests(
         num_generation_tokens: of each request; 1 if it is not given.
         more: other attributes of `BlockRequests`.
     """
-    count = len(blocks)
-    counts = np.fromiter(map(len, blocks), np.int64, count)
-    flat = np.concatenate([np.asarray(b, np.int64) for b in blocks]) if count else np.empty(0, np.int64)
+    counts = np.fromiter(map(len, blocks), np.int64, len(blocks))
+    flat = np.concatenate([np.asarray(b, np.int64) for b in blocks]) if len(blocks) else np.empty(0, np.int64)
+    return requests_from(block_size, flat, counts, num_prompt_tokens, num_generation_tokens, **more)
+
+
+def requests_from(
+    block_size: int, flat: Ints, counts: Ints, num_prompt_tokens: Any, num_generation_tokens: Any = None, **more: Any
+) -> BlockRequests:
+    """The same from all ids in one array, and how many of them each request has."""
+    count = len(counts)
     order = np.arange(count)
     values: dict[str, Any] = {
         "num_generation_tokens": np.ones(count, np.int64) if num_generation_tokens is None else num_generation_tokens,
