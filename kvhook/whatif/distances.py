@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from kvhook.whatif.requests import BlockRequests, Ints
 
-#: From so many ids on numba is used, if it is installed: before, compiling takes longer than what it saves.
-COMPILE_FROM = 1 << 20
+#: From so many requests on numba is used, if it is installed: before, compiling takes longer than what it saves.
+COMPILE_FROM = 50_000
 #: Beyond so many look-ups a sample of the blocks is taken.
 SAMPLE_FROM = 100_000_000
 #: The sample is taken in so many parts, whose differences tell the error.
@@ -120,15 +120,15 @@ def _found(
     queried = np.add.reduceat(np.concatenate((counted, [False])), offsets[:-1]) if len(offsets) > 1 else np.empty(0)
     queried = np.where(np.diff(offsets) > 0, queried, 0).astype(np.int64)
     lives = requests.core * (int(requests.epoch.max(initial=0)) + 1) + requests.epoch
-    count = _counter(len(ids))
+    count = _counter(len(requests))
     for life in np.unique(lives).tolist():
         places = np.flatnonzero(lives == life)
         count(places, offsets, ids, queried, np.full(distinct, -1, np.int64), rises)
     return np.cumsum(np.cumsum(rises)[:-1]).astype(np.float64)
 
 
-def _counter(num_ids: int) -> Callable[..., None]:
-    if num_ids >= COMPILE_FROM:
+def _counter(num_requests: int) -> Callable[..., None]:
+    if num_requests >= COMPILE_FROM:
         compiled = _compiled()
         if compiled is not None:
             return compiled

@@ -309,10 +309,8 @@ class _Study:
 
     def _longer_blocks(self) -> dict[int, int]:
         """What blocks of twice and four times the size find, with room for all."""
-        found: dict[int, int] = {}
-        if len(self.requests.ids) > REPLAY_UP_TO:
-            return found
-        for times in (1, 2, 4):
+        found = {self.requests.block_size: round(self.curve.ceiling) * self.requests.block_size}
+        for times in (2, 4) if len(self.requests.ids) <= REPLAY_UP_TO else ():
             size = times * self.requests.block_size
             found[size] = round(lru_curve(self.requests.with_block_size(size)).ceiling) * size
         return found
