@@ -149,6 +149,14 @@ LOOKUP_FIELDS: tuple[Field, ...] = (
     ),
     Field("num_tokens", "i8", COUNTER, "tokens", "tokens that were looked up"),
     Field("num_found_tokens", "i8", COUNTER, "tokens", "tokens found in the prefix cache"),
+    Field(
+        "num_shared_tokens",
+        "i8",
+        COUNTER,
+        "tokens",
+        "the longest beginning that the prompt shares with one of those that were looked up just before, up to 8192; "
+        "found or not, and of whole blocks or not",
+    ),
     Field("miss_reason", "enum", ID, "", "why no more was found: a value of MISS_REASONS"),
     Field("miss_block", "i8", ID, "", "the first block that was not found, counted from 0; -1 if all were"),
     Field("evicted_steps", "i8", GAUGE, "steps", "how many steps before that block had been evicted; -1 if it was not"),

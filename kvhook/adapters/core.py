@@ -111,6 +111,7 @@ READS: tuple[Read, ...] = (
     ),
     Read("paused", ("sched.pause_state.value != 0",), "this vLLM cannot be paused"),
     Read("computed", ("request.num_computed_tokens",)),
+    Read("prompt", ("request.prompt_token_ids",)),
     Read("hashes", ("request.block_hashes", "manager.req_to_block_hashes.get(request.request_id, ())")),
 )
 

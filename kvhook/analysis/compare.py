@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from kvhook.analysis.diagnosis.finding import Finding
 from kvhook.analysis.resample import Spread, t_quantile
 from kvhook.analysis.series import Measured
 from kvhook.analysis.settings import Setting, different
@@ -161,12 +162,19 @@ class Comparison:
     notes: tuple[str, ...]
     #: all intervals hold together with this probability
     confidence: float
+    #: what each side suffers from: a finding of any of its repeats
+    findings: tuple[tuple[Finding, ...], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries, lists, numbers and None: what ``json.dumps`` takes."""
         rows = [row._asdict() | {"contrasts": [c._asdict() for c in row.contrasts]} for row in self.rows]
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        found: dict[str, Any] = without_nan(plain | {"rows": rows, "settings": [s._asdict() for s in self.settings]})
+        more = {
+            "rows": rows,
+            "settings": [s._asdict() for s in self.settings],
+            "findings": [[finding._asdict() for finding in side] for side in self.findings],
+        }
+        found: dict[str, Any] = without_nan(plain | more)
         return found
 
 
@@ -188,6 +196,7 @@ def compare(sides: Sequence[Side], confidence: float = 0.95) -> Comparison:
         settings=tuple(different([side.settings for side in sides])),
         notes=tuple(_notes(sides)),
         confidence=confidence,
+        findings=tuple(_findings(side) for side in sides),
     )
 
 
@@ -296,6 +305,14 @@ def _squares(values: Sequence[float]) -> float:
 
 
 # ---- what to know of it --------------------------------------------------------------------------------------------
+
+
+def _findings(side: Side) -> tuple[Finding, ...]:
+    found: dict[str, Finding] = {}
+    for run in side.runs:
+        for finding in run.summary.findings:
+            found.setdefault(finding.name, finding)
+    return tuple(found.values())
 
 
 def _notes(sides: Sequence[Side]) -> list[str]:

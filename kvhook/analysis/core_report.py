@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvhook.analysis.core_signs import CoreSigns
 from kvhook.analysis.core_totals import CoreTotals
 from kvhook.analysis.values import Values
 from kvhook.core_schema import LIMITS, MISS_REASONS
@@ -121,6 +122,8 @@ class CoreReport:
     waste: float | None
     blocks: BlockTimes | None
     records_lost: int
+    #: what a diagnosis looks at
+    signs: CoreSigns
     #: why the recording of a core ended early, where it did
     failures: tuple[str, ...] = ()
 
@@ -201,6 +204,7 @@ def report_of(
         waste=_waste(sums, size, cores),
         blocks=blocks,
         records_lost=lost,
+        signs=totals.signs.signs(),
         failures=tuple(str(facts["failed"]) for facts in cores if facts.get("failed")),
     )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvhook.analysis.core_signs import SignTotals
 from kvhook.analysis.exact import ExactSum
 from kvhook.analysis.raw import Rows, split
 from kvhook.analysis.values import Values
@@ -55,6 +56,8 @@ class CoreTotals:
         self.seen, self.resumed = [0, 0, 0], [0, 0, 0]
         self.evicted_steps, self.evicted_ns = Values(runs=runs, add_up=False), Values(runs=runs, add_up=False)
         self.evicted_tokens = self.evicted_tokens_of_new = self.evicted_untold = 0
+        #: for a diagnosis
+        self.signs = SignTotals(runs=runs)
         #: core -> when its last step ended
         self._ended: dict[int, int] = {}
 
@@ -65,11 +68,14 @@ class CoreTotals:
         for _, rows in split(slots, layout, CORE_KINDS):
             if rows.kind == "core_step":
                 self._take_steps(core, rows)
+                self.signs.take_steps(rows)
             elif rows.kind == "lookup":
                 self._take_lookups(rows, block_size)
+                self.signs.take_lookups(core, rows, block_size)
             elif rows.kind == "core_request":
                 self.requests += len(rows)
                 self.preempted_ns += int(rows.ints("preempted_ns").sum())
+                self.signs.take_requests(core, rows)
             elif rows.kind == "preemption":
                 self.preemptions += len(rows)
                 self.lost_tokens += int(rows.ints("num_lost_tokens").sum())
@@ -123,6 +129,7 @@ class CoreTotals:
             new.seconds[kind].add(seconds)
         new.evicted_steps.add(self.evicted_steps)
         new.evicted_ns.add(self.evicted_ns)
+        new.signs = self.signs.copy()
         return new
 
 

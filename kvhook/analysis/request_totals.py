@@ -65,6 +65,8 @@ class RequestTotals:
         self.sums: Counter[str] = Counter()
         self.unknown: Counter[str] = Counter()
         self.generated = 0
+        #: prompt tokens of the second and later samples of a prompt, and how many such samples there are
+        self.sample_tokens = self.samples = 0
         self.prompts = {(gone, begun): Prompts() for gone in (False, True) for begun in (False, True)}
         self.aborted = Prompts()
         self.e2e, self.per_token, self.decode_per_token, self.all_per_token = (Values(runs=runs) for _ in range(4))
@@ -88,6 +90,9 @@ class RequestTotals:
         for (is_gone, is_begun), found in self.prompts.items():
             found.take(prompts[(gone == is_gone) & (begun == is_begun)])
         self.aborted.take(prompts[reason == _ABORT])
+        later = (rows.ints("sample_index") > 0) & (prompts > 0)
+        self.samples += int(np.count_nonzero(later))
+        self.sample_tokens += int(prompts[later].sum())
         several = generated > 1
         per_token = rows.floats("mean_time_per_output_token")
         self.all_per_token.take(per_token)
@@ -124,6 +129,8 @@ class RequestTotals:
         """Put those of another engine, or of a later part of the run, to these; they stay as they are."""
         self.count += later.count
         self.generated += later.generated
+        self.samples += later.samples
+        self.sample_tokens += later.sample_tokens
         for name in ("reasons", "sums", "unknown"):
             getattr(self, name).update(getattr(later, name))
         for key, prompts in later.prompts.items():

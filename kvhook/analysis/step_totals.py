@@ -17,6 +17,9 @@ from kvhook.schema import LEVELS
 _FULL, _SPARSE = LEVELS.index("full"), LEVELS.index("sparse")
 _FAR = 1 << 62
 
+#: From this usage on the cache counts as full, and below this one as having room.
+FULL, WITH_ROOM = 0.9, 0.7
+
 #: States of which the largest is wanted, in steps that brought the scheduler's stats.
 _PEAKS = ("num_running_reqs", "num_waiting_reqs")
 
@@ -52,6 +55,12 @@ class StepTotals:
         self.usage_peak_in_step: float | None = None
         self.blocks_used = self.usage_above_0 = self.ran = self.waited = False
         self.impossible_blocks = self.blocks_above_peak = 0
+        # why requests waited, for a diagnosis without the engine core's account
+        self.full_and_waiting = 0
+        #: requests in the batch -> steps in which others waited although the cache had room
+        self.waiting_with_room: Counter[int] = Counter()
+        #: inter-token latencies in steps with first tokens, and in the others: how many, and their sum
+        self.itl_beside_prefill, self.itl_alone = [0, 0.0], [0, 0.0]
         # look-ups
         self.hits: Counter[int] = Counter()
         self.logged_known = self.missed_steps = self.missed_queries = self.missed_hits = 0
@@ -93,6 +102,7 @@ class StepTotals:
         self._take_lookups(rows, known & (level == _FULL))
         for prefix, values in self.latencies.items():
             _take_latencies(rows, prefix, values)
+        self._take_prefill(rows)
         for name, values in (("kvhook_ns", self.cost), ("vllm_stats_ns", self.made)):
             measured = rows.ints(name)
             values.take(measured[measured >= 0].astype(np.float64))
@@ -139,6 +149,7 @@ class StepTotals:
         self.waited |= bool((states["num_waiting_reqs"] > 0).any())
         usage, inside = rows.floats("kv_cache_usage")[of], rows.floats("kv_cache_usage_peak")[of]
         self._take_latest(rows.ints("t_end_ns")[of], {**states, "kv_cache_usage": usage, **_v0(rows, of)})
+        self._take_waiting(states["num_running_reqs"], states["num_waiting_reqs"], usage)
         self.usage_unknown += int(np.count_nonzero(np.isnan(usage)))
         different, counts = np.unique(usage, return_counts=True)
         self.usage.take(different, counts)
@@ -153,6 +164,24 @@ class StepTotals:
         impossible = (blocks >= 0) & ((used > blocks) | (most > blocks))
         self.impossible_blocks += int(np.count_nonzero(impossible | above))
         self.blocks_above_peak += int(np.count_nonzero(above))
+
+    def _take_waiting(self, running: npt.NDArray[Any], waiting: npt.NDArray[Any], usage: npt.NDArray[Any]) -> None:
+        waits = waiting > 0
+        if not waits.any():
+            return
+        self.full_and_waiting += int(np.count_nonzero(waits & (usage >= FULL)))
+        seats, counts = np.unique(running[waits & (usage < WITH_ROOM)], return_counts=True)
+        self.waiting_with_room.update(dict(zip(seats.tolist(), counts.tolist(), strict=True)))
+
+    def _take_prefill(self, rows: Rows) -> None:
+        count, first = rows.ints("itl_count"), rows.ints("ttft_count")
+        there = ((count > 0) & (count < MAX_LATENCIES)).nonzero()[0]
+        if not len(there):
+            return
+        took, beside = rows.floats("itl_sum", there), first[there] > 0
+        for mine, sums in ((beside, self.itl_beside_prefill), (~beside, self.itl_alone)):
+            sums[0] += int(count[there][mine].sum())
+            sums[1] += float(took[mine].sum())
 
     def _take_latest(self, ends: npt.NDArray[np.int64], states: dict[str, npt.NDArray[Any]]) -> None:
         for name, values in states.items():
@@ -193,6 +222,8 @@ class StepTotals:
             setattr(self, name, getattr(self, name) or getattr(later, name))
         for name in _COUNTERS:
             getattr(self, name).update(getattr(later, name))
+        for name in ("itl_beside_prefill", "itl_alone"):
+            setattr(self, name, [a + b for a, b in zip(getattr(self, name), getattr(later, name), strict=True)])
         for name in ("usage", "seconds", "cost", "made"):
             getattr(self, name).add(getattr(later, name))
         for prefix, values in self.latencies.items():
@@ -238,9 +269,9 @@ class StepTotals:
 
 _ADDED = (
     *("steps", "known", "timed", "nanoseconds", "uncounted", "usage_unknown", "impossible_blocks", "blocks_above_peak"),
-    *("logged_known", "missed_steps", "missed_queries", "missed_hits"),
+    *("logged_known", "missed_steps", "missed_queries", "missed_hits", "full_and_waiting"),
 )
-_COUNTERS = ("levels", "sums", "known_sums", "hits")
+_COUNTERS = ("levels", "sums", "known_sums", "hits", "waiting_with_room")
 
 
 def _v0(rows: Rows, of: slice | npt.NDArray[np.bool_]) -> dict[str, npt.NDArray[np.float64]]:

@@ -11,6 +11,8 @@ import numpy as np
 
 from kvhook.analysis.accounts import accounts, is_pooling, queue_of_all
 from kvhook.analysis.core_report import CoreReport, report
+from kvhook.analysis.diagnosis.rules import diagnose
+from kvhook.analysis.diagnosis.signs import signs_of
 from kvhook.analysis.distribution import NOTHING, Distribution
 from kvhook.analysis.lives import lives, most_blocks
 from kvhook.analysis.lookups import missed_by_vllm, never_looked_up, repeated
@@ -70,17 +72,17 @@ def summary_of(totals: Totals, run: Run, engine: int | None = None, core: CoreRe
     """
     columns = {kind: frozenset(c.name for c in run.columns(kind)) for kind in ("step", "request")}
     engines = [e for e in run.meta["engines"] if engine is None or e["engine"] == engine]
+    part = Part(totals, engines, columns)
     with np.errstate(all="ignore"):
-        part = Part(totals, engines, columns)
         summary = _summary(totals, part, run.meta)
         by_label, by_lora_name = (group_rates(part, run, column) for column in NAMES)
         summary = dataclasses.replace(summary, by_label=by_label, by_lora_name=by_lora_name)
-        if core is None or not core.num_steps or (engine is not None and len(run.meta["engines"]) > 1):
-            return summary
-        peak = summary.kv_cache_usage_peak_in_step
-        if peak is None and core.num_cores == 1:
-            peak = core.usage_peak(run.meta["engines"])
-        return dataclasses.replace(summary, core=core, kv_cache_usage_peak_in_step=peak)
+        if core is not None and core.num_steps and (engine is None or len(run.meta["engines"]) <= 1):
+            peak = summary.kv_cache_usage_peak_in_step
+            if peak is None and core.num_cores == 1:
+                peak = core.usage_peak(run.meta["engines"])
+            summary = dataclasses.replace(summary, core=core, kv_cache_usage_peak_in_step=peak)
+        return dataclasses.replace(summary, findings=diagnose(signs_of(summary, part)))
 
 
 def _summary(totals: Totals, part: Part, meta: dict[str, Any]) -> Summary:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from kvhook.analysis.accounts import Account
 from kvhook.analysis.core_report import CoreReport
+from kvhook.analysis.diagnosis.finding import Finding
 from kvhook.analysis.distribution import Distribution
 from kvhook.analysis.lives import EngineLife
 from kvhook.analysis.lookups import Missed, NotLookedUp
@@ -177,6 +178,8 @@ class Summary:
     #: request has one
     by_label: list[GroupRate] = dataclasses.field(default_factory=list)
     by_lora_name: list[GroupRate] = dataclasses.field(default_factory=list)
+    #: what the run suffers from, each with its evidence and the setting that acts on it; empty if nothing shows
+    findings: list[Finding] = dataclasses.field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries, numbers and None: what ``json.dumps`` takes. NaN becomes None."""

@@ -43,6 +43,7 @@ class Life:
         "reached",
         "recomputed",
         "request",
+        "shared",
         "t_arrived",
         "t_first_scheduled",
         "t_first_token",
@@ -68,6 +69,8 @@ class Life:
         self.tries = 0
         self.t_looked_up = -1
         self.looked_up = self.found = 0
+        #: tokens of its beginning that prompts before it had as well; -1 while that has not been looked for
+        self.shared = -1
         self.miss: Miss = NO_MISS
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from kvhook.core.beginnings import Beginnings
 from kvhook.core.lives import NO_MISS, Life, Miss
 from kvhook.core.pool import RESET, PoolAccount
 from kvhook.core_schema import MISS_REASONS
@@ -33,12 +34,14 @@ class Lookups:
     def __init__(self, core: Core, pool: PoolAccount, life_of: Callable[[Any], Life]) -> None:
         self._core, self._pool, self._life_of = core, pool, life_of
         self._hashes, self._hash_of = core.reads["hashes"], core.reads["hash_of_request"]
+        self._prompt = core.reads["prompt"]
         self._block_size: int = core.facts["block_size"]
         self._caching: bool = core.facts["enable_prefix_caching"]
         self._one_group = len(core.facts["kv_groups"]) <= 1
         self._lookups = self._tokens = self._found = 0
         #: look-ups in all
         self._seen = 0
+        self._beginnings = Beginnings()
         self.attempted: Any = None
         self.refused = False
         self._failed: Callable[[BaseException], None] = lambda _: None
@@ -117,6 +120,8 @@ class Lookups:
         life.t_looked_up = clock()
         life.tries += 1
         life.looked_up, life.found = request.num_tokens, found
+        if life.shared < 0:
+            life.shared = self._beginnings.shared(self._prompt(request))
         life.miss = self._miss(request, found, life.t_looked_up)
         self._lookups += life.miss.reason != _REASON["not_looked_up"]
         self.attempted, self.refused = request, False

@@ -100,6 +100,7 @@ class Writer:
             life.tries,
             life.looked_up,
             life.found,
+            life.shared,
             *life.miss,
         )
         self._n = self._publish(n, record)

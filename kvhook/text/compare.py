@@ -17,6 +17,7 @@ from kvhook.analysis.compare import (
     side_by_side,
 )
 from kvhook.analysis.summary import Summary
+from kvhook.text.diagnosis import finding_lines
 from kvhook.text.numbers import percent, seconds
 
 _NAME, _CELL, _MOST = 28, 16, 28
@@ -85,6 +86,11 @@ def _lines(c: Comparison) -> Iterator[str]:
     yield ""
     yield f"Intervals hold together with {percent(c.confidence, 0)}; steps that depend on each other are accounted for."
     yield from c.notes
+    for letter, findings in zip(c.letters, c.findings, strict=False):
+        for i, line in enumerate(finding_lines(findings, 3)):
+            if not i:
+                yield ""
+            yield f"{'' if i else letter:3}{line}"
 
 
 def _table(c: Comparison, place: int) -> Iterator[str]:
@@ -177,6 +183,10 @@ def _markdown(c: Comparison) -> Iterator[str]:
         yield "The engines' settings are the same, as far as they are recorded."
     yield ""
     yield f"Intervals hold together with {percent(c.confidence, 0)}. {' '.join(c.notes)}".rstrip()
+    if any(c.findings):
+        yield ""
+    for letter, findings in zip(c.letters, c.findings, strict=False):
+        yield from (f"- {letter}: {_plain(f.text)} Setting: {_plain(f.setting)}" for f in findings)
 
 
 def _plain(text: str) -> str:

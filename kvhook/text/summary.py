@@ -11,6 +11,7 @@ from kvhook.analysis.summary import LeftOut, Summary
 from kvhook.records.levels import tokens_are_known
 from kvhook.text.cache import cache_lines, group_lines
 from kvhook.text.core_report import LIMITS, again
+from kvhook.text.diagnosis import finding_lines
 from kvhook.text.numbers import count, percent, rate, seconds
 
 _WIDTH = 16
@@ -108,6 +109,10 @@ def _lines(s: Summary) -> Iterator[str]:
     yield _row("lost", _lost(s))
     for where, error in s.faults.items():
         yield _row("fault", f"{where}: {error}")
+    for i, line in enumerate(finding_lines(s.findings, _WIDTH + 2)):
+        if not i:
+            yield ""
+        yield _row("" if i else "diagnosis", line)
 
 
 def _left_out(left: LeftOut) -> str:

@@ -44,6 +44,7 @@ _V1 = (
     "test_core.py",
     "test_tensor_parallel.py",
     "test_whatif.py",
+    "test_diagnosis.py",
     "test_shown.py",
     "settings",
     "test_scripts.py",

@@ -25,7 +25,7 @@ class Recording:
     def __init__(
         self, directory: Path, *, slots: int = 256, engine: int = 0, pid: int | None = None, **facts: Any
     ) -> None:
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         self.pid = os.getpid() if pid is None else pid
         self.start = process_start(os.getpid())
         self.path = directory / f"{self.pid}-{self.start}-{engine}.ring"
@@ -151,3 +151,51 @@ class Recording:
             file.write(seal(struct.pack("<14Q", *words) + head[112:]))
         os.close(writer._fd)
         writer._fd = -1
+
+
+class CoreRecording:
+    """An engine core that does what the test says: ``record("core_step", ...)``. What is not given is blank."""
+
+    def __init__(self, directory: Path, *, slots: int = 4096, **facts: Any) -> None:
+        from kvhook.core_schema import CORE_KINDS
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self.kinds, self.layout = CORE_KINDS, make_layout({}, CORE_KINDS)
+        meta = {"engine": 0, "stream": "core", "vllm": "0.32.0", "block_size": 16, "num_kv_blocks": BLOCKS, **facts}
+        self.ring = RingWriter(directory / "core.ring", self.layout, slots, meta)
+        self.n = self.clock = 0
+
+    def record(self, kind: str, **values: Any) -> None:
+        """One record; an enum is given as text."""
+        from kvhook.core_schema import CORE_ENUMS
+
+        code, fields = self.kinds[kind]
+        known = {f.name: 0 if f.role == "counter" else -1 for f in fields}
+        assert values.keys() <= known.keys(), values.keys() - known.keys()
+        cells = {n: CORE_ENUMS[n].index(v) if isinstance(v, str) else v for n, v in values.items()}
+        packed = self.layout.struct_of(kind).pack(self.n, code, 0, *((known | cells)[f.name] for f in fields))
+        self.n = self.ring.publish(self.n, packed)
+
+    def step(self, took_ms: float = 1.0, *, used: int = 50, cached: int = 20, **values: Any) -> None:
+        """One step that decodes for ten requests, or does what is given."""
+        start = self.clock
+        self.clock += int(took_ms * MS)
+        times = {"t_schedule_ns": start, "t_scheduled_ns": start, "t_update_ns": self.clock, "t_end_ns": self.clock}
+        blocks = {
+            "num_kv_blocks": BLOCKS,
+            "num_kv_blocks_peak": used,
+            "num_kv_blocks_cached": cached,
+            "num_kv_blocks_empty": BLOCKS - used - cached,
+        }
+        plain = {"num_decode_tokens": 10, "limited_by": "none_waiting"} | values
+        kinds = ("num_prefill_tokens", "num_recomputed_tokens", "num_decode_tokens")
+        self.record("core_step", **times, **blocks, num_scheduled_tokens=sum(plain.get(k, 0) for k in kinds), **plain)
+
+    def cores(self) -> Any:
+        """What was recorded, as `kvhook.records.core.CoreRecords`."""
+        from kvhook.records.core import CoreRecords
+        from kvhook.records.sources import ArraySlots
+        from kvhook.ring.reader import RingReader
+
+        with RingReader(self.ring.path) as reader:
+            return CoreRecords([[ArraySlots(reader.now(), reader.header)]], "test")
