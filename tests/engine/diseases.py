@@ -27,7 +27,7 @@ class Case(NamedTuple):
     found: set[str]
     options: dict[str, Any]
     calls: list[tuple[list[list[int]], Any]]
-    beside: set[str] = set()
+    beside: frozenset[str] = frozenset()
 
 
 def diseases() -> dict[str, Case]:
@@ -46,13 +46,13 @@ def diseases() -> dict[str, Case]:
             {"cache_too_small", "preemption_thrash"},
             {**ROOMY, "num_gpu_blocks_override": 60},
             [(crowd, {"max_tokens": 64, "ignore_eos": True})],
-            {"evicted_too_early", "order_spoils_sharing", "prefix_cache_useless"},
+            frozenset({"evicted_too_early", "order_spoils_sharing", "prefix_cache_useless"}),
         ),
         "groups that take turns": Case(
             {"evicted_too_early", "order_spoils_sharing"},
             {**ROOMY, "num_gpu_blocks_override": 24, "max_num_seqs": 2},
             [(turns, short)],
-            {"cache_too_small", "limited_by_max_num_seqs"},
+            frozenset({"cache_too_small", "limited_by_max_num_seqs"}),
         ),
         "one after the other": Case(
             {"evicted_too_early"},
@@ -89,7 +89,7 @@ def diseases() -> dict[str, Case]:
             {"limited_by_token_budget"},
             {**ROOMY, "max_num_batched_tokens": 64},
             [([system + tokens(rng, 200) for _ in range(20)], short)],
-            {"prefill_holds_up_decode"},
+            frozenset({"prefill_holds_up_decode"}),
         ),
         "readers among talkers": Case(
             {"prefill_holds_up_decode"},
@@ -100,7 +100,7 @@ def diseases() -> dict[str, Case]:
                     [{"max_tokens": 40, "ignore_eos": True}] * 3 + [{"max_tokens": 1}] * len(readers),
                 )
             ],
-            {"limited_by_max_num_seqs", "limited_by_token_budget"},
+            frozenset({"limited_by_max_num_seqs", "limited_by_token_budget"}),
         ),
         "a large cache": Case(
             {"cache_mostly_empty"},
