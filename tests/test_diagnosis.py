@@ -89,13 +89,17 @@ def preemptions(run: Run) -> None:
 def evictions(run: Run) -> None:
     """The requests came after their blocks had been evicted."""
     for _ in range(10):
-        run.request(found=0, miss_reason="evicted", evicted_steps=4, evicted_ns=10 * MS, arrived=95 * MS)
+        run.request(
+            found=0, miss_reason="evicted", num_evicted_tokens=96, evicted_steps=4, evicted_ns=10 * MS, arrived=95 * MS
+        )
 
 
 def a_bad_order(run: Run) -> None:
     """The requests waited already when their blocks were evicted."""
     for _ in range(10):
-        run.request(found=0, miss_reason="evicted", evicted_steps=4, evicted_ns=10 * MS, arrived=20 * MS)
+        run.request(
+            found=0, miss_reason="evicted", num_evicted_tokens=96, evicted_steps=4, evicted_ns=10 * MS, arrived=20 * MS
+        )
 
 
 def short_beginnings(run: Run) -> None:

@@ -145,7 +145,8 @@ class SignTotals:
         if not rows.has("num_evicted_tokens"):
             return most
         told = rows.ints("num_evicted_tokens")
-        return np.where(told >= 0, told, most)
+        missed: npt.NDArray[np.int64] = np.where(told >= 0, told, most)
+        return missed
 
     def take_requests(self, core: int, rows: Rows) -> None:
         """Take in requests of a core that have ended."""

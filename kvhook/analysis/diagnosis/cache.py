@@ -34,7 +34,7 @@ def too_small(signs: Signs) -> Finding | None:
     evidence = {"steps": steps, "share": steps / of}
     if (peak := s.kv_cache_usage_peak_in_step or s.kv_cache_usage_peak) is not None:
         evidence["kv_cache_usage_peak"] = peak
-    preempted = signs.report.num_preemptions if core is not None else s.num_preempted_reqs or 0
+    preempted = signs.account.num_preemptions if core is not None else s.num_preempted_reqs or 0
     evidence["preemptions"] = preempted
     more = f", and {preempted:,} times one was preempted" if preempted else ""
     if core is not None:
@@ -61,9 +61,9 @@ def preemption_thrash(signs: Signs) -> Finding | None:
             f"Requests were preempted {preempted:,} times ({finished:,} finished). What they had in the cache is "
             "computed again, or found again if nobody took the blocks."
         )
-        evidence = {"preemptions": preempted, "finished": finished}
-        return Finding("preemption_thrash", text, setting, evidence, INFERRED)
-    r = signs.report
+        few = {"preemptions": preempted, "finished": finished}
+        return Finding("preemption_thrash", text, setting, few, INFERRED)
+    r = signs.account
     if r.num_preemptions < FEW_PREEMPTIONS or r.num_recomputed_tokens < DONE_TWICE * max(r.num_scheduled_tokens, 1):
         return None
     share = r.num_recomputed_tokens / r.num_scheduled_tokens
@@ -71,7 +71,7 @@ def preemption_thrash(signs: Signs) -> Finding | None:
         f"{percent(share)} of the work was done twice: {r.num_preemptions:,} preemptions threw {r.num_lost_tokens:,} "
         f"computed tokens away, and {r.num_recomputed_tokens:,} were computed again."
     )
-    evidence = {
+    evidence: dict[str, float] = {
         "preemptions": r.num_preemptions,
         "lost_tokens": r.num_lost_tokens,
         "recomputed_tokens": r.num_recomputed_tokens,
@@ -86,11 +86,11 @@ def evicted_too_early(signs: Signs) -> Finding | None:
     core = signs.core
     if core is None or core.evicted < FEW_LOOKUPS:
         return None
-    looked_up = max(signs.report.num_lookup_tokens, 1)
+    looked_up = max(signs.account.num_lookup_tokens, 1)
     share = core.evicted_tokens / looked_up
     if share < EVICTED:
         return None
-    r = signs.report
+    r = signs.account
     again = (
         f", half of them within {r.evicted_steps_p50:,.0f} steps" if r.evicted_steps_p50 == r.evicted_steps_p50 else ""
     )
@@ -108,7 +108,7 @@ def mostly_empty(signs: Signs) -> Finding | None:
     blocks = s.num_kv_blocks or 0
     if core is not None:
         touched, basis = core.touched, "recorded"
-        blocks = blocks or signs.report.num_kv_blocks
+        blocks = blocks or signs.account.num_kv_blocks
     elif s.prefix_caching is False and s.kv_cache_usage_peak is not None:
         touched, basis = s.kv_cache_usage_peak_in_step or s.kv_cache_usage_peak, INFERRED
     else:

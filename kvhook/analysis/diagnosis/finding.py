@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 #: Where the evidence comes from: the engine core's own account, or what can be told from outside of it.
@@ -22,7 +23,7 @@ class Finding(NamedTuple):
     name: str
     text: str
     setting: str
-    evidence: dict[str, float]
+    evidence: Mapping[str, float]
     basis: str = RECORDED
 
 

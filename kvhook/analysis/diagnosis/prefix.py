@@ -73,14 +73,14 @@ def below_a_block(signs: Signs) -> Finding | None:
     core = signs.core
     if core is None or core.first_lookups < FEW_LOOKUPS:
         return None
-    size, requests = signs.report.block_size, core.first_lookups
+    size, requests = signs.account.block_size, core.first_lookups
     if core.short >= _HALF * requests:
         text = (
             f"{core.short:,} of {requests:,} prompts are shorter than a block of {size} tokens: nothing of them is "
             "ever found."
         )
-        evidence = {"lookups": core.short, "of": requests, "block_size": size}
-        return Finding("shared_beginning_below_block", text, f"a smaller block_size than {size}", evidence)
+        whole = {"lookups": core.short, "of": requests, "block_size": size}
+        return Finding("shared_beginning_below_block", text, f"a smaller block_size than {size}", whole)
     if core.below_block < _HALF * requests:
         return None
     mean = core.below_block_tokens / core.below_block
@@ -139,7 +139,7 @@ def order(signs: Signs) -> Finding | None:
     core = signs.core
     if core is None or core.waited_evicted < FEW_LOOKUPS:
         return None
-    r = signs.report
+    r = signs.account
     share = core.waited_evicted_tokens / max(r.num_lookup_tokens, 1)
     if share < EVICTED:
         return None

@@ -35,6 +35,12 @@ class Signs:
     report: CoreReport | None
     core: CoreSigns | None
 
+    @property
+    def account(self) -> CoreReport:
+        """The engine cores' account, where there is one."""
+        assert self.report is not None
+        return self.report
+
 
 def signs_of(summary: Summary, part: Part) -> Signs:
     """Gather the signs of a run.
