@@ -141,11 +141,11 @@ class SignTotals:
     ) -> npt.NDArray[np.int64]:
         """Tokens that each look-up would have found without evictions; at most, where that was not recorded."""
         whole = (tokens - 1) // size * size if size else tokens
-        most = np.maximum(whole - found, 0)
+        most: npt.NDArray[np.int64] = np.maximum(whole - found, 0)
         if not rows.has("num_evicted_tokens"):
             return most
         told = rows.ints("num_evicted_tokens")
-        missed: npt.NDArray[np.int64] = np.where(told >= 0, told, most)
+        missed: npt.NDArray[np.int64] = np.where(told >= 0, told, most).astype(np.int64)
         return missed
 
     def take_requests(self, core: int, rows: Rows) -> None:

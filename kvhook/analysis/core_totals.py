@@ -65,6 +65,7 @@ class CoreTotals:
 
     def take(self, core: int, slots: Slots, layout: Layout, block_size: int) -> None:
         """Take in usable slots of one core, in the order of the run."""
+        ended: list[Rows] = []
         for _, rows in split(slots, layout, CORE_KINDS):
             if rows.kind == "core_step":
                 self._take_steps(core, rows)
@@ -75,10 +76,12 @@ class CoreTotals:
             elif rows.kind == "core_request":
                 self.requests += len(rows)
                 self.preempted_ns += int(rows.ints("preempted_ns").sum())
-                self.signs.take_requests(core, rows)
+                ended.append(rows)
             elif rows.kind == "preemption":
                 self.preemptions += len(rows)
                 self.lost_tokens += int(rows.ints("num_lost_tokens").sum())
+        for rows in ended:  # after the look-ups of the same requests
+            self.signs.take_requests(core, rows)
 
     def _take_steps(self, core: int, rows: Rows) -> None:
         self.steps += len(rows)
