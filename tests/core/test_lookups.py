@@ -114,3 +114,27 @@ def test_each_reason_is_told(driver: Make):
         assert one(driver, [LONG, (LONG, {"cache_salt": "x"})]) == ["never_seen", "salted"]
     assert one(driver, [LONG, LONG], enable_prefix_caching=False) == ["not_looked_up", "not_looked_up"]
     assert one(driver, [LONG, list(range(300, 400)), LONG], blocks=10) == ["never_seen", "never_seen", "evicted"]
+
+
+def test_a_look_up_tells_what_its_prompt_shares_with_those_before_it_and_caching_need_not_be_on(driver: Make):
+    """30 tokens are shared, and with blocks of 32 none is found; with prefix caching off nothing is even looked up."""
+    rng = random.Random(8)
+    beginning = [rng.randrange(2, 500) for _ in range(30)]
+    prompts = [beginning + [rng.randrange(2, 500) for _ in range(20)] for _ in range(6)]
+    prompts += [[*beginning[:10], 1], prompts[0]]
+    shared = [0]
+    for at, prompt in enumerate(prompts[1:], 1):
+        shared.append(
+            max(sum(prompt[: n + 1] == o[: n + 1] for n in range(min(len(prompt), len(o)))) for o in prompts[:at])
+        )
+    assert shared[1] >= 30
+    for caching in (True, False):
+        recording = driver(blocks=60, block_size=32, enable_prefix_caching=caching, max_model_len=512)
+        for prompt in prompts:
+            recording.driver.add(prompt, 2)
+            for _ in recording.driver.run():
+                pass
+        lookups = recording.read().lookups()
+        assert lookups["num_shared_tokens"].tolist() == shared
+        assert lookups["num_found_tokens"].tolist() == [0] * 7 + [32 * caching]
+        assert (lookups["miss_reason"] == "not_looked_up").all() == (not caching)
