@@ -6,7 +6,7 @@ import argparse
 import json
 import string
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvhook.cli.conditions import CONDITION_HOLDS, add_fail_if, failed
 from kvhook.errors import KvhookError
@@ -22,6 +22,7 @@ class CompareCommand:
     with. They are called A, B, C... in conditions. A verdict says whether a difference stands out of what a run varies
     from step to step. With repeats it also accounts for how much runs differ from each other.
 
+    What a program marked as warm-up is left out unless --warmup is given; --scope and --label choose a part of each run.
     The exit code is 3 if a condition of --fail-if is true, 1 if one of its numbers is not known.
 
     Example:
@@ -39,6 +40,11 @@ class CompareCommand:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
         parser.add_argument("sides", metavar="SIDE", nargs="+", help="a .kvh trace or a ring; repeats with commas")
+        parser.add_argument(
+            "--scope", metavar="NAME", help="only this scope of each run: its name or path, or a kind of call"
+        )
+        parser.add_argument("--label", metavar="TEXT", help="only the requests with this label")
+        parser.add_argument("--warmup", action="store_true", help="count what is marked as warm-up as well")
         add_fail_if(parser, "B.itl_p99 > 1.1 * A.itl_p99")
         parser.add_argument(
             "--confidence",
@@ -58,7 +64,8 @@ class CompareCommand:
 
         if not 2 <= len(args.sides) <= len(string.ascii_uppercase):
             raise KvhookError("two runs at least are compared: kvhook compare A.kvh B.kvh")
-        sides = [_side(letter, text) for letter, text in zip(string.ascii_uppercase, args.sides, strict=False)]
+        part = {"scope": args.scope, "label": args.label, "warmup": args.warmup}
+        sides = [_side(letter, text, part) for letter, text in zip(string.ascii_uppercase, args.sides, strict=False)]
         found = compare(sides, args.confidence)
         if args.json:
             print(json.dumps(found.as_dict(), indent=2))
@@ -68,7 +75,7 @@ class CompareCommand:
         return CONDITION_HOLDS if held else 0
 
 
-def _side(letter: str, text: str) -> Side:
+def _side(letter: str, text: str, part: dict[str, Any]) -> Side:
     from kvhook.analysis.compare import Side
     from kvhook.analysis.series import measure
     from kvhook.analysis.settings import settings_of
@@ -80,7 +87,7 @@ def _side(letter: str, text: str) -> Side:
         raise KvhookError(f"{text!r} names no file")
     runs, facts = [], []
     for path in paths:
-        trace = open_trace(path)
+        trace = open_trace(path).select(**part)
         cores = trace.cores()
         runs.append(measure(trace, cores))
         facts += [*trace.meta["engines"], *cores.facts]
