@@ -22,7 +22,7 @@ class CompareCommand:
     with. They are called A, B, C... in conditions. A verdict says whether a difference stands out of what a run varies
     from step to step. With repeats it also accounts for how much runs differ from each other.
 
-    What a program marked as warm-up is left out unless --warmup is given; --scope and --label choose a part of each run.
+    What a program marked as warm-up is left out unless --warmup is given; --scope and --label choose parts of runs.
     The exit code is 3 if a condition of --fail-if is true, 1 if one of its numbers is not known.
 
     Example:
