@@ -15,10 +15,12 @@ from kvhook.analysis.windows import windows_of
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.export import export, export_to_folder
 from kvhook.export.hive import is_folder
+from kvhook.exported import READERS, is_beside
 from kvhook.parts import Parts
 from kvhook.records.clock import Clock
 from kvhook.records.core import CoreRecords, core_files, is_of_core, open_cores
 from kvhook.records.events import Events
+from kvhook.records.imported import as_source
 from kvhook.records.selection import places_of
 from kvhook.records.sources import ArraySlots, FileSlots, RenumberedSlots, SlotSource
 from kvhook.ring.layout import Header
@@ -206,8 +208,10 @@ class Trace(Parts):
 
 
 def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Trace:
-    """Open a recorded run: a ``.kvh`` trace, or the ring of a process, living or dead; or a ``.jsonl`` file of requests
-    with ``hash_ids``, as ``kvhook export --format mooncake`` writes it, for `Trace.what_if`.
+    """Open a recorded run: a ``.kvh`` trace, or the ring of a process, living or dead; or what was exported from one, a
+    ``.parquet``, ``.arrow`` or ``.jsonl`` file. The last holds no single latencies, where a step had several different
+    ones. Or a ``.jsonl`` file of requests with ``hash_ids``, as ``kvhook export --format mooncake`` writes it, for
+    `Trace.what_if`.
 
     A trace that was cut off anywhere opens up to its last whole record.
 
@@ -241,6 +245,9 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
             raise TraceFormatError(f"{place} is not a file")
         if place.suffix in REQUEST_SUFFIXES and looks_like_requests(place):
             return _of_requests(place)
+        if place.suffix in READERS:
+            source, engines, more_facts = as_source(READERS[place.suffix](place), str(place))
+            return Trace([source], str(place), more_facts, engines=engines)
         if not header_of(place).capacity:
             return open_files([place], str(place))
         with RingReader(place) as reader:
@@ -267,13 +274,15 @@ def _several(place: Path) -> list[Path]:
     try:
         if place.is_dir():
             found, what = sorted(place.glob(f"*{TRACE_SUFFIX}")), f"the folder {place}"
+            found = found or sorted(path for suffix in READERS for path in place.glob(f"*{suffix}"))
         elif glob.has_magic(str(place)) and not place.exists():
             found, what = sorted(map(Path, glob.glob(str(place)))), f"the pattern {place}"
         else:
             return []
     except (OSError, ValueError):
         return []  # opening it says what is wrong
-    found = [path for path in found if not is_of_core(path)]  # those belong to the traces beside them
+    # those of engine cores, and other tables of an exported run, belong to the files beside them
+    found = [path for path in found if not is_of_core(path) and not is_beside(path)]
     if not found:
         raise KvhookError(f"{what} holds no {TRACE_SUFFIX} file")
     return found

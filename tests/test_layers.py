@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("records", "options"),
     ("analysis", "whatif"),
     ("text", "export", "report"),
-    ("trace", "parts", "window"),
+    ("trace", "parts", "exported", "window"),
     ("discovery",),
     ("adapters",),
     ("hooks",),
