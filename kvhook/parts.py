@@ -14,6 +14,7 @@ from kvhook.analysis.labelled import of_label
 from kvhook.analysis.summarize import summarize
 from kvhook.analysis.summary import LeftOut
 from kvhook.errors import KvhookError
+from kvhook.frames import to_arrow, to_pandas, to_polars
 from kvhook.records.columns import Table
 from kvhook.records.core import CoreRecords
 from kvhook.records.events import Scope
@@ -108,6 +109,23 @@ class Parts(Records, abc.ABC):
         within = outside([interval_of(s) for s in left])
         known = [e["engine"] for e in whole.engines.facts()]
         return whole.cut(keys, ~mask, "", within, engines=known), named
+
+    def to_pandas(self, table: str = "steps") -> Any:
+        """``"steps"`` or ``"requests"`` as a ``pandas.DataFrame`` with every column, and the times since 1970 as
+        ``t_end_unix_ns`` beside ``t_end_ns``. What is not known is missing (NaN or NA).
+
+        Raises:
+            KvhookError: pandas is not installed (``pip install "kvhook[pandas]"``), or there is no such table.
+        """
+        return to_pandas(self, table)
+
+    def to_polars(self, table: str = "steps") -> Any:
+        """The same as a ``polars.DataFrame`` (``pip install "kvhook[polars]"``); what is not known is null."""
+        return to_polars(self, table)
+
+    def to_arrow(self, table: str = "steps") -> Any:
+        """The same as a ``pyarrow.Table`` (``pip install "kvhook[arrow]"``); what is not known is null."""
+        return to_arrow(self, table)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 

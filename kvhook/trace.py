@@ -19,8 +19,9 @@ from kvhook.exported import READERS, is_beside
 from kvhook.parts import Parts
 from kvhook.records.clock import Clock
 from kvhook.records.core import CoreRecords, core_files, is_of_core, open_cores
+from kvhook.records.engines import Engines
 from kvhook.records.events import Events
-from kvhook.records.imported import as_source
+from kvhook.records.imported import SlotsInMemory, as_source
 from kvhook.records.selection import places_of
 from kvhook.records.sources import ArraySlots, FileSlots, RenumberedSlots, SlotSource
 from kvhook.ring.layout import Header
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from kvhook.records.columns import Table
     from kvhook.ring.slots import Slots
 
+_PART = "this is a part of a run, whose steps cannot be counted from the beginning"
 _ORDER = tuple(field.name for field in STEP_FIELDS)
 
 
@@ -76,6 +78,12 @@ class Trace(Parts):
             return self.of_session()
         path = Path(self.name)
         return open_cores(core_files(path) if path.suffix == TRACE_SUFFIX else [], self.name)
+
+    def __reduce__(self) -> Any:
+        """A trace is pickled with all its records, so that it can be read where its file is not. The records of engine
+        cores stay in the files beside it."""
+        sources = [(s.layout, s.header, np.concatenate([*s.chunks(), _no_slots(s)])) for s in self.sources]
+        return _unpickled, (sources, self.name, self._more, self.engines, self._clocks)
 
     def block_requests(self) -> BlockRequests:
         """The requests with an id for each of their full blocks; equal ids are equal prefixes. The run must have been
@@ -126,6 +134,8 @@ class Trace(Parts):
             at = places_of(every, mine)
             return Peaks(*(column[at] for column in self.whole._peaks(there)))  # noqa: SLF001 (of this very class)
         meta = self.meta
+        if meta["part"]:
+            raise NotJoined(_PART)
         lost = int(meta["records_lost"]) + int(meta["records_dropped"]) + int(meta["damaged"])
         steps = super().steps(columns=[name for name in NEEDED if name == "engine" or name in there])
         return peaks_of(steps, self.cores(), meta["engines"], lost)
@@ -347,6 +357,15 @@ def _side_by_side(traces: Sequence[Trace]) -> Trace:
     damaged = sum(trace.damaged for trace in traces)
     name = ", ".join(t.name for t in traces)
     return Trace(sources, name, {"damaged": damaged}, facts, events=events, clocks=clocks)
+
+
+def _no_slots(source: SlotSource) -> Slots:
+    return np.empty((0, source.layout.slot_bytes), np.uint8)
+
+
+def _unpickled(sources: Any, name: str, more: dict[str, Any], engines: Engines, clocks: dict[int, Clock]) -> Trace:
+    there = [SlotsInMemory(layout, slots, header) for layout, header, slots in sources]
+    return Trace(there, name, more, engines=engines, clocks=clocks)
 
 
 def from_slots(slots: Slots, header: Header, name: str) -> Trace:

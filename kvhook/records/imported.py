@@ -13,7 +13,7 @@ from kvhook.facts import NEEDED_COLUMNS, clean_facts
 from kvhook.records.engines import Engines
 from kvhook.records.events import from_meta, scope_events
 from kvhook.records.sources import SlotSource
-from kvhook.ring.layout import FIELDS_AT, Layout, make_layout
+from kvhook.ring.layout import FIELDS_AT, Header, Layout, make_layout
 from kvhook.ring.slots import fields_of, slot_head
 from kvhook.schema import FINISH_REASONS, KINDS, NAMES, REQUEST, STEP, VALUE_SERIES, VALUES, blank
 
@@ -90,10 +90,10 @@ def as_source(exported: Exported, name: str) -> tuple[SlotSource, Engines, dict[
 
 
 class SlotsInMemory(SlotSource):
-    """Slots that were made here."""
+    """Slots that were made here, or brought here from another process."""
 
-    def __init__(self, layout: Layout, slots: Slots) -> None:
-        super().__init__(layout)
+    def __init__(self, layout: Layout, slots: Slots, header: Header | None = None) -> None:
+        super().__init__(layout, header)
         self._slots = slots
 
     def chunks(self) -> Any:

@@ -16,10 +16,16 @@ from kvhook.records.run import Run
 from kvhook.records.sources import usable
 from kvhook.ring.layout import FIELDS_AT, Layout
 from kvhook.ring.slots import fields_of, slot_head
-from kvhook.schema import FINISH_REASONS, KINDS, NAMES, VALUE_SERIES, VALUES, blank
+from kvhook.schema import FINISH_REASONS, KINDS, NAMES, TIME, VALUE_SERIES, VALUES, blank
 
 if TYPE_CHECKING:
     from kvhook.ring.slots import Slots
+
+#: Kind of record -> column of nanoseconds since 1970 -> the column of the monotonic clock that it is made of.
+_UNIX = {
+    kind: {f.name.replace("_ns", "_unix_ns"): f.name for f in fields if f.role == TIME and f.unit == "ns"}
+    for kind, (_, fields) in KINDS.items()
+}
 
 #: A step does not bring more single latencies than this: a count beyond it is damaged.
 MAX_LATENCIES = 1 << 31
@@ -60,7 +66,9 @@ class Records(Run):
         >>> print(steps[["step", "num_running_reqs", "prefix_cache_hits", "num_generation_tokens"]][:3])
         [(0, 3, 128, 3) (1, 3,   0, 3) (2, 3,   0, 3)]
 
-        A long run has more columns than memory may hold. With `columns` only these are read:
+        Times are those of the monotonic clock of the machine that recorded. By the name ``t_end_unix_ns`` in the place
+        of ``t_end_ns`` they are nanoseconds since 1970, as logs of other tools have them. A long run has more columns
+        than memory may hold. With `columns` only these are read:
 
         >>> steps = trace.steps(columns=["step", "kv_cache_usage"])
         >>> steps.dtype.names, steps.itemsize, trace.steps().itemsize
@@ -153,6 +161,13 @@ class Records(Run):
             engines = np.repeat(slot_head(slots)["engine"].astype(np.int64), counts)
             yield engines, np.repeat(fields["step"], counts), lists[inside]
 
+    def with_unix(self, kind: str) -> list[str]:
+        """The names of all columns of ``"step"`` or ``"request"`` records, those of the time since 1970 behind their
+        monotonic ones."""
+        of = {clock: name for name, clock in _UNIX[kind].items()}
+        names = ["engine", *(c.name for c in self.columns(kind))]
+        return [each for name in names for each in (name, *((of[name],) if name in of else ()))]
+
     def chunks(self) -> Iterator[tuple[Slots, Layout]]:
         """All usable slots in the order of the run, some thousands at a time, with their layout."""
         for source in self.sources:
@@ -162,7 +177,7 @@ class Records(Run):
     def table(self, slots: Slots, layout: Layout, kind: str) -> Table:
         """Raw slots of one kind as the structured array that `steps` and `requests` give."""
         out = np.empty(len(slots), self._types(kind, None))
-        _fill(out, slots, layout, kind, self.names)
+        _fill(out, slots, layout, kind, self)
         return out
 
     def _types(self, kind: str, columns: Sequence[str] | None) -> list[tuple[str, str]]:
@@ -170,6 +185,7 @@ class Records(Run):
         there |= {name: f"U{longest(self.names(name))}" for name in there.keys() & set(NAMES) if kind == "request"}
         if columns is None:
             return list(there.items())
+        there |= {name: "<i8" for name, clock in _UNIX.get(kind, {}).items() if clock in there}
         for name in columns:
             if name not in there:
                 raise KvhookError(f"there is no column {name!r} of {kind}s{self._why_not(kind, name, there)}")
@@ -194,7 +210,7 @@ class Records(Run):
                 known = fields_of(slots, layout.columns[kind])["has_scheduler_stats"] == 1
                 slots = slots[known]
             begin, end = end, end + len(slots)
-            _fill(out[begin:end], slots, layout, kind, self.names)
+            _fill(out[begin:end], slots, layout, kind, self)
         out.resize(end, refcheck=False)
         return out
 
@@ -208,12 +224,8 @@ class Records(Run):
                 yield slots[mine], layout
 
 
-def _fill(out: Table, slots: Slots, layout: Layout, kind: str, names: Callable[[str], Mapping[int, str]]) -> None:
-    """Fill the columns of a table from raw slots of one kind; what these do not hold is blank.
-
-    Args:
-        names: gives what the codes of a column of `NAMES` mean.
-    """
+def _fill(out: Table, slots: Slots, layout: Layout, kind: str, run: Run) -> None:
+    """Fill the columns of a table from raw slots of one kind; what these do not hold is blank."""
     stored = {c.name: c for c in layout.columns[kind]}
     fields = fields_of(slots, layout.columns[kind])
     blanks = {f.name: float(blank(f)) for f in KINDS[kind][1]}
@@ -221,7 +233,11 @@ def _fill(out: Table, slots: Slots, layout: Layout, kind: str, names: Callable[[
         if name == "engine":
             out[name] = slot_head(slots)["engine"]
         elif name in NAMES and kind == "request":
-            out[name] = name_texts(fields[name], names(name)) if name in stored else ""
+            out[name] = name_texts(fields[name], run.names(name)) if name in stored else ""
+        elif name in _UNIX[kind]:
+            clock = _UNIX[kind][name]
+            known = clock in stored
+            out[name] = run.unix(slot_head(slots)["engine"], fields[clock]) if known else np.int64(-1)
         elif name in stored:
             out[name] = reason_texts(fields[name]) if stored[name].enum else fields[name]
         else:

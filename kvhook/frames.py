@@ -1,0 +1,69 @@
+"""Tables of a run for other libraries: pandas, Polars, Arrow. Each is asked for when it is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvhook.errors import KvhookError
+from kvhook.export.contents import TABLES
+from kvhook.export.unknown import unknown
+from kvhook.records.columns import Table
+from kvhook.records.tables import Records
+
+_KINDS = {TABLES[kind]: kind for kind in ("step", "request")}
+
+
+def table_of(records: Records, table: str) -> tuple[Table, dict[str, Any]]:
+    """A table with every column, times since 1970 among them, and in which rows a column's value is not known.
+
+    Raises:
+        KvhookError: there is no such table.
+    """
+    if table not in _KINDS:
+        raise KvhookError(f"there is no table {table!r}; there are {', '.join(map(repr, _KINDS))}")
+    kind = _KINDS[table]
+    read = records.steps if kind == "step" else records.requests
+    rows = read(columns=records.with_unix(kind))
+    return rows, unknown(rows, kind)
+
+
+def to_pandas(records: Records, table: str) -> Any:
+    """A ``pandas.DataFrame``, see `kvhook.Trace.to_pandas`."""
+    pandas = _library("pandas", "pandas")
+    rows, masks = table_of(records, table)
+    columns: dict[str, Any] = {}
+    for name in rows.dtype.names or ():
+        values, mask = np.ascontiguousarray(rows[name]), masks.get(name)
+        if values.dtype.kind == "U":
+            columns[name] = pandas.array(values.tolist(), dtype="str")
+        elif values.dtype.kind == "i" and mask is not None:
+            columns[name] = pandas.arrays.IntegerArray(values, mask)
+        else:
+            columns[name] = values if mask is None else np.where(mask, np.nan, values)
+    return pandas.DataFrame(columns)
+
+
+def to_arrow(records: Records, table: str) -> Any:
+    """A ``pyarrow.Table``, see `kvhook.Trace.to_arrow`."""
+    pa = _library("pyarrow", "arrow")
+    rows, masks = table_of(records, table)
+    columns = {}
+    for name in rows.dtype.names or ():
+        values = rows[name].tolist() if rows[name].dtype.kind == "U" else np.ascontiguousarray(rows[name])
+        columns[name] = pa.array(values, mask=masks.get(name))
+    return pa.table(columns)
+
+
+def to_polars(records: Records, table: str) -> Any:
+    """A ``polars.DataFrame``, see `kvhook.Trace.to_polars`."""
+    polars = _library("polars", "polars")
+    return polars.from_arrow(to_arrow(records, table))
+
+
+def _library(name: str, extra: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError:
+        raise KvhookError(f'{name} is not installed: pip install "kvhook[{extra}]"') from None
