@@ -52,8 +52,8 @@ def test_latencies_and_summary_are_those_of_the_trace(name: str, suffix: str, tm
     for series in ("time_to_first_token", "inter_token_latency"):
         one, other = (np.sort(np.repeat(*each.latencies(series))) for each in (trace, again))
         np.testing.assert_array_equal(one, other)
-    one, other = trace.summary().as_dict(), again.summary().as_dict()
-    assert {name for name in one if one[name] != other[name]} <= {"core"}
+    told, told_again = trace.summary().as_dict(), again.summary().as_dict()
+    assert {name for name in told if told[name] != told_again[name]} <= {"core"}
 
 
 def test_parts_of_an_exported_run_can_be_cut(tmp_path: Path):
