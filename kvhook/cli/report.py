@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from kvhook.errors import KvhookError
@@ -36,6 +37,11 @@ class ReportCommand:
         check(args.out, args.force)
         traces = [open_trace(path) for path in args.traces]
         runs = [read(t, t.cores(), name) for t, name in zip(traces, names_of(args.traces), strict=True)]
+        # the summary leaves warm-up out, the charts show it
+        runs = [
+            dataclasses.replace(run, summary=trace.summary()) if any(s.warmup for s in run.scopes) else run
+            for run, trace in zip(runs, traces, strict=True)
+        ]
         try:
             write_report(args.out, runs, __version__, overwrite=args.force)
         except OSError as error:

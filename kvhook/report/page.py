@@ -64,6 +64,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         Section("summary", "Summary", tables.numbers(runs) + tables.summaries(runs)),
         *charts,
         Section("requests", "Requests", ""),
+        Section("scopes", "Scopes and calls", tables.scopes(runs)),
         Section("settings", "Settings of the engines", tables.settings(runs)),
         Section("kvhook", "What kvhook cost", tables.cost(runs)),
     ]

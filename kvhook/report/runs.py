@@ -15,6 +15,7 @@ from kvhook.analysis.timeline import timeline_of_cores
 from kvhook.analysis.totals import Totals
 from kvhook.analysis.values import Values
 from kvhook.records.core import CoreRecords
+from kvhook.records.events import Scope
 from kvhook.records.tables import Records, reason_texts
 from kvhook.report.buckets import Floats
 from kvhook.report.lines import Line, StepLines, core_lines
@@ -64,6 +65,7 @@ class Run:
     #: why nothing was recorded inside the engine core
     why_no_core: str
     core_facts: list[dict[str, Any]]
+    scopes: list[Scope] = dataclasses.field(default_factory=list)
 
     @property
     def begin(self) -> float:
@@ -107,6 +109,7 @@ def read(records: Records, cores: CoreRecords, name: str) -> Run:
         core,
         cores.why_none,
         cores.facts,
+        records.scopes,
     )
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from kvhook.analysis.compare import side_by_side
 from kvhook.analysis.settings import settings_of
+from kvhook.records.events import Scope
 from kvhook.report.runs import Run
 from kvhook.text.compare import cell
-from kvhook.text.numbers import percent
+from kvhook.text.numbers import percent, seconds
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -104,6 +105,31 @@ def misses(run: Run) -> str:
         return ""
     rows = [(miss_text(why), f"{m.lookups:,}", f"{m.tokens:,}") for why, m in run.core.misses.items()]
     return f"<h4>{escape(run.name)}: why look-ups found no more</h4>{wide(table(['', 'look-ups', 'tokens'], rows))}"
+
+
+#: Scopes that are listed of each run.
+_SCOPES = 100
+
+
+def scopes(runs: Sequence[Run]) -> str:
+    """The parts of the runs that have names: the user's scopes, and calls such as ``LLM.generate``."""
+    found = []
+    for run in runs:
+        if not run.scopes:
+            found.append(_absent(run, "no scopes, and no calls of LLM's methods, were recorded"))
+            continue
+        heads = ["", "began", "took", "prompts", "warm-up", "sampling parameters"]
+        more = f" (the first {_SCOPES} of {len(run.scopes):,})" if len(run.scopes) > _SCOPES else ""
+        rows = [_scope(run, scope) for scope in run.scopes[:_SCOPES]]
+        found.append(f"<h4>{escape(run.name)}{more}</h4>{wide(table(heads, rows))}")
+    return "".join(found)
+
+
+def _scope(run: Run, scope: Scope) -> Sequence[str]:
+    took = seconds((scope.ended_ns - scope.began_ns) / 1e9) if scope.ended_ns >= 0 else "has not ended"
+    prompts = f"{scope.num_prompts:,}" if scope.num_prompts >= 0 else ""
+    began = f"{scope.began_ns / 1e9 - run.begin:.3f} s"
+    return scope.path or scope.name, began, took, prompts, "yes" if scope.warmup else "", scope.params
 
 
 def cost(runs: Sequence[Run]) -> str:

@@ -18,6 +18,7 @@ from kvhook.cli import main
 from kvhook.report.charts import PARTS
 from kvhook.report.runs import read
 from tests.ring.synthetic import Recording
+from tests.standin import fake_vllm, step_stats
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -255,3 +256,18 @@ def test_a_notebook_shows_the_numbers_of_the_summary():
         assert f"{100 * (summary.prefix_cache_hit_rate or 0):.1f} %" in html
     assert "<svg" in trace._repr_html_()
     assert "<script" not in trace._repr_html_()
+
+
+def test_scopes_are_listed_and_the_summary_leaves_warm_up_out(fresh: Path):
+    with fake_vllm() as vllm, kvhook.install(trace=fresh / "run.kvh") as session:
+        engine = vllm.engine()
+        for name, warmup in (("warm-up", True), ("<measured>", False)):
+            with session.scope(name, warmup=warmup):
+                engine.plan += [step_stats(generated=4, kv_cache_usage=0.5) for _ in range(5)]
+                for _ in range(5):
+                    engine.step()
+    page = report(fresh, fresh / "run.kvh")
+    assert "&lt;measured&gt;" in page.text
+    assert "<measured>" not in page.text
+    assert "<dt>steps</dt><dd>5</dd>" in page.text
+    assert len(page.curve("kv_cache_usage")) == 10
