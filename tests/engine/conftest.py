@@ -48,6 +48,7 @@ _V1 = (
     "test_shown.py",
     "settings",
     "test_scripts.py",
+    "test_server.py",
 )
 collect_ignore = list(_V1) if vllm_here.V0 else ["test_v0.py"]
 

@@ -1,0 +1,105 @@
+"""vLLM's OpenAI server under ``kvhook run``, and the openai package as its client: one complete account of it.
+
+The long form, with 50 clients, readers that are killed and a server without kvhook beside it, is
+`benchmarks/server_load.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any, NamedTuple
+
+import pytest
+
+import kvhook
+from benchmarks.serving import Answer, ask, client_of, server
+from tests.engine import vllm_here
+
+pytestmark = pytest.mark.skipif(not vllm_here.since(0, 22), reason="the options of the server are those of 0.22")
+
+LEFT_AFTER = 3
+
+
+class Served(NamedTuple):
+    """What clients, /metrics and the trace say."""
+
+    answers: list[Answer]
+    generated: float
+    prompts: float
+    finished: dict[str, float]
+    left_alive: bool
+    code: int
+    log: str
+    trace: Any
+
+
+@pytest.fixture(scope="module")
+def served(engine_environment: dict[str, str], model: str, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder = tmp_path_factory.mktemp("server")
+    rings = folder / "rings"
+    options = ["--trace", "run.kvh"]
+    with server(model, folder, options, VLLM_ENABLE_V1_MULTIPROCESSING="1", KVHOOK_DIR=str(rings)) as this:
+        answers = asyncio.run(conversation(this))
+        for ring in rings.iterdir():
+            ring.unlink()  # whoever cleans up does not disturb the server
+        answers += asyncio.run(conversation(this))
+        generated, prompts = this.total("vllm:generation_tokens_total"), this.total("vllm:prompt_tokens_total")
+        finished = {
+            name.partition('finished_reason="')[2].partition('"')[0]: value
+            for name, value in this.metrics().items()
+            if name.startswith("vllm:request_success_total{") and value
+        }
+        alive = this.process.poll() is None
+        code = this.stop()
+    log = this.log.read_text(errors="replace")
+    return Served(answers, generated, prompts, finished, alive, code, log, kvhook.open(folder / "run.kvh"))
+
+
+async def conversation(this: Any) -> list[Answer]:
+    """Eight clients at the same time, half of them streaming, and one that goes away."""
+    async with client_of(this) as client:
+        asked = [ask(client, f"Where is book {n}?", 10 + n, stream=n % 2 == 0) for n in range(8)]
+        return list(await asyncio.gather(*asked, ask(client, "Tell me everything", 300, leave_after=LEFT_AFTER)))
+
+
+def test_tokens_are_those_that_clients_were_given_and_those_of_vllm_s_counters(served: Served):
+    steps = served.trace.steps()
+    whole = [answer for answer in served.answers if not answer.left]
+    assert steps["num_generation_tokens"].sum() == served.generated
+    assert steps["num_prompt_tokens"].sum() == served.prompts
+    requests = served.trace.requests()
+    ended = requests[requests["finish_reason"] == "length"]
+    assert Counter(ended["num_generation_tokens"].tolist()) == Counter(answer.generated for answer in whole)
+    assert Counter(ended["num_prompt_tokens"].tolist()) == Counter(answer.prompt for answer in whole)
+
+
+def test_requests_that_were_left_are_counted_as_aborted(served: Served):
+    reasons = Counter(served.trace.requests()["finish_reason"].tolist())
+    assert reasons == {"length": 16, "abort": 2}
+    assert served.finished["length"] == 16
+    summary = served.trace.summary()
+    assert (summary.num_finished_reqs, summary.num_aborted_reqs) == (18, 2)
+
+
+def test_every_iteration_of_the_engine_is_there_with_its_times(served: Served):
+    core = served.trace.cores().steps()
+    assert (core["t_schedule_ns"] <= core["t_scheduled_ns"]).all()
+    ran = core[core["t_update_ns"] > 0]
+    assert (ran["t_scheduled_ns"] <= ran["t_update_ns"]).all()
+    assert (ran["t_update_ns"] <= ran["t_end_ns"]).all()
+    assert core["step"].tolist() == list(range(len(core)))
+    assert ran["num_scheduled_tokens"].sum() >= served.prompts
+    assert len(served.trace.steps()) <= len(core)
+
+
+def test_nothing_is_lost_although_the_rings_were_removed(served: Served):
+    assert served.left_alive
+    assert served.trace.meta["records_lost"] == 0
+    assert served.trace.cores().lost == 0
+    assert all(account.ok for account in served.trace.summary().accounts)
+
+
+def test_the_server_ends_as_it_does_without_kvhook_and_the_summary_follows(served: Served):
+    assert served.code == 0
+    assert "kvhook summary run.kvh" in served.log
