@@ -4,7 +4,7 @@
    neither the buffer protocol (3.11), which a mapped ring is held by, nor vectorcall (3.12), without which each call
    of the engine's step would make a tuple and a bound method. */
 
-#include "step.h"
+#include "core.h"
 
 static PyObject *nothing(PyObject *Py_UNUSED(module), PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UNUSED(nargs),
                          PyObject *Py_UNUSED(names))
@@ -41,14 +41,17 @@ static int fill(PyObject *module)
 #define AS_TEXT(name) #name,
     static const char *const operations[] = {OPERATIONS(AS_TEXT)};
     static const char *const registers[] = {STATE_REGISTERS(AS_TEXT)};
+    static const char *const columns[] = {CORE_COLUMNS(AS_TEXT)};
     PyTypeObject *const types[] = {&RingStore_Type, &Publisher_Type, &StepMethod_Type, &Counter_Type,
-                                   &OutputTap_Type};
+                                   &OutputTap_Type, &CoreState_Type, &CoreTap_Type};
     for (size_t i = 0; i < sizeof types / sizeof *types; i++)
         if (PyModule_AddType(module, types[i]) < 0)
             return -1;
     if (PyModule_AddIntConstant(module, "STACK_DEPTH", STACK_DEPTH) < 0)
         return -1;
     if (add_names(module, "OPERATIONS", operations, NUM_OPERATIONS) < 0)
+        return -1;
+    if (add_names(module, "CORE_COLUMNS", columns, NUM_CORE_COLUMNS) < 0)
         return -1;
     return add_names(module, "REGISTERS", registers, NUM_STATE_REGISTERS);
 }

@@ -31,7 +31,7 @@ static int put_bytes(Output *output, Cell *n, PyObject *record)
 }
 
 /* What stands in `output->body`. */
-HOT static int put_body(Output *output, Cell *n)
+HOT int put_body(Output *output, Cell *n)
 {
     if (LIKELY(output->native)) {
         ring_store(output->publish, n->i, output->body);
@@ -46,9 +46,9 @@ HOT static int put_body(Output *output, Cell *n)
     return result;
 }
 
-static void put_head(Output *output, Cell n, int32_t kind)
+static void put_head(Output *output, int64_t n, int32_t kind)
 {
-    memcpy(output->body, &n.i, 8);
+    memcpy(output->body, &n, 8);
     memcpy(output->body + 8, &kind, 4);
     memcpy(output->body + 12, &output->engine, 4);
 }
@@ -116,12 +116,21 @@ HOT int put_record(Output *output, const RecordKind *kind, Cell *n, const Cell *
         while (i < kind->count && pack_cell(cells[i], kind->types[i], at))
             i++, at += 8;
         if (LIKELY(i == kind->count)) {
-            put_head(output, *n, kind->kind);
+            put_head(output, n->i, kind->kind);
             memset(at, 0, (size_t)(output->body + output->size - at));
             return put_body(output, n);
         }
     }
     return put_by_struct(output, kind->pack, n, kind->kind, cells, kind->count);
+}
+
+HOT void put_columns(Output *output, int32_t kind, int64_t n, const int64_t *columns, Py_ssize_t count)
+{
+    uint8_t *at = output->body + (FIELDS_AT - BODY_AT);
+    put_head(output, n, kind);
+    memcpy(at, columns, (size_t)count * 8);
+    at += count * 8;
+    memset(at, 0, (size_t)(output->body + output->size - at));
 }
 
 int put_values(Output *output, Cell *n, Cell step, int64_t series, const double *values, Py_ssize_t count,
@@ -130,7 +139,7 @@ int put_values(Output *output, Cell *n, Cell step, int64_t series, const double 
     for (Py_ssize_t first = 0; first < count; first += room) {
         int64_t head[3] = {step.i, series, count - first < room ? count - first : room};
         uint8_t *at = output->body + (FIELDS_AT - BODY_AT);
-        put_head(output, *n, KIND_VALUES);
+        put_head(output, n->i, KIND_VALUES);
         memcpy(at, head, sizeof head);
         memcpy(at + sizeof head, values + first, (size_t)head[2] * 8);
         at += sizeof head + (size_t)head[2] * 8;

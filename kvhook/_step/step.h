@@ -21,8 +21,8 @@
 #define UNLIKELY(x) (x)
 #endif
 
-/* Record kinds, as in kvhook/schema.py; a test compares them. */
-enum { KIND_STEP = 1, KIND_REQUEST = 2, KIND_VALUES = 3 };
+/* Record kinds, as in kvhook/schema.py and kvhook/core_schema.py; a test compares them. */
+enum { KIND_STEP = 1, KIND_REQUEST = 2, KIND_VALUES = 3, KIND_CORE_STEP = 16 };
 
 /* What runs in every step lies together, so that it can be fetched together: see publisher_prefetch in publish.c. */
 #if defined(__GNUC__) && defined(__linux__)
@@ -228,6 +228,10 @@ int put_values(Output *output, Cell *n, Cell step, int64_t series, const double 
 int put_value_objects(Output *output, PyObject *pack, Cell *n, Cell step, int64_t series, PyObject *values,
                       Py_ssize_t room);
 
+/* Put a record of integers together in `output->body`, of which there are as many as fit; then store what is there. */
+void put_columns(Output *output, int32_t kind, int64_t n, const int64_t *columns, Py_ssize_t count);
+int put_body(Output *output, Cell *n);
+
 /* ---- lists of values: list_stats.c --------------------------------------------------------------------------- */
 
 typedef struct {
@@ -255,5 +259,8 @@ PyObject *publisher_of(PyObject *callable);
 extern PyTypeObject StepMethod_Type;
 extern PyTypeObject Counter_Type;
 extern PyTypeObject OutputTap_Type;
+extern PyTypeObject CoreState_Type;
+extern PyTypeObject CoreTap_Type;
+/* CoreTap(role, original, state): in place of a method inside the engine core. */
 
 #endif

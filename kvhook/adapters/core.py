@@ -115,6 +115,19 @@ READS: tuple[Read, ...] = (
     Read("hashes", ("request.block_hashes", "manager.req_to_block_hashes.get(request.request_id, ())")),
 )
 
+#: What all releases have, and every step asks for.
+EXPRESSIONS: Mapping[str, str] = {
+    "running": "len(sched.running)",
+    "requests": "sched.running",
+    "free": "queue.num_free_blocks",
+    "tokens": "output.num_scheduled_tokens",
+    "total": "output.total_num_scheduled_tokens",
+    "drafts": "output.scheduled_spec_decode_tokens",
+    "new_reqs": "output.scheduled_new_reqs",
+}
+#: Of all these, what ``reads["states"]`` gives.
+STATES = ("budget", "waiting", "skipped", "running", "free")
+
 #: The hash of a request's block, and that of a cached block, as something both can be compared by.
 _HASHES: tuple[tuple[str, str, str, str], ...] = (
     # a name that only these releases have, and the two expressions
@@ -153,6 +166,8 @@ class Core(NamedTuple):
     pool: Any
     queue: Any
     reads: Mapping[str, Callable[..., Any]]
+    #: what is read in each step, as expressions over these objects, ``output`` and ``request``
+    expressions: Mapping[str, str]
     facts: dict[str, Any]
     #: column of a core step -> why it is not known here
     absent: dict[str, str]
@@ -183,11 +198,20 @@ def read_core(sched: Any) -> Core:
         raise LookupError("the scheduler has nothing that tells of preemptions")
     methods.append((found[preempt[0]], preempt[1]))
     methods += [(found[o], n) for o, names in OPTIONAL.items() for n in names if callable(getattr(found[o], n, None))]
-    reads, absent = _reads(found)
+    reads, expressions, absent = _reads(found)
     facts = _facts(sched, found)
     absent |= _unknown(sched, facts)
     return Core(
-        sched, found["manager"], found["pool"], found["queue"], reads, facts, absent, tuple(methods), preempt[1]
+        sched,
+        found["manager"],
+        found["pool"],
+        found["queue"],
+        reads,
+        expressions,
+        facts,
+        absent,
+        tuple(methods),
+        preempt[1],
     )
 
 
@@ -218,8 +242,9 @@ def problems() -> list[str]:
     return found
 
 
-def _reads(found: dict[str, Any]) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    """The functions that read numbers, each of ``(request)``, and the columns that this vLLM has not."""
+def _reads(found: dict[str, Any]) -> tuple[dict[str, Callable[..., Any]], dict[str, str], dict[str, str]]:
+    """The functions that read numbers, each of ``(request)``; the expressions of what each step reads; and the columns
+    that this vLLM has not."""
     absent: dict[str, str] = {}
     reads: dict[str, Callable[..., Any]] = {}
     chosen: dict[str, str] = {}
@@ -233,13 +258,14 @@ def _reads(found: dict[str, Any]) -> tuple[dict[str, Callable[..., Any]], dict[s
             continue
         chosen[read.column] = expression
         reads[read.column] = eval(f"lambda request=None: {expression}", dict(found))
+    expressions = {name: chosen.get(name, "-1") for name in ("budget", "waiting", "skipped", "places", "computed")}
+    expressions |= EXPRESSIONS
     # what every step asks for, in one call
-    states = [chosen.get(name, "-1") for name in ("budget", "waiting", "skipped")]
-    states += ["len(sched.running)", "queue.num_free_blocks"]
+    states = [expressions[name] for name in STATES]
     reads["states"] = eval(f"lambda: ({', '.join(states)})", dict(found))
     of_request, of_block = _hash_functions()
     reads |= {"hash_of_request": of_request, "hash_of_block": of_block, "new_blocks": _new_blocks}
-    return reads, absent
+    return reads, expressions, absent
 
 
 def _new_blocks(output: Any) -> Iterable[tuple[str, Any]]:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvhook.core import native
 from kvhook.core_schema import BLOCK_EVENT_BYTES, BLOCK_EVENTS, BLOCKS, BLOCKS_KINDS
 from kvhook.recording.recorder import NEEDS_CRC, process_facts
 from kvhook.ring.layout import FIELDS_AT, Layout, make_layout
@@ -24,6 +25,7 @@ from kvhook.ring.writer import RingWriter
 
 if TYPE_CHECKING:
     from kvhook.adapters.core import Core
+    from kvhook.core.state import CoreState
     from kvhook.core.taps import Taps
     from kvhook.ring.writer import Publish
 
@@ -75,6 +77,7 @@ class Ledger:
         key: of the digests.
         number_of: the number of a request.
         failed: is told of errors.
+        state: says which step it is, and for which request the block manager works.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Ledger:
         key: bytes,
         number_of: Callable[[Any], int],
         failed: Callable[[BaseException], None],
+        state: CoreState,
     ) -> None:
         self._core, self._publish, self._engine, self._key = core, publish, engine, key
         self._number_of, self._failed = number_of, failed
@@ -94,9 +98,10 @@ class Ledger:
         self._several = len(core.facts["kv_groups"]) > 1
         self._most = events_per_slot(layout)
         self._pack = layout.struct_of("blocks", tail=f"{self._most * BLOCK_EVENT_BYTES}s").pack
-        self._events: list[bytes] = []
+        #: what has been written down since `flush`
+        self.events: list[bytes] = []
         self._n = 0
-        self.step, self._for = 0, _NOBODY
+        self._state = state
         #: block -> group and digest of what it holds
         self._known: dict[int, tuple[int, int]] = {}
         for block in core.pool.blocks:
@@ -106,8 +111,9 @@ class Ledger:
     def tap(self, taps: Taps) -> None:
         """Put the writing in place, over the counting."""
         pool, manager = self._core.pool, self._core.manager
-        taps.put(manager, "allocate_slots", self._on_behalf)
-        taps.put(manager, "free", self._on_behalf)
+        on_behalf = native.tap(self._state, "behalf") or self._on_behalf
+        taps.put(manager, "allocate_slots", on_behalf)
+        taps.put(manager, "free", on_behalf)
         taps.put(pool, "get_new_blocks", self._on_get_new_blocks)
         taps.put(pool, "touch", self._on_touch)
         taps.put(pool, "free_blocks", self._on_free)
@@ -117,7 +123,7 @@ class Ledger:
 
     def flush(self) -> None:
         """Publish what has been written down since the last call: at the end of a step."""
-        events, most = self._events, self._most
+        events, most = self.events, self._most
         for first in range(0, len(events), most):
             some = events[first : first + most]
             n = self._n
@@ -126,7 +132,9 @@ class Ledger:
 
     def _write(self, event: int, block: int, index: int = _NOWHERE) -> None:
         group, digest = self._known.get(block, (0, 0))
-        self._events.append(_EVENT.pack(self.step, self._for, block, index, event, group, digest))
+        behalf = self._state.behalf
+        request = _NOBODY if behalf is None else self._number_of(behalf)
+        self.events.append(_EVENT.pack(self._state.step, request, block, index, event, group, digest))
 
     def _digest(self, key: Any) -> int:
         content = self._hash_of(key)
@@ -145,16 +153,14 @@ class Ledger:
 
     def _on_behalf(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Remember for which request the manager works."""
+        state = self._state
 
         def method(request: Any, *args: Any, **kwargs: Any) -> Any:
-            try:
-                self._for = self._number_of(request)
-            except Exception as error:
-                self._failed(error)
+            state.behalf = request
             try:
                 return original(request, *args, **kwargs)
             finally:
-                self._for = _NOBODY
+                state.behalf = None
 
         return method
 

@@ -26,8 +26,7 @@ class Lookups:
     until it can be scheduled; and the call of ``allocate_slots`` behind it, which says whether it got blocks.
 
     Attributes:
-        attempted: the request that was looked up last in the ``schedule`` under way, if any. Whoever follows the steps
-            clears it when one begins.
+        attempted: the request that was looked up last in the ``schedule`` under way, if any.
         refused: whether there were no blocks for it.
     """
 
@@ -38,7 +37,7 @@ class Lookups:
         self._block_size: int = core.facts["block_size"]
         self._caching: bool = core.facts["enable_prefix_caching"]
         self._one_group = len(core.facts["kv_groups"]) <= 1
-        self._lookups = self._tokens = self._found = 0
+        self._state = pool.state
         #: look-ups in all
         self._seen = 0
         self._beginnings = Beginnings()
@@ -54,14 +53,19 @@ class Lookups:
         if callable(getattr(manager, "get_computed_blocks_for_connector", None)):
             taps.put(manager, "get_computed_blocks_for_connector", self._on_lookup_for_connector)
 
+    def begin(self) -> None:
+        """A ``schedule`` begins, after one in which a request was looked up."""
+        self.attempted, self.refused, self._state.looked = None, False, False
+
     def end(self) -> None:
         """It has been scheduled: what waited for an ``allocate_slots`` that never came is taken out."""
         self._take_out_probe()
 
     def take(self) -> tuple[int, int, int]:
         """Look-ups, and tokens looked up and found by requests that were then scheduled, since the last call."""
-        counts = self._lookups, self._tokens, self._found
-        self._lookups = self._tokens = self._found = 0
+        state = self._state
+        counts = state.lookups, state.looked_up, state.found
+        state.lookups = state.looked_up = state.found = 0
         return counts
 
     def admitted(self, life: Life) -> None:
@@ -73,8 +77,8 @@ class Lookups:
                 by = self._pool.evictions.get(self._content(life.request, miss.block), (0, 0, -1))[2]
             life.miss = miss._replace(by=by, evicted_tokens=self._evicted_from(life.request, miss.block))
         if miss.reason != _REASON["not_looked_up"]:
-            self._tokens += life.looked_up
-            self._found += life.found
+            self._state.looked_up += life.looked_up
+            self._state.found += life.found
 
     def _evicted_from(self, request: Any, block: int) -> int:
         """Tokens of the blocks of a request, from this one on, that had been cached and were evicted."""
@@ -123,8 +127,8 @@ class Lookups:
         if life.shared < 0:
             life.shared = self._beginnings.shared(self._prompt(request))
         life.miss = self._miss(request, found, life.t_looked_up)
-        self._lookups += life.miss.reason != _REASON["not_looked_up"]
-        self.attempted, self.refused = request, False
+        self._state.lookups += life.miss.reason != _REASON["not_looked_up"]
+        self.attempted, self.refused, self._state.looked = request, False, True
         self._put_probe()
 
     def _miss(self, request: Any, found: int, now: int) -> Miss:
@@ -148,7 +152,7 @@ class Lookups:
             step, when, by = evicted
             if step == RESET:
                 return Miss(_REASON["reset"], block, -1, now - when)
-            return Miss(_REASON["evicted"], block, self._pool.step - step, now - when, by)
+            return Miss(_REASON["evicted"], block, self._state.step - step, now - when, by)
         return Miss(_REASON[_unseen(request, block)], block)
 
     def _content(self, request: Any, block: int) -> Any:

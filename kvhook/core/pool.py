@@ -11,8 +11,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from kvhook.core import native
+
 if TYPE_CHECKING:
     from kvhook.adapters.core import Core
+    from kvhook.core.state import CoreState
     from kvhook.core.taps import Taps
 
 clock = time.monotonic_ns
@@ -27,33 +30,28 @@ class PoolAccount:
     """Counts what one block pool does.
 
     Attributes:
-        allocated, freed, reused, revived, evicted, resets: since they were last taken (`take`).
-        cached: free blocks that can be found by their content, now.
-        shared: how often blocks are held beyond the first time, all together, now.
+        state: what is counted in.
         evictions: content -> (step, time, number of the request whose allocation took the block).
-        step: number of the step that is under way; whoever counts the steps sets it.
         just_evicted: content and number of each block that was evicted since that was cleared, to find out for whom.
     """
 
-    def __init__(self, core: Core, failed: Callable[[BaseException], None]) -> None:
-        self._pool, self._queue, self._failed = core.pool, core.queue, failed
+    def __init__(self, core: Core, failed: Callable[[BaseException], None], state: CoreState) -> None:
+        self._pool, self._queue, self._failed, self.state = core.pool, core.queue, failed, state
         self._null = getattr(core.pool, "null_block", None)
         self._hash_of = core.reads["hash_of_block"]
         self._caching = bool(core.facts["enable_prefix_caching"])
         #: a KV connector can have a pool of its own, whose blocks are given back through this one
         self._other_pools = bool(core.facts["connector"])
         self.total: int = core.facts["num_kv_blocks"]
-        self.allocated = self.freed = self.reused = self.revived = self.evicted = self.resets = 0
         self.evictions: dict[Any, tuple[int, int, int]] = {}
         self.forgotten = 0
-        self.step = 0
         self.just_evicted: list[tuple[Any, int]] = []
-        self.cached, self.shared = self._look()
+        state.cached, state.shared = self._look()
 
     def tap(self, taps: Taps) -> None:
         """Put the counting in place."""
         pool = self._pool
-        taps.put(pool, "get_new_blocks", self._on_get_new_blocks)
+        taps.put(pool, "get_new_blocks", native.tap(self.state, "get_new_blocks") or self._on_get_new_blocks)
         taps.put(pool, "touch", self._on_touch)
         taps.put(pool, "free_blocks", self._on_free)
         taps.put(pool, "reset_prefix_cache", self._on_reset)
@@ -81,8 +79,9 @@ class PoolAccount:
 
     def take(self) -> tuple[int, int, int, int, int, int]:
         """allocated, freed, reused, revived, evicted, resets since the last call."""
-        counts = self.allocated, self.freed, self.reused, self.revived, self.evicted, self.resets
-        self.allocated = self.freed = self.reused = self.revived = self.evicted = self.resets = 0
+        s = self.state
+        counts = s.allocated, s.freed, s.reused, s.revived, s.evicted, s.resets
+        s.allocated = s.freed = s.reused = s.revived = s.evicted = s.resets = 0
         return counts
 
     def _look(self) -> tuple[int, int]:
@@ -101,30 +100,33 @@ class PoolAccount:
     # if it does all the same, the engine goes on and the recording ends.
 
     def _on_get_new_blocks(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        queue = self._queue
+        queue, state = self._queue, self.state
 
         def get_new_blocks(*args: Any, **kwargs: Any) -> Any:
             before = queue.num_free_blocks
             blocks = original(*args, **kwargs)
-            self.allocated += before - queue.num_free_blocks
+            try:
+                state.allocated += before - queue.num_free_blocks
+            except Exception as error:
+                self._failed(error)
             return blocks
 
         return get_new_blocks
 
     def _on_evict(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        evictions, hash_of = self.evictions, self._hash_of
+        evictions, hash_of, state = self.evictions, self._hash_of, self.state
 
         def _maybe_evict_cached_block(block: Any, *args: Any, **kwargs: Any) -> Any:
             key = block.block_hash
             gone = original(block, *args, **kwargs)
             if gone:
                 try:
-                    self.evicted += 1
+                    state.evicted += 1
                     if not block.ref_cnt:
-                        self.cached -= 1
+                        state.cached -= 1
                     content = hash_of(key)
                     evictions.pop(content, None)  # so that it is the youngest again
-                    evictions[content] = (self.step, clock(), NOBODY)
+                    evictions[content] = (state.step, clock(), NOBODY)
                     self.just_evicted.append((content, block.block_id))
                     if len(evictions) > REMEMBERED:
                         del evictions[next(iter(evictions))]
@@ -136,7 +138,7 @@ class PoolAccount:
         return _maybe_evict_cached_block
 
     def _on_touch(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        queue = self._queue
+        queue, state = self._queue, self.state
 
         def touch(blocks: Any, *args: Any, **kwargs: Any) -> Any:
             before = queue.num_free_blocks
@@ -144,10 +146,10 @@ class PoolAccount:
             try:
                 revived = before - queue.num_free_blocks
                 reused = self._count(blocks)
-                self.reused += reused
-                self.revived += revived
-                self.cached -= revived
-                self.shared += reused - revived
+                state.reused += reused
+                state.revived += revived
+                state.cached -= revived
+                state.shared += reused - revived
             except Exception as error:
                 self._failed(error)
             return result
@@ -166,14 +168,14 @@ class PoolAccount:
         return count
 
     def _on_free(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        queue, null = self._queue, self._null
+        queue, null, state = self._queue, self._null, self.state
 
         def free_blocks(ordered_blocks: Any, *args: Any, **kwargs: Any) -> Any:
             blocks = list(ordered_blocks)  # it may be an iterator, and is looked at twice
             before = queue.num_free_blocks
             result = original(blocks, *args, **kwargs)
             try:
-                self.freed += queue.num_free_blocks - before
+                state.freed += queue.num_free_blocks - before
                 if self._other_pools:
                     blocks = [b for b in blocks if getattr(b, "pool", None) in (None, self._pool)]
                 cached = held = 0
@@ -182,8 +184,8 @@ class PoolAccount:
                         held += block is not null
                     elif block.block_hash is not None:
                         cached += 1
-                self.cached += cached
-                self.shared -= held
+                state.cached += cached
+                state.shared -= held
             except Exception as error:
                 self._failed(error)
             return result
@@ -196,8 +198,8 @@ class PoolAccount:
             done = original(*args, **kwargs)
             if done:
                 try:
-                    self.resets += 1
-                    self.cached = 0
+                    self.state.resets += 1
+                    self.state.cached = 0
                     self.evictions.clear()
                     now = clock()
                     for key in known[-REMEMBERED:]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvhook.core.ledger import Ledger, LedgerRing
+from kvhook.core.native import bind, make_state
 from kvhook.core.pool import PoolAccount
 from kvhook.core.steps import StepAccount
 from kvhook.core.taps import Taps
@@ -91,16 +92,20 @@ class CoreRecorder:
         def give_up(error: BaseException) -> None:
             taps.take_out()
             if (account := self.account()) is not None:
-                account.on = False
+                account.state.on = False
             failed(error)
 
         taps = Taps()
-        writer = Writer(self.ring.layout, publish, self.number, self.key)
-        account = StepAccount(core, PoolAccount(core, give_up), writer, taps, give_up)
+        state = make_state(core)
+        writer = Writer(self.ring.layout, publish, self.number, self.key, state)
+        account = StepAccount(core, PoolAccount(core, give_up, state), writer, taps, give_up)
         account.is_over = is_over
         if ledger is not None:
             ring = ledger.ring
-            account.ledger = Ledger(core, ring.layout, ring.publish, self.number, self.key, account.number_of, give_up)
+            account.ledger = Ledger(
+                core, ring.layout, ring.publish, self.number, self.key, account.number_of, give_up, state
+            )
+        bind(account, self.ring.layout, publish, self.number)
         try:
             account.tap()
         except Exception:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import operator
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from kvhook.core import native
 from kvhook.core.limits import limited_by
 from kvhook.core.lives import Life
 from kvhook.core.lookups import Lookups
@@ -39,6 +39,7 @@ class StepAccount:
 
     def __init__(self, core: Core, pool: PoolAccount, writer: Writer, taps: Taps, failed: Failed) -> None:
         self.core, self.pool, self.writer, self._taps, self._failed = core, pool, writer, taps, failed
+        self.state = writer.state
         self.lookups = Lookups(core, pool, self.life_of)
         #: what writes down every block's events, where that is wanted; set before `tap`
         self.ledger: Ledger | None = None
@@ -47,19 +48,12 @@ class StepAccount:
         self._sched, self._reads, self._states = core.sched, core.reads, core.reads["states"]
         self._block_size: int = core.facts["block_size"]
         self._tokens_known = "num_kv_tokens" not in core.absent
-        self._pending: deque[Scheduled] = deque()
         self._lives: dict[str, Life] = {}
         #: requests that were preempted and wait
         self._prefills = Prefills(core.reads["computed"])
         self._preempted: dict[str, Life] = {}
         self._finished: list[tuple[Life, int, int]] = []
-        self._step = self._requests = 0
-        self._num_preempted = self._num_finished = 0
-        self._stats_made = 0
-        self._inside = False
-        #: False once it is stopped: somebody else's wrapper may still be over ours, and call it
-        self.on = True
-        self._own_ns = -1
+        self._requests = 0
         for request in list(core.sched.requests.values()):  # it has been at work already
             life = self._know(request, -1)
             life.reached = self._reads["computed"](request)
@@ -68,21 +62,41 @@ class StepAccount:
 
     def tap(self) -> None:
         """Put the counting in place."""
-        self.on = True
+        self.state.on = True
         sched, taps = self._sched, self._taps
         self.pool.tap(taps)
         if self.ledger is not None:
             self.ledger.tap(taps)
         self.lookups.tap(taps, self._failed)
-        taps.put(sched, "schedule", self._on_schedule)
-        taps.put(sched, "update_from_output", self._on_update)
-        taps.put(sched, "make_stats", self._on_make_stats)
+        in_each_step = {
+            "schedule": self._on_schedule,
+            "update_from_output": self._on_update,
+            "make_stats": self._on_make_stats,
+        }
+        for name, make in in_each_step.items():
+            taps.put(sched, name, native.tap(self.state, name) or make)
         taps.put(sched, "add_request", self._on_add_request)
         taps.put(sched, "_free_request", self._on_free_request)
         if self.core.preempt == "free":
             taps.put(self.core.manager, "free", self._on_manager_free)
         else:
             taps.put(sched, self.core.preempt, self._on_preempt)
+
+    def parts(self) -> dict[str, Any]:
+        """For the extension: what it has to look at, and what does the steps that it does not do."""
+        calls = {
+            "failed": self._failed,
+            "begin_lookups": self.lookups.begin,
+            "end_lookups": self.lookups.end,
+            "scheduled": self._scheduled,
+            "write": self._write,
+            "make_scheduled": Scheduled,
+            "write_finished": self._write_finished,
+            "flush": self.lookups.end if self.ledger is None else self.ledger.flush,
+            "look_up": self._look_up,
+        }
+        lives = self._prefills.lives
+        return {"calls": calls, "prefilling": lives, "preempted": self._preempted, "finished": self._finished}
 
     def life_of(self, request: Any) -> Life:
         """What is known of a request."""
@@ -96,31 +110,32 @@ class StepAccount:
     def stop(self) -> None:
         """Take the counting out, and write what is known and has not been written."""
         self._taps.take_out()
-        self.on = False
+        self.state.on = False
         self._write_finished()
         if self.ledger is not None:
             self.ledger.flush()
 
     def _know(self, request: Any, now: int) -> Life:
-        life = self._lives[request.request_id] = Life(self._requests, request, self._step, now)
+        life = self._lives[request.request_id] = Life(self._requests, request, self.state.step, now)
         self._requests += 1
         return life
 
     # ---- schedule ------------------------------------------------------------------------------------------------
 
     def _on_schedule(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        lookups, scheduled = self.lookups, self._scheduled
+        state, lookups, scheduled = self.state, self.lookups, self._scheduled
 
         def schedule(*args: Any, **kwargs: Any) -> Any:
-            if not self.on:
+            if not self.state.on:
                 return original(*args, **kwargs)
             start = clock()
-            preempted = self._num_preempted
-            lookups.attempted, lookups.refused = None, False
+            preempted = self.state.num_preempted
+            if state.looked:
+                lookups.begin()
             output = original(*args, **kwargs)
             try:
                 end = clock()
-                if lookups.attempted is not None:
+                if state.looked:
                     lookups.end()
                 scheduled(output, start, end, preempted)
             except Exception as error:
@@ -134,21 +149,21 @@ class StepAccount:
         total: int = output.total_num_scheduled_tokens
         drafts = output.scheduled_spec_decode_tokens
         spec = sum(map(len, drafts.values())) if drafts else 0
-        pool = self.pool
+        pool, state = self.pool, self.state
         # most steps only decode: the others are looked at more closely
         new, resumed, work = 0, 0, NOTHING
         if self._prefills.lives or self._preempted or output.scheduled_new_reqs or pool.just_evicted:
             new, resumed = self._changed(output, tokens, start)
-            work = self._prefills.go_on(output, tokens, self._step)
+            work = self._prefills.go_on(output, tokens, self.state.step)
         prefill, recomputed, decoded, prefill_reqs, cut, begun = work
         decode = total - prefill - recomputed - spec
         if decode - decoded > len(tokens) - prefill_reqs:
-            more = self._prefills.fall_back(output, tokens, self._step, self._sched.requests, self.life_of)
+            more = self._prefills.fall_back(output, tokens, self.state.step, self._sched.requests, self.life_of)
             prefill, recomputed, decoded, prefill_reqs, cut, begun = map(operator.add, work, more)
             decode = total - prefill - recomputed - spec
         budget, waiting, skipped, running, free = self._states()
         limit = _NONE_WAITING
-        if waiting or cut or total >= budget or preempted != self._num_preempted:
+        if waiting or cut or total >= budget or preempted != state.num_preempted:
             limit = limited_by(
                 self.core,
                 self.lookups,
@@ -158,22 +173,20 @@ class StepAccount:
                 budget=budget,
                 waiting=waiting,
                 cut=cut,
-                preempted=self._num_preempted - preempted,
+                preempted=state.num_preempted - preempted,
             )
-        in_use, cached = pool.total - free, pool.cached
+        in_use, cached = pool.total - free, state.cached
         held = -1
         if self._tokens_known:
             # a block that several requests hold counts once: it is always a full one
-            held = -pool.shared * self._block_size
+            held = -state.shared * self._block_size
             for request in self._sched.running:
                 held += request.num_computed_tokens
-        step = self._step
+        step = self.state.step
         columns = (total, prefill, recomputed, decode, spec, budget, len(tokens), prefill_reqs, new, resumed)
         states = (running, waiting, skipped, limit, pool.total, in_use, cached, free - cached, held)
-        self._step = pool.step = step + 1
-        if self.ledger is not None:
-            self.ledger.step = step + 1
-        self._pending.append(Scheduled(output, step, start, end, columns, states, begun, clock() - end))
+        state.step = step + 1
+        state.push(Scheduled(output, step, start, end, columns, states, begun, clock() - end))
 
     def _changed(self, output: Any, tokens: dict[str, int], start: int) -> tuple[int, int]:
         """Requests came or were preempted: how many are new, how many resumed."""
@@ -197,30 +210,30 @@ class StepAccount:
         """A request is scheduled for the first time, or again after a preemption."""
         self._prefills.lives[request_id] = life
         if life.first_scheduled_step < 0:
-            life.first_scheduled_step, life.t_first_scheduled = self._step, now
+            life.first_scheduled_step, life.t_first_scheduled = self.state.step, now
             life.cached = self._reads["computed"](life.request) - tokens
         if life.tries:
             self.lookups.admitted(life)
-            self.writer.lookup(self._step, life, again)
+            self.writer.lookup(self.state.step, life, again)
             life.tries = 0
 
     # ---- update_from_output ----------------------------------------------------------------------------------------
 
     def _on_update(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def update_from_output(*args: Any, **kwargs: Any) -> Any:
-            if not self.on:
+            if not self.state.on:
                 return original(*args, **kwargs)
             start = clock()
-            made = self._stats_made
-            self._inside = True
+            made = self.state.stats_made
+            self.state.inside = True
             try:
                 result = original(*args, **kwargs)
             finally:
-                self._inside = False
+                self.state.inside = False
             end = clock()
             try:
                 output = args[0] if args else kwargs["scheduler_output"]
-                self._updated(output, start, end, made if self._stats_made > made else -1)
+                self._updated(output, start, end, made if self.state.stats_made > made else -1)
             except Exception as error:
                 self._failed(error)
             return result
@@ -228,23 +241,29 @@ class StepAccount:
         return update_from_output
 
     def _updated(self, output: Any, start: int, end: int, stats: int) -> None:
-        while self._pending and self._pending[0].output is not output:
+        state, pending = self.state, self.state.pending
+        while pending and pending[0].output is not output:
             # vLLM drops the result of a schedule that came out empty
-            early = self._pending.popleft()
+            early = pending.popleft()
             self._write(early, -1, early.t_scheduled, -1)
-        if self._pending:
-            self._write(self._pending.popleft(), start, end, stats)
+        if pending:
+            self._write(pending.popleft(), start, end, stats)
         if self._finished:
             self._write_finished()
         if self.ledger is not None:
             self.ledger.flush()
-        if not self._step & _LOOK_UP and self.is_over():
+        if not state.step & _LOOK_UP:
+            self._look_up()
+        state.own_ns += clock() - end
+
+    def _look_up(self) -> None:
+        if self.is_over():
             self.stop()
-        self._own_ns += clock() - end
 
     def _write(self, step: Scheduled, start: int, end: int, stats: int) -> None:
         for life in step.begun:
             life.t_first_token = end
+        state = self.state
         allocated, freed, reused, revived, evicted, resets = self.pool.take()
         lookups, looked_up, found = self.lookups.take()
         running, waiting, skipped, limit, total, peak, cached, empty, held = step.states
@@ -257,8 +276,8 @@ class StepAccount:
                 start,
                 end,
                 *step.batch,
-                self._num_preempted,
-                self._num_finished,
+                state.num_preempted,
+                state.num_finished,
                 running,
                 waiting,
                 skipped,
@@ -278,16 +297,16 @@ class StepAccount:
                 looked_up,
                 found,
                 1 if resets else 0,
-                self._own_ns,
+                state.own_ns,
             )
         )
-        self._num_preempted = self._num_finished = 0
-        self._own_ns = step.own_ns
+        state.num_preempted = state.num_finished = 0
+        state.own_ns = step.own_ns
 
     def _write_finished(self) -> None:
         for life, now, reason in self._finished:
             # a request ends inside the update at whose end its last token, perhaps its first, counts as there
-            self.writer.request(life, self._step - 1, max(now, life.t_first_token), reason)
+            self.writer.request(life, self.state.step - 1, max(now, life.t_first_token), reason)
         self._finished.clear()
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -296,7 +315,7 @@ class StepAccount:
         def make_stats(*args: Any, **kwargs: Any) -> Any:
             stats = original(*args, **kwargs)
             if stats is not None:
-                self._stats_made += 1
+                self.state.stats_made += 1
             return stats
 
         return make_stats
@@ -328,15 +347,15 @@ class StepAccount:
 
     def _ended(self, request: Any) -> None:
         life = self._lives.get(request.request_id)
-        if life is None or not self.on:
+        if life is None or not self.state.on:
             return
         self._prefills.lives.pop(request.request_id, None)
         if self._preempted.pop(request.request_id, None) is not None:
             life.preempted_ns += clock() - life.preempted_at
-        self._num_finished += 1
+        self.state.num_finished += 1
         reason = request.get_finished_reason()
         self._finished.append((life, clock(), -1 if reason is None else int(reason)))
-        if not self._inside:
+        if not self.state.inside:
             self._write_finished()
 
     def _on_preempt(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -357,7 +376,7 @@ class StepAccount:
     def _watch_preemption(
         self, original: Callable[..., Any], request: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        lost, freed = request.num_computed_tokens, self.pool.freed
+        lost, freed = request.num_computed_tokens, self.state.freed
         result = original(request, *args, **kwargs)
         try:
             life = self.life_of(request)
@@ -366,8 +385,8 @@ class StepAccount:
             life.high = max(life.high, lost)
             self._prefills.lives.pop(request.request_id, None)
             self._preempted[request.request_id] = life
-            self._num_preempted += 1
-            self.writer.preemption(self._step, life, lost, self.pool.freed - freed)
+            self.state.num_preempted += 1
+            self.writer.preemption(self.state.step, life, lost, self.state.freed - freed)
         except Exception as error:
             self._failed(error)
         return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvhook.core.lives import Life, read_id, request_key
+from kvhook.core.state import CoreState
 from kvhook.core_schema import CORE_KINDS, CORE_REQUEST, CORE_STEP, LOOKUP, PREEMPTION
 from kvhook.ring.layout import Layout, make_layout
 
@@ -20,22 +21,24 @@ def core_layout() -> Layout:
 class Writer:
     """Packs records and publishes them; it knows their numbers and nothing of vLLM."""
 
-    def __init__(self, layout: Layout, publish: Publish, engine: int, key: bytes) -> None:
+    def __init__(
+        self, layout: Layout, publish: Publish, engine: int, key: bytes, state: CoreState | None = None
+    ) -> None:
+        self.state = state or CoreState()
         self._publish, self._engine, self._key = publish, engine, key
         self._pack_step = layout.struct_of("core_step").pack
         self._pack_request = layout.struct_of("core_request").pack
         self._pack_preemption = layout.struct_of("preemption").pack
         self._pack_lookup = layout.struct_of("lookup").pack
-        self._n = 0
 
     def step(self, columns: tuple[int, ...]) -> None:
         """A step: the columns of `CORE_STEP_FIELDS`, in order."""
-        n = self._n
-        self._n = self._publish(n, self._pack_step(n, CORE_STEP, self._engine, *columns))
+        n = self.state.n
+        self.state.n = self._publish(n, self._pack_step(n, CORE_STEP, self._engine, *columns))
 
     def request(self, life: Life, step: int, now: int, reason: int) -> None:
         """A request that has ended."""
-        n, request = self._n, life.request
+        n, request = self.state.n, life.request
         answered = life.t_first_token >= 0 and request.num_output_tokens > 0  # a pooling request is not
         name, sample = read_id(request.request_id)
         record = self._pack_request(
@@ -63,11 +66,11 @@ class Writer:
             life.preemptions,
             life.preempted_ns,
         )
-        self._n = self._publish(n, record)
+        self.state.n = self._publish(n, record)
 
     def preemption(self, step: int, life: Life, lost: int, freed: int) -> None:
         """A request lost its blocks."""
-        n = self._n
+        n = self.state.n
         name, _ = read_id(life.request.request_id)
         record = self._pack_preemption(
             n,
@@ -82,11 +85,11 @@ class Writer:
             freed,
             life.request.num_output_tokens,
         )
-        self._n = self._publish(n, record)
+        self.state.n = self._publish(n, record)
 
     def lookup(self, step: int, life: Life, resumed: int) -> None:
         """A request was scheduled with what it had found in the prefix cache."""
-        n = self._n
+        n = self.state.n
         name, _ = read_id(life.request.request_id)
         record = self._pack_lookup(
             n,
@@ -103,7 +106,7 @@ class Writer:
             life.shared,
             *life.miss,
         )
-        self._n = self._publish(n, record)
+        self.state.n = self._publish(n, record)
 
 
 def _number(name: str) -> int:
