@@ -1,84 +1,119 @@
 """What recording inside the engine core costs, without a model: vLLM's own scheduler and block pool, decoding.
 
-    python benchmarks/core_cost.py            batches of 1, 8, 64 and 256
+    python benchmarks/core_cost.py            batches of 1, 8 and 64
+    python benchmarks/core_cost.py 1 256      of these
     python benchmarks/core_cost.py --json
 
-A step is one ``schedule`` and one ``update_from_output``, in processor time of the thread. Blocks of steps with and
-without recording take turns on one scheduler, so that both see the same machine; the figure is the median over the
-blocks of the difference. Caches are warm here: behind a forward pass everything, vLLM's own part too, takes a few times
-as long (`engine_ab.py` measures that).
+A step is one ``schedule`` and one ``update_from_output``, in processor time of the thread. Blocks of steps without
+recording, with the extension's counting and with Python's take turns on one scheduler, so that all see the same
+machine; the figures are medians over the blocks of the difference to the block without. "cold": before each of the two calls the
+caches that the processor's core has for itself are filled with something else, as a forward pass does it
+(`engine_ab.py` measures that as a whole).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import random
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-STEPS, PAIRS = 50, 12
+PAIRS = 8
+#: state -> steps in a block
+STATES = {"warm": 20, "cold": 10}
+LEVELS = ("steps", "blocks")
 
 
-def measure(batch: int, level: str) -> dict[str, float]:
-    """Microseconds of a step without recording, and what recording adds to it."""
-    from kvhook.adapters.core import read_core
-    from kvhook.core.ledger import LedgerRing
-    from kvhook.core.recorder import CoreRecorder
+def measure(batch: int) -> list[dict[str, Any]]:
+    """Microseconds of a step without recording, and what recording adds to it, for each state and level."""
+    from cost_timing import cache_bytes, walk
+
+    from kvhook import _step
     from kvhook.demo.model import make_tiny_model, tiny_model_dir
     from tests.core.scheduler_here import Driver
 
+    paths = {"python": None} | ({"c": _step.native} if _step.native is not None else {})
+    between = {"warm": lambda: None, "cold": walk(4 * cache_bytes()[0])}
+    steps = 10 + PAIRS * sum(STATES.values()) * len(LEVELS) * (1 + len(paths))
     driver = Driver(
         str(make_tiny_model(tiny_model_dir())),
-        blocks=batch * 130 + 10,
+        blocks=batch * (steps // 16 + 4) + 10,
         block_size=16,
         max_num_seqs=batch,
         max_num_batched_tokens=max(2048, batch * 8),
         max_model_len=2048,
     )
     for number in range(batch):
-        driver.add([2 + (number + i) % 400 for i in range(20)], max_tokens=1900)
+        driver.add([2 + (number + i) % 400 for i in range(20)], max_tokens=steps + 100)
     for _ in range(10):
         driver.step()
-    plain, more, own = [], [], []
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for _ in range(PAIRS):
+        for state, level in product(STATES, LEVELS):
+            without = _block(driver, STATES[state], between[state])
+            found.setdefault((state, level, "step"), []).append(without)
+            for path in random.sample(list(paths), len(paths)):
+                with _recorded(driver, level, paths[path]):
+                    more = _block(driver, STATES[state], between[state]) - without
+                found.setdefault((state, level, path), []).append(more)
+    medians = {key: round(statistics.median(values), 1) for key, values in found.items()}
+    return [
+        {"batch": batch, "state": state, "level": level}
+        | {name: medians[key] for name in ("step", *paths) if (key := (state, level, name))}
+        for state, level in product(STATES, LEVELS)
+    ]
+
+
+@contextlib.contextmanager
+def _recorded(driver: Any, level: str, native: Any) -> Iterator[None]:
+    """The driver's core is recorded, by the extension or in Python."""
+    from kvhook import _step
+    from kvhook.adapters.core import read_core
+    from kvhook.core.ledger import LedgerRing
+    from kvhook.core.recorder import CoreRecorder
+
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(PAIRS):
-            without = _block(driver)
+        there, _step.native = _step.native, native
+        try:
             core = read_core(driver.scheduler)
-            recorder = CoreRecorder(number, core, Path(folder), 1024, {})
-            ledger = LedgerRing(number, Path(folder), 1024, {"serial": number}) if level == "blocks" else None
+            recorder = CoreRecorder(0, core, Path(folder), 1024, {})
+            ledger = LedgerRing(0, Path(folder), 1024, {"serial": 0}) if level == "blocks" else None
             recorder.follow(core, _raise, ledger)
-            own.append(_block(driver))
-            recorder.stop()
-            recorder.close()
-            if ledger is not None:
-                ledger.close()
-            plain.append(without)
-            more.append(own[-1] - without)
-    return {
-        "batch": batch,
-        "step_us": round(statistics.median(plain), 1),
-        "added_us": round(statistics.median(more), 1),
-    }
+        finally:
+            _step.native = there
+        for _ in range(2):  # the first time is dearer
+            driver.step()
+        yield
+        recorder.stop()
+        recorder.close()
+        if ledger is not None:
+            ledger.close()
 
 
-def _block(driver: Any) -> float:
+def _block(driver: Any, steps: int, between: Callable[[], object]) -> float:
     """Microseconds of processor time of a step, on average over a block; sampling tokens is not counted."""
     spent = 0
-    for _ in range(STEPS):
+    for _ in range(steps):
+        between()
         start = time.thread_time_ns()
         output = driver.scheduler.schedule()
         spent += time.thread_time_ns() - start
         result = driver.result_of(output)
+        between()
         start = time.thread_time_ns()
         driver.scheduler.update_from_output(output, result)
         spent += time.thread_time_ns() - start
-    return spent / STEPS / 1000
+    return spent / steps / 1000
 
 
 def _raise(error: BaseException) -> None:
@@ -88,16 +123,17 @@ def _raise(error: BaseException) -> None:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("batches", nargs="*", type=int, default=[1, 8, 64], help="requests that decode")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
-    results = {level: [measure(batch, level) for batch in (1, 8, 64, 256)] for level in ("steps", "blocks")}
+    rows = [row for batch in arguments.batches for row in measure(batch)]
     if arguments.json:
-        print(json.dumps(results))
+        print(json.dumps(rows))
         return
-    print("level    batch  schedule + update  kvhook adds")
-    for level, rows in results.items():
-        for row in rows:
-            print(f"{level:8}{row['batch']:6}{row['step_us']:14} us {row['added_us']:10} us")
+    print("state level   batch  schedule + update   kvhook adds: Python         C")
+    for row in rows:
+        print(f"{row['state']:6}{row['level']:7}{row['batch']:6}{row['step']:16} us", end="")
+        print(f"{row['python']:20} us {row.get('c', '-'):>7} us")
 
 
 if __name__ == "__main__":

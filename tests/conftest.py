@@ -60,6 +60,8 @@ BOTH_PATHS = (
     "contracts/test_adapters.py",
     "contracts/test_from_core.py",
     "contracts/test_light.py",
+    "core/test_ledger.py",
+    "core/test_steps.py",
     "golden/test_golden.py",
     "ring/test_fork.py",
     "ring/test_ring_kill.py",

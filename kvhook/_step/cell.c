@@ -3,9 +3,9 @@
 
 #include "step.h"
 
-HOT void cell_drop(PyObject *object) { Py_DECREF(object); }
+BOTH_HOT void cell_drop(PyObject *object) { Py_DECREF(object); }
 
-HOT Cell cell_take(PyObject *object)
+BOTH_HOT Cell cell_take(PyObject *object)
 {
     Cell cell = {EMPTY, {.o = NULL}};
     if (object == NULL)
@@ -31,7 +31,7 @@ HOT Cell cell_take(PyObject *object)
     return cell;
 }
 
-HOT Cell cell_borrow(PyObject *object)
+BOTH_HOT Cell cell_borrow(PyObject *object)
 {
     if (object != NULL && PyFloat_CheckExact(object))
         return cell_float(PyFloat_AS_DOUBLE(object));
@@ -105,7 +105,7 @@ static inline bool is_small(Cell cell) { return cell.tag != INTEGER || (cell.i <
 
 static inline double as_double(Cell cell) { return cell.tag == FLOAT ? cell.d : (double)cell.i; }
 
-HOT Cell cell_arithmetic(char operator, Cell a, Cell b)
+BOTH_HOT Cell cell_arithmetic(char operator, Cell a, Cell b)
 {
     if (a.tag == INTEGER && b.tag == INTEGER && operator != '/') {
         long long result;

@@ -8,7 +8,7 @@
 
 /* ---- the steps under way ----------------------------------------------------------------------------------------- */
 
-HOT Pending *core_push(CoreState *self)
+CORE_HOT Pending *core_push(CoreState *self)
 {
     if (UNLIKELY(self->count == self->room)) {
         Py_ssize_t room = self->room ? 2 * self->room : 4;
@@ -57,7 +57,7 @@ static void leave_it_to_python(void)
         PyErr_Clear();
 }
 
-HOT bool core_read(CoreState *self, int which, int64_t *value)
+CORE_HOT bool core_read(CoreState *self, int which, int64_t *value)
 {
     Cell cell = program_run(&self->program, self->reads[which], self->registers);
     if (LIKELY(cell.tag == INTEGER)) {
@@ -69,7 +69,7 @@ HOT bool core_read(CoreState *self, int which, int64_t *value)
     return false;
 }
 
-HOT PyObject *core_read_object(CoreState *self, int which)
+CORE_HOT PyObject *core_read_object(CoreState *self, int which)
 {
     Cell cell = program_run(&self->program, self->reads[which], self->registers);
     if (LIKELY(cell.tag == OBJECT))
@@ -128,7 +128,7 @@ static int write_by_python(const CoreState *self, const Pending *step, int64_t s
     return answer ? 0 : -1;
 }
 
-HOT static int write_here(CoreState *self, Pending *step, int64_t start, int64_t end, int64_t stats, int64_t free)
+CORE_HOT static int write_here(CoreState *self, Pending *step, int64_t start, int64_t end, int64_t stats, int64_t free)
 {
     int64_t *columns = step->columns;
     columns[COL_stats_number] = stats;
@@ -164,7 +164,7 @@ HOT static int write_here(CoreState *self, Pending *step, int64_t start, int64_t
     return 0;
 }
 
-HOT int core_write_first(CoreState *self, int64_t start, int64_t end, int64_t stats)
+CORE_HOT int core_write_first(CoreState *self, int64_t start, int64_t end, int64_t stats)
 {
     Pending step = self->pending[self->first]; /* what is called may add another */
     self->first = (self->first + 1) & (self->room - 1);
@@ -182,7 +182,7 @@ HOT int core_write_first(CoreState *self, int64_t start, int64_t end, int64_t st
 
 void core_prefetch(const CoreState *self)
 {
-    prefetch_code();
+    prefetch_core_code();
     prefetch(self, sizeof *self);
     prefetch(self->registers, (size_t)self->num_registers * sizeof(Cell));
     prefetch(self->program.places, (size_t)self->program.num_places * sizeof(Place));

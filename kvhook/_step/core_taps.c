@@ -75,7 +75,7 @@ static bool count_drafts(PyObject *drafts, int64_t *count)
 }
 
 /* Tokens that the running requests hold; false if Python has to count them. */
-HOT static bool count_held(CoreState *state, int64_t *held)
+CORE_HOT static bool count_held(CoreState *state, int64_t *held)
 {
     int64_t twice;
     if (__builtin_mul_overflow(state->shared, state->block_size, &twice) || twice < 0)
@@ -97,7 +97,7 @@ HOT static bool count_held(CoreState *state, int64_t *held)
 }
 
 /* What the scheduler holds now, into columns; false if Python has to look at it. */
-HOT static bool look_at_states(CoreState *state, int64_t *columns)
+CORE_HOT static bool look_at_states(CoreState *state, int64_t *columns)
 {
     int64_t free, places;
     if (!core_read(state, READ_budget, &columns[COL_token_budget]) ||
@@ -122,7 +122,7 @@ HOT static bool look_at_states(CoreState *state, int64_t *columns)
 }
 
 /* The same for what was scheduled. */
-HOT static bool look_at_output(CoreState *state, int64_t *columns)
+CORE_HOT static bool look_at_output(CoreState *state, int64_t *columns)
 {
     PyObject *tokens = NULL, *drafts = NULL, *new_reqs = NULL;
     int64_t *total = &columns[COL_num_scheduled_tokens], *spec = &columns[COL_num_spec_tokens];
@@ -143,7 +143,7 @@ HOT static bool look_at_output(CoreState *state, int64_t *columns)
 }
 
 /* Keep a step that only decodes; false if it is none, or not as it usually is. */
-HOT static bool keep_here(CoreState *state, PyObject *output, int64_t start, int64_t end)
+CORE_HOT static bool keep_here(CoreState *state, PyObject *output, int64_t start, int64_t end)
 {
     int64_t columns[NUM_CORE_COLUMNS] = {0};
     columns[COL_step] = state->step;
@@ -162,7 +162,7 @@ HOT static bool keep_here(CoreState *state, PyObject *output, int64_t start, int
     return true;
 }
 
-HOT static int scheduled(CoreState *state, PyObject *output, int64_t start, int64_t end, int64_t preempted)
+CORE_HOT static int scheduled(CoreState *state, PyObject *output, int64_t start, int64_t end, int64_t preempted)
 {
     if (UNLIKELY(state->looked) && call(state, CALL_end_lookups) < 0)
         return -1;
@@ -178,7 +178,7 @@ HOT static int scheduled(CoreState *state, PyObject *output, int64_t start, int6
     return answer ? 0 : -1;
 }
 
-HOT static PyObject *schedule(CoreTap *self, PyObject *const *args, size_t nargsf, PyObject *names)
+CORE_HOT static PyObject *schedule(CoreTap *self, PyObject *const *args, size_t nargsf, PyObject *names)
 {
     CoreState *state = self->state;
     int64_t start = clock_ns(), preempted = state->num_preempted;
@@ -211,7 +211,7 @@ static PyObject *output_of(const CoreState *state, PyObject *const *args, Py_ssi
 
 enum { LOOK_UP = 255 }; /* as in kvhook/core/steps.py */
 
-HOT static int updated(CoreState *state, PyObject *output, int64_t start, int64_t end, int64_t stats)
+CORE_HOT static int updated(CoreState *state, PyObject *output, int64_t start, int64_t end, int64_t stats)
 {
     if (output == NULL)
         return -1;
@@ -231,7 +231,7 @@ HOT static int updated(CoreState *state, PyObject *output, int64_t start, int64_
     return 0;
 }
 
-HOT static PyObject *update(CoreTap *self, PyObject *const *args, size_t nargsf, PyObject *names)
+CORE_HOT static PyObject *update(CoreTap *self, PyObject *const *args, size_t nargsf, PyObject *names)
 {
     CoreState *state = self->state;
     int64_t start = clock_ns(), made = state->stats_made;
@@ -253,7 +253,7 @@ HOT static PyObject *update(CoreTap *self, PyObject *const *args, size_t nargsf,
 
 /* ---- the others --------------------------------------------------------------------------------------------------- */
 
-HOT static PyObject *make_stats(CoreTap *self, PyObject *const *args, size_t nargsf, PyObject *names)
+CORE_HOT static PyObject *make_stats(CoreTap *self, PyObject *const *args, size_t nargsf, PyObject *names)
 {
     PyObject *stats = PyObject_Vectorcall(self->original, args, nargsf, names);
     if (stats != NULL && stats != Py_None)
@@ -261,7 +261,7 @@ HOT static PyObject *make_stats(CoreTap *self, PyObject *const *args, size_t nar
     return stats;
 }
 
-HOT static PyObject *count_new(CoreTap *self, PyObject *const *args, size_t nargsf, PyObject *names)
+CORE_HOT static PyObject *count_new(CoreTap *self, PyObject *const *args, size_t nargsf, PyObject *names)
 {
     CoreState *state = self->state;
     int64_t before, after;
@@ -283,7 +283,7 @@ HOT static PyObject *count_new(CoreTap *self, PyObject *const *args, size_t narg
 }
 
 /* Remember for which request the manager works. */
-HOT static PyObject *on_behalf(CoreTap *self, PyObject *const *args, size_t nargsf, PyObject *names)
+CORE_HOT static PyObject *on_behalf(CoreTap *self, PyObject *const *args, size_t nargsf, PyObject *names)
 {
     CoreState *state = self->state;
     PyObject *before = state->behalf;
@@ -294,7 +294,7 @@ HOT static PyObject *on_behalf(CoreTap *self, PyObject *const *args, size_t narg
     return result;
 }
 
-HOT static PyObject *tap_call(PyObject *object, PyObject *const *args, size_t nargsf, PyObject *names)
+CORE_HOT static PyObject *tap_call(PyObject *object, PyObject *const *args, size_t nargsf, PyObject *names)
 {
     CoreTap *self = (CoreTap *)object;
     if (UNLIKELY(!self->state->on || !self->state->bound)) {

@@ -31,7 +31,7 @@ static int put_bytes(Output *output, Cell *n, PyObject *record)
 }
 
 /* What stands in `output->body`. */
-HOT int put_body(Output *output, Cell *n)
+BOTH_HOT int put_body(Output *output, Cell *n)
 {
     if (LIKELY(output->native)) {
         ring_store(output->publish, n->i, output->body);
@@ -124,7 +124,7 @@ HOT int put_record(Output *output, const RecordKind *kind, Cell *n, const Cell *
     return put_by_struct(output, kind->pack, n, kind->kind, cells, kind->count);
 }
 
-HOT void put_columns(Output *output, int32_t kind, int64_t n, const int64_t *columns, Py_ssize_t count)
+CORE_HOT void put_columns(Output *output, int32_t kind, int64_t n, const int64_t *columns, Py_ssize_t count)
 {
     uint8_t *at = output->body + (FIELDS_AT - BODY_AT);
     put_head(output, n, kind);

@@ -124,13 +124,13 @@ int place_begin(Place *place, const char *name)
     return place->name ? 0 : -1;
 }
 
-HOT PyObject *place_read(Place *place, PyObject *object)
+BOTH_HOT PyObject *place_read(Place *place, PyObject *object)
 {
     PyObject *value = at_place(place, object);
     return LIKELY(value != NULL) ? Py_NewRef(value) : PyObject_GetAttr(object, place->name);
 }
 
-HOT Cell place_cell(Place *place, Cell owner)
+BOTH_HOT Cell place_cell(Place *place, Cell owner)
 {
     PyObject *object = cell_object(owner); /* what is called here may take it out of its register */
     if (object == NULL)

@@ -97,7 +97,7 @@ static Cell length(Cell cell)
     return size < 0 ? (Cell){EMPTY, {.o = NULL}} : cell_int(size);
 }
 
-HOT Cell program_run(const Program *program, Py_ssize_t start, const Cell *registers)
+BOTH_HOT Cell program_run(const Program *program, Py_ssize_t start, const Cell *registers)
 {
     static const char signs[] = {'+', '-', '*', '/'};
     const Operation *operations = program->operations;

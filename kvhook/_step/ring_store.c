@@ -55,7 +55,7 @@ uint32_t ring_crc32(const uint8_t *data, size_t size)
     return ~crc;
 }
 
-HOT void ring_store(PyObject *object, int64_t number, const void *body)
+BOTH_HOT void ring_store(PyObject *object, int64_t number, const void *body)
 {
     RingStore *self = (RingStore *)object;
     if (UNLIKELY(self->generation != generation))

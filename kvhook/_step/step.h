@@ -24,14 +24,23 @@
 /* Record kinds, as in kvhook/schema.py and kvhook/core_schema.py; a test compares them. */
 enum { KIND_STEP = 1, KIND_REQUEST = 2, KIND_VALUES = 3, KIND_CORE_STEP = 16 };
 
-/* What runs in every step lies together, so that it can be fetched together: see publisher_prefetch in publish.c. */
+/* What runs in every step lies together, so that it can be fetched together: see publisher_prefetch in publish.c. HOT is
+   the front end's, CORE_HOT the engine core's, BOTH_HOT what both run. */
 #if defined(__GNUC__) && defined(__linux__)
 #define HOT __attribute__((section("kvhook_hot")))
+#define CORE_HOT __attribute__((section("kvhook_core")))
+#define BOTH_HOT __attribute__((section("kvhook_both")))
 #define HAVE_HOT 1
 extern const char __start_kvhook_hot[] __attribute__((visibility("hidden"))); /* made by the linker */
 extern const char __stop_kvhook_hot[] __attribute__((visibility("hidden")));
+extern const char __start_kvhook_core[] __attribute__((visibility("hidden")));
+extern const char __stop_kvhook_core[] __attribute__((visibility("hidden")));
+extern const char __start_kvhook_both[] __attribute__((visibility("hidden")));
+extern const char __stop_kvhook_both[] __attribute__((visibility("hidden")));
 #else
 #define HOT
+#define CORE_HOT
+#define BOTH_HOT
 #define HAVE_HOT 0
 #endif
 
@@ -51,6 +60,15 @@ static inline void prefetch_code(void)
 {
 #if HAVE_HOT
     prefetch(__start_kvhook_hot, (size_t)(__stop_kvhook_hot - __start_kvhook_hot));
+    prefetch(__start_kvhook_both, (size_t)(__stop_kvhook_both - __start_kvhook_both));
+#endif
+}
+
+static inline void prefetch_core_code(void)
+{
+#if HAVE_HOT
+    prefetch(__start_kvhook_core, (size_t)(__stop_kvhook_core - __start_kvhook_core));
+    prefetch(__start_kvhook_both, (size_t)(__stop_kvhook_both - __start_kvhook_both));
 #endif
 }
 

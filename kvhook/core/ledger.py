@@ -130,10 +130,11 @@ class Ledger:
             self._n = self._publish(n, self._pack(n, BLOCKS, self._engine, len(some), b"".join(some)))
         events.clear()
 
-    def _write(self, event: int, block: int, index: int = _NOWHERE) -> None:
+    def _write(self, event: int, block: int, index: int = _NOWHERE, request: int | None = None) -> None:
         group, digest = self._known.get(block, (0, 0))
-        behalf = self._state.behalf
-        request = _NOBODY if behalf is None else self._number_of(behalf)
+        if request is None:
+            behalf = self._state.behalf
+            request = _NOBODY if behalf is None else self._number_of(behalf)
         self.events.append(_EVENT.pack(self._state.step, request, block, index, event, group, digest))
 
     def _digest(self, key: Any) -> int:
@@ -204,18 +205,16 @@ class Ledger:
 
         def cache_full_blocks(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            before = self._for
             with self._contained():
                 blocks, first, end = (kwargs[n] if n in kwargs else args[i] for n, i in at.items())
                 group = kwargs.get("kv_cache_group_id", args[group_at] if 0 <= group_at < len(args) else 0)
                 # with asynchronous scheduling generated blocks are cached outside of allocate_slots
-                self._for = self._number_of(kwargs["request"] if "request" in kwargs else args[request_at])
+                number = self._number_of(kwargs["request"] if "request" in kwargs else args[request_at])
                 for index in range(first, end):
                     block = blocks[index]
                     if block.block_hash is not None and block is not self._null:
                         self._known[block.block_id] = (group, self._digest(block.block_hash))
-                        self._write(CACHE, block.block_id, index)
-            self._for = before
+                        self._write(CACHE, block.block_id, index, number)
             return result
 
         return cache_full_blocks

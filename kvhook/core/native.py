@@ -6,6 +6,7 @@ these are. Without it the taps in `kvhook.core.steps`, `pool` and `ledger` do ev
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def tap(state: CoreState, role: str) -> MakeTap | None:
     """The extension's tap for a method; None if it is Python that counts."""
     if isinstance(state, CoreState):
         return None
-    extension: Any = _step.native
+    extension: Any = sys.modules[type(state).__module__]
     return lambda original: extension.CoreTap(role, original, state)
 
 
@@ -71,7 +72,7 @@ def bind(account: Any, layout: Layout, publish: Publish, engine: int) -> None:
         output_argument="scheduler_output",
         just_evicted=pool.just_evicted,
         events=[] if account.ledger is None else account.ledger.events,
-        **_compile(core, _step.native),
+        **_compile(core, sys.modules[type(state).__module__]),
         **account.parts(),
     )
 

@@ -1,5 +1,5 @@
-"""An engine core that is played: objects with the attributes and methods of vLLM's scheduler, KV cache manager and block
-pool that kvhook looks at, and nothing of vLLM. It runs without vLLM, and can be made odd at any place.
+"""An engine core that is played: objects with the attributes and methods of vLLM's scheduler, KV cache manager and
+block pool that kvhook looks at, and nothing of vLLM. It runs without vLLM, and can be made odd at any place.
 
 It schedules first come, first served, in chunks of a token budget, evicts, preempts the youngest and finds prefixes
 again; what it does depends on its seed alone.
@@ -121,6 +121,7 @@ class Manager:
 
     def __init__(self, pool: Pool, size: int) -> None:
         self.block_pool, self.size, self.blocks = pool, size, dict[str, list[Block]]()
+        self.num_cached: dict[str, int] = {}
 
     def get_computed_blocks(self, request: Any) -> tuple[list[Block], int]:
         """Cached blocks of the request's beginning, and their tokens."""
@@ -143,12 +144,15 @@ class Manager:
             pool.touch(found)
         new = pool.get_new_blocks(more) if more > 0 else []
         self.blocks[request.request_id] = mine + found + new
-        full = min(end, request.num_tokens) // self.size
-        pool.cache_full_blocks(request, self.blocks[request.request_id], 0, full)
+        cached, full = self.num_cached.get(request.request_id, 0), min(end, request.num_tokens) // self.size
+        if cached < full:
+            pool.cache_full_blocks(request, self.blocks[request.request_id], cached, full)
+            self.num_cached[request.request_id] = full
         return new
 
     def free(self, request: Any) -> None:
         """The request gives its blocks back."""
+        self.num_cached.pop(request.request_id, None)
         self.block_pool.free_blocks(reversed(self.blocks.pop(request.request_id, [])))
 
 

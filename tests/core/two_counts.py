@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import struct
 import tempfile
@@ -213,7 +214,9 @@ def _drive(r: random.Random, sched: Any) -> list[Any]:
         output = under_way.pop(0)
         try:
             by_name = r.random() < 0.1
-            told.append(sched.update_from_output(scheduler_output=output) if by_name else sched.update_from_output(output))
+            told.append(
+                sched.update_from_output(scheduler_output=output) if by_name else sched.update_from_output(output)
+            )
         except BaseException as error:
             told.append(repr(error))
             return told
@@ -245,14 +248,22 @@ def _slots(ring: Any) -> list[bytes]:
 
 def differences(seed: int) -> list[str]:
     """In what the two differ; empty if in nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        in_c = play(seed, _step.native, Path(folder))
-        in_python = play(seed, None, Path(folder))
+    gc.disable()  # after a fault nothing but a circle holds what has been counted, and it is to be read first
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            in_c = play(seed, _step.native, Path(folder))
+            in_python = play(seed, None, Path(folder))
+    finally:
+        gc.enable()
     found = []
     for name, one, other in zip(Told._fields, in_c, in_python, strict=True):
         if one != other:
             found.append(f"seed {seed}: {name} differ")
             if isinstance(one, list):
-                found += [f"  {i}: {a}\n     {b}" for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b][:2]
+                found += [f"  {i}: {a}\n     {b}" for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b][
+                    :2
+                ]
                 found.append(f"  {len(one)} and {len(other)}")
+    if in_c.schedule and isinstance(in_c.schedule[-1], str) and "KeyboardInterrupt" not in in_c.schedule[-1]:
+        found.append(f"seed {seed}: {in_c.schedule[-1]} came out of the engine")
     return found

@@ -29,12 +29,13 @@ sys.path.insert(0, str(ROOT))
 
 def differences(scenarios: int) -> int:
     """Scenarios of the differential test; 1 if one of them was not alike on both paths."""
+    from tests.core.two_counts import differences as play_core
     from tests.step.two_paths import differences as play
 
     warnings.simplefilter("ignore")  # numpy's, of numbers that overflow
     first = int(os.environ.get("KVHOOK_FIRST_SEED", "1000000"))
     for seed in range(first, first + scenarios):
-        found = play(seed)
+        found = play(seed) + play_core(seed)
         if found:
             print(*found, sep="\n")
             return 1
@@ -48,7 +49,7 @@ def refcounts(steps: int) -> int:
     from kvhook.adapters.step_functions import Counters
     from tests.step import two_paths
 
-    problems = []
+    problems: list[Any] = []
     for where in (("0.32.0", "full", "v1"), ("0.32.0", "light", "v1-light")):
         with two_paths.table(*where) as adapter:
             r = random.Random(1)
@@ -91,6 +92,13 @@ def refcounts(steps: int) -> int:
             if moved or (grown > 4096 and "ASAN_OPTIONS" not in os.environ):
                 problems.append(where)
     assert _step.native is not None
+    from tests.core.test_both_counts import moved_references
+
+    with tempfile.TemporaryDirectory() as folder:
+        for batch in (1, 64):
+            moved = moved_references(batch, Path(folder), steps // (10 * batch))
+            print(f"inside the engine core, batch {batch}: {steps // (10 * batch):,} steps", *moved, sep="\n")
+            problems += moved
     return 1 if problems else 0
 
 
