@@ -27,6 +27,7 @@ take 0.07 % of a processor each (`spool.py`). Arms:
     core_spared   as core, but `Scheduler.make_stats` makes none: the most that can be spared of the core's part
     made_spared   as made, but no output is counted into the `IterationStats`: the most that can be spared in front
     light_python, full_python   as light and full, on the step path in Python although the one in C is there
+    steps_python, blocks_python   as steps and blocks, counted in Python in the same way
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ BASELINES = {
     "stats": ("off",),
     "both": ("stats",),
     "poll": ("stats",),
-    "steps": ("off",),
-    "blocks": ("off",),
+    "steps": ("off", "steps_python"),
+    "blocks": ("off", "blocks_python"),
+    "steps_python": ("off",),
+    "blocks_python": ("off",),
 }
 #: What is compared: of the cycles, and of all steps.
 FIGURES = ("throughput", "typical", "step_p50", "step_p99")

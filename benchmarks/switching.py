@@ -33,18 +33,20 @@ ARMS = {
     "poll": ("on", None, True),
     "steps": ("off", None, False),
     "blocks": ("off", None, False),
+    "steps_python": ("off", None, False),
+    "blocks_python": ("off", None, False),
     "core_spared": ("core", None, False),
     "made_spared": ("quiet", None, False),
     "light_python": ("core", "light", False),
     "full_python": ("quiet", "full", False),
 }
 #: Arm -> how much is recorded inside the engine core, a value of kvhook.options.CORE_LEVELS; the others record nothing.
-INSIDE = {"steps": "steps", "blocks": "blocks"}
+INSIDE = {"steps": "steps", "blocks": "blocks", "steps_python": "steps", "blocks_python": "blocks"}
 #: Arm -> what of vLLM's own work on stats is left out, a method of the scheduler or the output processor: the most that
 #: could be spared there.
 SPARED = {"core_spared": ("scheduler", "make_stats"), "made_spared": ("processor", "_update_stats_from_output")}
 #: Arms that record on Python's step path although the extension is there.
-IN_PYTHON = ("light_python", "full_python")
+IN_PYTHON = ("light_python", "full_python", "steps_python", "blocks_python")
 #: What kvhook's hooks know, all of it for one engine and one session.
 TABLES: tuple[dict[Any, Any], ...] = (registry.steps, registry.records, registry.engines, registry.patched)
 
@@ -92,14 +94,16 @@ class InCore:
     afterwards; what it does in a step is the same.
     """
 
-    def __init__(self, scheduler: Any, level: str) -> None:
+    def __init__(self, scheduler: Any, level: str, native: Any) -> None:
         self.folder = tempfile.TemporaryDirectory()
         place = Path(self.folder.name)
         core = read_core(scheduler)
+        there, _step.native = _step.native, native
         self.recorder = CoreRecorder(0, core, place, 4096, {})
         self.ledger = LedgerRing(0, place, 4096, {"serial": 0}) if level == "blocks" else None
         self.errors: list[BaseException] = []
         self.recorder.follow(core, self.errors.append, self.ledger)
+        _step.native = there
         self.account: Any = self.recorder.account()
         self.account.stop()
 
@@ -141,7 +145,8 @@ class Plug:
         self.replaced: list[tuple[Any, str, Any]] = []
         owner, self.spared = SPARED.get(arm, ("processor", ""))
         self.sparing = self.client.engine_core.scheduler if owner == "scheduler" else self.processor
-        self.inside = InCore(self.client.engine_core.scheduler, INSIDE[arm]) if arm in INSIDE else None
+        scheduler = self.client.engine_core.scheduler
+        self.inside = InCore(scheduler, INSIDE[arm], self.native) if arm in INSIDE else None
 
     def make(self, vllms: Any) -> None:
         """Make the session of this arm. `vllms` is vLLM's own stat logger manager."""

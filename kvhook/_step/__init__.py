@@ -18,6 +18,8 @@ Python path records.
 ``step_method.c``             what stands in a class in place of ``LLMEngine.step``
 ``output_tap.c``              what stands in an engine core's client in place of ``get_output``
 ``counter.c``                 counts a step's outputs at level light
+``core_taps.c``               what stands in an engine core in place of ``schedule`` and others
+``core_state.c``, ``core.h``  what is counted there, and the writing of a step that only decoded
 ============================  ======================================================================
 """
 

@@ -27,7 +27,7 @@ native: Any = _step.native
 class Endless(Request):
     """It decodes on and on, and its blocks are not found again."""
 
-    block_hashes: Any = [b"%d" % i for i in range(100_000)]
+    block_hashes: Any = tuple(b"%d" % i for i in range(100_000))
 
 
 def decoding(batch: int) -> Scheduler:
