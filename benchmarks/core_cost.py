@@ -7,9 +7,9 @@
 A step is one ``schedule`` and one ``update_from_output``, in processor time of the thread. Blocks of steps without
 recording, with the extension's counting and with Python's take turns on one scheduler, so that all see the same
 machine. A figure is what the fastest tenth of all such steps stays below, less the same of the steps without, so that
-what else the machine does hardly moves it; steps that allocate blocks, one in 16, are not among them. "cold": before each of the two
-calls the caches that the processor's core has for itself are filled with something else, as a forward pass does it
-(`engine_ab.py` measures that as a whole).
+what else the machine does hardly moves it; steps that allocate blocks, one in 16, are not among them. "cold": before
+each of the two calls the caches that the processor's core has for itself are filled with something else, as a forward
+pass does it (`engine_ab.py` measures that as a whole).
 """
 
 from __future__ import annotations
