@@ -37,7 +37,7 @@ LEVELS = ("steps", "blocks")
 
 def measure(batch: int) -> list[dict[str, Any]]:
     """Microseconds of a step without recording, and what recording adds to it, for each state and level."""
-    from cost_timing import cache_bytes, walk
+    from cost_timing import cache_bytes, walk  # type: ignore[import-not-found, unused-ignore]
 
     from kvhook import _step
     from kvhook.demo.model import make_tiny_model, tiny_model_dir

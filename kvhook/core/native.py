@@ -29,7 +29,7 @@ MakeTap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def make_state(core: Core) -> CoreState:
     """What the counting of an engine core counts in: the extension's, where it can do its part for this vLLM."""
-    extension = _step.native
+    extension: Any = _step.native
     columns = tuple(field.name for field in CORE_STEP_FIELDS)
     if extension is None or columns != extension.CORE_COLUMNS:
         return CoreState()
@@ -41,7 +41,7 @@ def make_state(core: Core) -> CoreState:
     return state
 
 
-def tap(state: CoreState, role: str) -> MakeTap | None:
+def tap(state: Any, role: str) -> MakeTap | None:
     """The extension's tap for a method; None if it is Python that counts."""
     if isinstance(state, CoreState):
         return None

@@ -29,7 +29,8 @@ class Block:
     """As ``KVCacheBlock``."""
 
     def __init__(self, number: int) -> None:
-        self.block_id, self.ref_cnt, self.block_hash = number, 0, None
+        self.block_id, self.ref_cnt = number, 0
+        self.block_hash: Any = None
 
 
 class Queue:

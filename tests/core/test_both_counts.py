@@ -152,7 +152,7 @@ def moved_references(batch: int, folder: Path, steps: int) -> list[str]:
     moved = [
         f"{each!r}: {sys.getrefcount(each) - count:+}"
         for each, count in zip(watched, before, strict=True)
-        if abs(sys.getrefcount(each) - count) > steps // 4
+        if abs(sys.getrefcount(each) - count) > max(10, steps // 4)
     ]
     recorder.stop()
     recorder.close()
