@@ -22,6 +22,7 @@ READS = {
     "budget": "sched.max_num_scheduled_tokens",
     "places": "sched.max_num_running_reqs",
     "computed": "request.num_computed_tokens",
+    "prompt": "request.prompt_token_ids",
 }
 
 
@@ -162,7 +163,7 @@ class Request:
 
     def __init__(self, name: str, prompt: list[int], most: int, size: int) -> None:
         self.request_id, self.tokens, self.most, self._size = name, list(prompt), most, size
-        self.num_prompt_tokens, self.num_computed_tokens = len(prompt), 0
+        self.num_prompt_tokens, self.num_computed_tokens, self.prompt_token_ids = len(prompt), 0, list(prompt)
         self.status = SimpleNamespace(name="WAITING")
 
     @property
