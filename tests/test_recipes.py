@@ -1,4 +1,4 @@
-"""The recipe for OpenTelemetry, against its SDK. Those for other tools are run by `make frameworks`."""
+"""The recipe for OpenTelemetry, against its SDK. Those for other tools have not been run: they are not installed here."""
 
 from __future__ import annotations
 

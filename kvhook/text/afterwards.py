@@ -9,11 +9,13 @@ from pathlib import Path
 #: The commands for a run in one file, and those for one in several; each with what it is good for.
 _ONE = (
     ("kvhook summary {trace}", "these numbers again"),
+    ("kvhook report {trace} -o {stem}.html", "charts of everything, in a browser"),
     ("kvhook cache {trace}", "where hits come from, and what misses and preemptions cost"),
     ("kvhook export {trace} {stem}.csv", "every step and every request as tables"),
 )
 _SEVERAL = (
     ("kvhook summary {traces}", "the processes side by side"),
+    ("kvhook report {traces}", "charts of all of them, in a browser"),
     ("kvhook cache {trace}", "one of them: where hits come from, what misses and preemptions cost"),
 )
 _AUTOPSY = ("kvhook autopsy {trace}", "the last steps, and what changed before the end")
