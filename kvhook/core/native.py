@@ -31,7 +31,7 @@ def make_state(core: Core) -> CoreState:
     """What the counting of an engine core counts in: the extension's, where it can do its part for this vLLM."""
     extension: Any = _step.native
     columns = tuple(field.name for field in CORE_STEP_FIELDS)
-    if extension is None or columns != extension.CORE_COLUMNS:
+    if columns != getattr(extension, "CORE_COLUMNS", ()):  # there is none, or it was built from older sources
         return CoreState()
     try:
         _compile(core, extension)
