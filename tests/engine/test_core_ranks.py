@@ -16,9 +16,13 @@ from tests.engine import vllm_here
 from tests.engine.ranks import REQUESTS
 
 
+#: Read here: a test finds none of kvhook's variables.
+WANTED = os.environ.get("KVHOOK_RANKS") == "1"
+
+
 @pytest.fixture(scope="module")
 def run(engine_environment: dict[str, str], model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    if os.environ.get("KVHOOK_RANKS") != "1":
+    if not WANTED:
         pytest.skip("three processes that each start vLLM take minutes: KVHOOK_RANKS=1 runs it")
     if not vllm_here.since(0, 11):
         pytest.skip("vLLM before 0.11 has no data parallelism on a CPU")
