@@ -133,7 +133,12 @@ def state(request_id: str, parent: Any = None, **more: Any) -> Any:
 
 def test_samples_of_a_prompt_share_its_number_and_others_have_their_own():
     told: list[tuple[Any, str]] = []
-    notes = Notes(lambda request_id, lora: (told.append((request_id, lora)), (3, 4))[1])
+
+    def note(request_id: Any, lora: str) -> tuple[int, int]:
+        told.append((request_id, lora))
+        return 3, 4
+
+    notes = Notes(note)
     parent = types.SimpleNamespace(request_id="p")
     states = [state("a"), state("0_p", parent), state("1_p", parent), state("b", lora_name="french")]
     for each in states:

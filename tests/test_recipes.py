@@ -1,4 +1,4 @@
-"""The recipe for OpenTelemetry, against its SDK. Those for other tools have not been run: they are not installed here."""
+"""The recipe for OpenTelemetry, against its SDK. Those for other tools are not run: they are not installed."""
 
 from __future__ import annotations
 

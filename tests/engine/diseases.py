@@ -50,13 +50,13 @@ def diseases() -> dict[str, Case]:
         ),
         "groups that take turns": Case(
             {"evicted_too_early", "order_spoils_sharing"},
-            {**ROOMY, "num_gpu_blocks_override": 24, "max_num_seqs": 2},
+            {**ROOMY, "num_gpu_blocks_override": 24, "max_model_len": 512, "max_num_seqs": 2},
             [(turns, short)],
             frozenset({"cache_too_small", "limited_by_max_num_seqs"}),
         ),
         "one after the other": Case(
             {"evicted_too_early"},
-            {**ROOMY, "num_gpu_blocks_override": 24},
+            {**ROOMY, "num_gpu_blocks_override": 24, "max_model_len": 512},
             [([prompt], short) for prompt in turns],
         ),
         "prefix caching off": Case(

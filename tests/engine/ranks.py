@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import kvhook
+from kvhook.errors import KvhookError
 
 REQUESTS = 24
 
@@ -27,6 +28,15 @@ async def generate(engine: Any, number: int) -> tuple[str, int, list[int]]:
     async for output in engine.generate({"prompt_token_ids": prompt}, params, name):
         tokens = list(output.outputs[0].token_ids)
     return name, len(prompt), tokens
+
+
+def why_no_peaks(session: kvhook.Session) -> str:
+    """Why the front end's steps have no peaks; "" if they have."""
+    try:
+        session.steps(columns=["num_kv_blocks_peak"])
+    except KvhookError as error:
+        return str(error)
+    return ""
 
 
 async def work(model: str, session: kvhook.Session) -> tuple[list[tuple[str, int, list[int]]], dict[str, Any]]:
@@ -63,6 +73,7 @@ async def work(model: str, session: kvhook.Session) -> tuple[list[tuple[str, int
             "front": {name: steps[name].tolist() for name in joined},
             "keys": {name: session.request_key(name) for name, _, _ in done},
             "faults": session.faults,
+            "why no peaks": why_no_peaks(session),
         }
     finally:
         engine.shutdown()

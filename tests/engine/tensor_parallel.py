@@ -41,7 +41,9 @@ def main() -> None:
                 "generated": [len(o.outputs[0].token_ids) for o in done],
                 "cached": [o.num_cached_tokens for o in done],
                 "engines": [e["engine"] for e in session.meta["engines"]],
-                "index": sorted(set(steps["engine_index"].tolist())) if "engine_index" in steps.dtype.names else [0],
+                "index": sorted(set(steps["engine_index"].tolist()))
+                if "engine_index" in (steps.dtype.names or ())
+                else [0],
                 "sums": {
                     name: int(steps[name].sum())
                     for name in ("num_prompt_tokens", "num_generation_tokens", "prefix_cache_hits")

@@ -15,7 +15,6 @@ from tests.conftest import ROOT
 from tests.engine import vllm_here
 from tests.engine.ranks import REQUESTS
 
-
 #: Read here: a test finds none of kvhook's variables.
 WANTED = os.environ.get("KVHOOK_RANKS") == "1"
 
@@ -67,7 +66,10 @@ def test_every_request_lived_in_one_of_them_with_its_tokens(run: dict[str, Any])
 
 def test_the_front_ends_records_have_the_peaks_of_their_rank(run: dict[str, Any]):
     front = run["front"]
-    assert "num_kv_blocks_peak" in front, "not joined"
+    if "num_kv_blocks_peak" not in front:
+        # with asynchronous scheduling, on a GPU, the two see the blocks in use at different moments
+        assert "do not agree" in run["why no peaks"]
+        return
     of_rank = {facts["data_parallel_rank"]: peaks for facts, peaks in zip(run["facts"], run["peaks"], strict=True)}
     for rank, peaks in of_rank.items():
         rows = zip(*(front[n] for n in ("engine_index", "has_scheduler_stats", "num_kv_blocks_peak")), strict=True)

@@ -96,9 +96,9 @@ def refcounts(steps: int) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         for batch in (1, 64):
-            moved = moved_references(batch, Path(folder), steps // (10 * batch))
-            print(f"inside the engine core, batch {batch}: {steps // (10 * batch):,} steps", *moved, sep="\n")
-            problems += moved
+            wrong = moved_references(batch, Path(folder), steps // (10 * batch))
+            print(f"inside the engine core, batch {batch}: {steps // (10 * batch):,} steps", *wrong, sep="\n")
+            problems += wrong
     return 1 if problems else 0
 
 
