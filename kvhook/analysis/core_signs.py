@@ -94,7 +94,7 @@ class SignTotals:
         for code in np.unique(limit).tolist():
             mask = limit == code
             self.limits[code] += int(np.count_nonzero(mask))
-            self.free[code] += int((1e6 * free[mask]).sum())
+            self.free[code] += int(np.rint(1e6 * free[mask]).astype(np.int64).sum())
         self.touched = max(self.touched, float(1 - (empty / blocks).min()))
         decoded = rows.ints("num_decode_tokens")[busy]
         prefilled = (rows.ints("num_prefill_tokens") + rows.ints("num_recomputed_tokens"))[busy] > 0
