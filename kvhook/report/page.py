@@ -62,6 +62,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     charts = [Section(part.id, part.title, html.get(part.id, str)(), part.charts) for part in PARTS]
     return [
         Section("summary", "Summary", tables.numbers(runs) + tables.summaries(runs)),
+        Section("diagnosis", "Diagnosis", tables.diagnosis(runs)),
         *charts,
         Section("requests", "Requests", ""),
         Section("scopes", "Scopes and calls", tables.scopes(runs)),

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from kvhook.analysis.compare import side_by_side
+from kvhook.analysis.diagnosis.finding import INFERRED
 from kvhook.analysis.settings import settings_of
 from kvhook.records.events import Scope
 from kvhook.report.runs import Run
@@ -47,6 +48,25 @@ def numbers(runs: Sequence[Run]) -> str:
         if any(value is not None and cell(row, value) != "-" for value in row.values)
     ]
     return facts(runs, rows)
+
+
+def diagnosis(runs: Sequence[Run]) -> str:
+    """What each run suffers from: the evidence, and what acts on it."""
+    return "".join((f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "") + _findings(run) for run in runs)
+
+
+def _findings(run: Run) -> str:
+    if not run.summary.findings:
+        return "<p>Nothing was found that holds this run back.</p>"
+    found = ""
+    for finding in run.summary.findings:
+        inferred = " <em>Inferred: the engine core was not recorded.</em>" if finding.basis == INFERRED else ""
+        evidence = table(["number", "value"], [(name, f"{value:,.6g}") for name, value in finding.evidence.items()])
+        found += (
+            f"<li><p>{escape(finding.text)}{inferred}</p><p>\N{RIGHTWARDS ARROW} {escape(finding.setting)}</p>"
+            f"<details><summary>evidence for {escape(finding.name)}</summary>{evidence}</details></li>"
+        )
+    return f"<ol class=findings>{found}</ol>"
 
 
 def summaries(runs: Sequence[Run]) -> str:

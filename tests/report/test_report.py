@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 import re
@@ -189,6 +190,25 @@ def test_names_with_html_in_them_are_escaped(tmp_path: Path):
         assert "alert(1)" in html
         assert "<script" not in html
         assert "<img" not in html
+
+
+def test_the_diagnosis_stands_with_its_evidence_and_what_acts_on_it(tmp_path: Path):
+    from kvhook.analysis.diagnosis.finding import INFERRED, Finding
+    from kvhook.report.page import page
+
+    trace = kvhook.open(DATA / "baseline.kvh")
+    run = read(trace, trace.cores(), "baseline")
+    finding = Finding("cache_too_small", f"Too small {HOSTILE}", "num_gpu_blocks_override", {"share": 0.25}, INFERRED)
+    sick = dataclasses.replace(run, summary=dataclasses.replace(run.summary, findings=[finding]))
+    well = dataclasses.replace(run, summary=dataclasses.replace(run.summary, findings=[]))
+    text = page([sick], "0")
+    part = text[text.index('id="diagnosis"') :]
+    assert "Too small &lt;/script&gt;" in part
+    assert "num_gpu_blocks_override" in part
+    assert "<td>0.25</td>" in part
+    assert "Inferred: the engine core was not recorded." in part
+    assert "<script>alert" not in text
+    assert "Nothing was found that holds this run back." in page([well], "0")
 
 
 def test_the_file_asks_no_network_for_anything(tmp_path: Path):
