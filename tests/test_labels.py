@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import types
 from pathlib import Path
@@ -15,13 +16,17 @@ from hypothesis import strategies as st
 
 import kvhook
 from kvhook.adapters.requests import aborted_v1
+from kvhook.analysis.totals import Totals
 from kvhook.errors import KvhookError
+from kvhook.facts import clean_facts
 from kvhook.hooks.noted import Notes
 from kvhook.labels import current_label
 from kvhook.recording.notebook import MOST_NAMES, Notebook
 from kvhook.records.clock import Clock
+from kvhook.records.events import Events
 from kvhook.records.part import FOREVER, StepRanges, inside, outside
 from kvhook.records.selection import STEP_KEYS, by_number, steps_of_requests
+from kvhook.ring.reader import RingReader
 from kvhook.ring.trace_file import TraceWriter
 from tests.ring.synthetic import LAYOUT, Recording
 
@@ -100,6 +105,20 @@ def test_a_request_without_label_and_adapter_costs_no_event():
     assert not book.due
 
 
+def test_events_of_labelled_requests_are_believed_whatever_their_keys():
+    # keys have 63 bits; what is read out of a file is believed up to 62
+    book = notebook("/", lambda request_id: (1 << 63) - 1 - int(request_id[2:]))
+    for number in range(3):
+        book.label_request(0, f"a/{number}", "")
+    read, events = clean_facts(json.loads(json.dumps({"events": book.take()}))), Events()
+    events.take(read["events"])
+    assert events.names["label"] == {0: "a"}
+    assert [one.request_key for one in events.requests] == [(1 << 63) - 1 - number for number in range(3)]
+    again = Events()
+    again.take(events.as_list())
+    assert again.requests == events.requests
+
+
 def test_more_labels_than_can_be_told_apart_share_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("kvhook.recording.notebook.MOST_NAMES", 3)
     book = notebook("/")
@@ -175,8 +194,6 @@ def trace_with_labels(folder: Path) -> kvhook.Trace:
     writer.append_meta(0, recording.meta)
     names = [["name", "label", 0, "agent-0"], ["name", "label", 1, "agent-1"], ["name", "lora_name", 0, "french"]]
     writer.append_meta(0, {"events": names})
-    from kvhook.ring.reader import RingReader
-
     with RingReader(recording.path) as reader:
         writer.append(reader.now())
     writer.close()
@@ -200,6 +217,22 @@ def test_the_summary_has_a_hit_rate_for_each_label_and_adapter(tmp_path: Path):
     assert "labels          agent-0: 50.0 %, 80 of 160 prompt tokens cached, 2 requests" in text
     assert "without a label: 100.0 %, 40 of 40 prompt tokens cached, 1 request" in text
     assert "LoRA            no adapter" in text
+
+
+def test_requests_without_a_label_count_also_where_the_first_label_comes_later(fresh: Path):
+    recording = Recording(fresh / "r")
+    whole, parts = Totals(), Totals()
+    for number in range(4):
+        recording.finish(number, label=-1 if number < 3 else 0, lora_name=-1, num_prompt_tokens=10, num_cached_tokens=5)
+        recording.step()
+    with RingReader(recording.path) as reader:
+        slots = reader.now()
+    whole.take(slots, LAYOUT)
+    for at in range(0, len(slots), 2):
+        parts.take(slots[at : at + 2], LAYOUT)
+    for totals in (whole, parts):
+        counts = {code: group["requests"] for code, group in totals.of().requests.groups["label"].items()}
+        assert counts == {-1: 3, 0: 1}
 
 
 def test_the_steps_of_a_label_are_those_its_requests_were_in(tmp_path: Path):

@@ -107,7 +107,7 @@ class RequestTotals:
     def _group(self, rows: Rows) -> None:
         """Add the requests up by their labels and adapters."""
         for column, groups in self.groups.items():
-            if not rows.has(column) or not (rows.ints(column) >= 0).any():
+            if not rows.has(column):
                 continue
             codes, where = np.unique(rows.ints(column), return_inverse=True)
             cached = rows.ints("num_cached_tokens") if rows.has("num_cached_tokens") else np.full(len(where), -1)

@@ -210,6 +210,8 @@ def group_rates(part: Part, run: Run, column: str) -> list[GroupRate]:
         # traces side by side have codes of their own for the same name
         name = "" if code < 0 else names.get(code, str(code))
         groups.setdefault(name, Counter()).update(counts)
+    if groups.keys() <= {""}:
+        return []
     out = [
         GroupRate(
             name=name,

@@ -140,7 +140,9 @@ class Notebook:
         if not label and not lora_name:
             return -1, -1
         codes = self._code("label", label), self._code("lora_name", lora_name[:LONGEST])
-        event = ["request", engine, self._clock(), self._request_key(str(request_id)), *codes]
+        # as text: a reader believes no number in a file that has more than 62 bits
+        key = format(self._request_key(str(request_id)), "x")
+        event = ["request", engine, self._clock(), key, *codes]
         self._pending.append(event)
         self._requests.append(event)
         return codes

@@ -5,7 +5,8 @@ A trace holds them in its META records, under the fact ``events``, a list of lis
     ["scope", number, name, kind, parent, t_ns, warmup, engines, num_prompts, params]   a scope began
     ["end", number, t_ns]                                                               it ended
     ["name", column, code, text]          what a code in a column of names (`kvhook.schema.NAMES`) means
-    ["request", engine, t_ns, request_key, label, lora_name]     a request with a label or an adapter was added (codes)
+    ["request", engine, t_ns, request_key, label, lora_name]     a request with a label or an adapter was added (codes;
+                                                                 the key in hexadecimal)
     ["clock", monotonic_ns, realtime_ns]                         both clocks at one moment
 
 The same event may stand in several files of a run: events are told apart by their numbers and codes.
@@ -145,7 +146,7 @@ class Events:
         out += [["name", c, code, text] for c, names in self.names.items() for code, text in names.items()]
         for scope in self.scopes.values():
             out += scope_events(scope)
-        return out + [["request", *request] for request in self.requests]
+        return out + [["request", r.engine, r.t_ns, format(r.request_key, "x"), *r[3:]] for r in self.requests]
 
     def _own(self) -> None:
         """Copy what belongs to others before it is changed."""
@@ -181,9 +182,11 @@ class Events:
         if column in self.names and _is_number(code) and isinstance(text, str):
             self.names[column][code] = printable(text)
 
-    def _request(self, *cells: Any) -> None:
-        if all(map(_is_number, cells)):
-            self.requests[Request(*cells)] = None
+    def _request(self, engine: Any, t_ns: Any, key: Any, label: Any, lora_name: Any) -> None:
+        if all(map(_is_number, (engine, t_ns, label, lora_name))) and isinstance(key, str) and len(key) <= 16:
+            number = int(key, 16)
+            if -1 <= number < 1 << 63:
+                self.requests[Request(engine, t_ns, number, label, lora_name)] = None
 
     def _clock(self, monotonic: Any, realtime: Any) -> None:
         if _is_number(monotonic) and _is_number(realtime):
