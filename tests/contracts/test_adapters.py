@@ -104,7 +104,7 @@ OWN = {
     "has_iteration_stats level kvhook_ns "
     "num_kv_blocks num_kv_blocks_used num_finished_reqs ttft_count ttft_sum ttft_min ttft_max "
     "itl_count itl_sum itl_min itl_max",
-    "request": "request step",
+    "request": "request step t_end_ns",
 }
 
 
