@@ -221,8 +221,8 @@ def test_the_summary_takes_peak_preemptions_and_limits_from_the_core(runs: Runs,
     assert f"{again:,} tokens computed again" in text
     asked = run.cores.lookups()
     evicted = int(asked["num_evicted_tokens"][asked["resumed"] == 0].sum())
-    assert evicted > 0
-    assert f"evicted too early: {evicted:,} tokens computed again" in text
+    assert ("evicted too early" in text) == (evicted > 0)
+    assert not evicted or f"evicted too early: {evicted:,} tokens computed again" in text
     assert "limited by" in text
     assert "no KV blocks" in text
 
