@@ -168,7 +168,7 @@ async def load(this: Server, clients: int, seconds: float, tokens: int) -> list[
     until = time.perf_counter() + seconds
 
     async def one(number: int, client: Any) -> list[Answer]:
-        answers = []
+        answers: list[Answer] = []
         while time.perf_counter() < until:
             prompt = f"You are the help desk of a library. Answer kindly. Customer {number}, question {len(answers)}."
             answers.append(await ask(client, prompt, tokens))
