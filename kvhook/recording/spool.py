@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from kvhook.recording.clocks import read_clocks
+from kvhook.recording.pauses import INTERVAL, next_pause
 from kvhook.ring.layout import Layout
 from kvhook.ring.place import pid_namespace
 from kvhook.ring.reader import RingReader
@@ -20,9 +22,6 @@ if TYPE_CHECKING:
     from kvhook.ring.reader import Batch
     from kvhook.ring.writer import RingWriter
 
-#: Seconds between two drains: while nothing happens, and the least and the most while an engine works. Longer pauses
-#: take less from the engine's thread, because what a drain costs is mostly waking up with cold caches.
-INTERVAL, SHORTEST, LONGEST = 0.2, 0.005, 1.0
 #: A limited history is cut into so many files. The oldest is deleted when the limit is reached.
 SEGMENTS = 8
 
@@ -36,30 +35,6 @@ KEEP_UP = 4096
 CLOCK_EVERY = 10.0
 
 _WRITING, _THEN = "writing the trace", "records are counted as lost until it can be written again"
-
-
-def next_pause(taken: int, seconds: float, capacity: int, last: float) -> float:
-    """Seconds until the next drain: until an eighth of the smallest ring is full at the present rate.
-
-    Args:
-        taken: records that came in the last `seconds`.
-        seconds: time since the drain before.
-        capacity: slots of the smallest ring.
-        last: the last pause; the next one is at most twice as long.
-    """
-    if not taken:
-        return INTERVAL  # no engine works, so that being ready for a burst costs nothing
-    return max(SHORTEST, min(capacity / 8 * seconds / taken, 2 * last, LONGEST))
-
-
-def read_clocks() -> tuple[int, int]:
-    """The monotonic clock and the time since 1970 of one moment, in nanoseconds: of three readings the closest."""
-    readings = []
-    for _ in range(3):
-        before, real, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
-        readings.append((after - before, before + (after - before) // 2, real))
-    _, monotonic, real = min(readings)
-    return monotonic, real
 
 
 class Recorded(Protocol):
