@@ -14,7 +14,8 @@ import pytest
 
 import kvhook
 from kvhook.errors import KvhookError
-from kvhook.recording.spool import BATCH, INTERVAL, LONGEST, SHORTEST, Spool, next_pause
+from kvhook.recording.pauses import INTERVAL, LONGEST, SHORTEST, next_pause
+from kvhook.recording.spool import BATCH, Spool
 from kvhook.ring.layout import CLOSED
 from kvhook.ring.trace_file import TraceWriter
 from kvhook.trace import open_trace
