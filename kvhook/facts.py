@@ -41,7 +41,8 @@ def clean_facts(raw: Any) -> dict[str, Any]:
 
 def printable(text: str) -> str:
     """Text that cannot move a terminal's cursor."""
-    return "".join(c if c.isprintable() else "?" for c in text[:_MOST_TEXT])
+    text = text[:_MOST_TEXT]
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _fits(kind: str, value: Any) -> bool:

@@ -94,9 +94,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     they ask for looks through all of it (0.4 s of a test of 0.5 s)."""
     gc.collect()
     gc.freeze()
-    mine, count = gc.get_freeze_count(), gc.get_freeze_count
-    # kvhook looks closer where somebody has frozen engines, and none is among these
-    gc.get_freeze_count = lambda: max(0, count() - mine)
+    mine, count, freeze = gc.get_freeze_count(), gc.get_freeze_count, gc.freeze
+    frozen_again = False
+
+    def freeze_and_note() -> None:
+        nonlocal frozen_again
+        frozen_again = True
+        freeze()
+
+    # kvhook looks closer where somebody has frozen engines, and none is among these; to count them takes 15 ms
+    gc.get_freeze_count = lambda: max(0, count() - mine) if frozen_again else 0
+    gc.freeze = freeze_and_note
 
 
 @pytest.fixture(autouse=True)
