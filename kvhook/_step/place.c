@@ -124,6 +124,25 @@ int place_begin(Place *place, const char *name)
     return place->name ? 0 : -1;
 }
 
+/* Have fetched what reading this attribute will touch, where its place is known; nothing else happens. The object
+   itself must have been fetched. Returns what stands there, borrowed, which is not to be kept: only to be fetched. */
+BOTH_HOT const PyObject *place_glance(const Place *place, PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    if (UNLIKELY(type != place->type || version_of(type) != place->version))
+        return NULL;
+    if (place->kind == SLOT)
+        return *(PyObject **)((char *)object + place->where);
+#if HAVE_VALUES
+    if (place->kind == VALUE) {
+        PyObject **values = values_of(object);
+        if (values != NULL)
+            __builtin_prefetch(values + place->where);
+    }
+#endif
+    return NULL;
+}
+
 BOTH_HOT PyObject *place_read(Place *place, PyObject *object)
 {
     PyObject *value = at_place(place, object);

@@ -158,6 +158,7 @@ typedef struct {
 
 int place_begin(Place *place, const char *name); /* a place that is not known yet, with a name of its own */
 PyObject *place_read(Place *place, PyObject *object); /* a new reference; NULL with an exception set */
+const PyObject *place_glance(const Place *place, PyObject *object); /* fetches ahead; borrowed, or NULL */
 Cell place_cell(Place *place, Cell owner);            /* EMPTY with an exception set */
 
 /* ---- programs: program.c ------------------------------------------------------------------------------------- */
