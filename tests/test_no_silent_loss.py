@@ -292,7 +292,7 @@ def test_a_lock_that_another_thread_holds_at_the_fork_does_not_hang_the_child(py
     code = (
         COMMON
         + """
-from kvhook.recording.session import lock
+from kvhook.recording.owner import lock
 held, done = threading.Event(), threading.Event()
 
 def hold():

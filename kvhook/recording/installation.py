@@ -11,7 +11,8 @@ from kvhook import forks, hooks
 from kvhook.errors import KvhookError, StatsOffError
 from kvhook.options import HISTORY, RING_SLOTS, LabelOf, Options
 from kvhook.recording.from_environment import completed
-from kvhook.recording.session import Session, lock
+from kvhook.recording.owner import lock
+from kvhook.recording.session import Session
 from kvhook.recording.subscription import EVERY, Callback, Subscription
 
 log = logging.getLogger("kvhook")
