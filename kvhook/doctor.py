@@ -21,9 +21,11 @@ from kvhook.adapters.publisher import Compiled, compile_publisher
 from kvhook.adapters.table import Adapter, release, vllm_version
 from kvhook.errors import RingDirectoryError
 from kvhook.recording.core_side import why_not_in_own_process
+from kvhook.recording.installation import current_session
 from kvhook.recording.recorder import process_facts
 from kvhook.ring.place import ENV_DIR, find_directory
 from kvhook.schema import REQUEST_FIELDS, STEP_FIELDS
+from kvhook.trace import open_trace
 
 #: Environment variables that change what kvhook meets or does.
 ENVIRONMENT = (
@@ -90,6 +92,8 @@ class Diagnosis:
     own_process_problem: str
     problems: list[str]
     notes: list[str]
+    #: how kvhook fares in this very process, where it is installed: `kvhook.recording.health.Health.as_dict`
+    health: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries, without the publishers' source."""
@@ -155,7 +159,34 @@ def examine(level: str = "full") -> Diagnosis:
         own_process_problem=why_not_in_own_process(),
         problems=problems,
         notes=notes,
+        health=_health(notes),
     )
+
+
+def _health(notes: list[str]) -> dict[str, Any] | None:
+    session = current_session()
+    if session is None or session.belongs_to_parent:
+        return None
+    health = session.health()
+    notes += [f"in this process, {line.strip()}" for line in str(health).splitlines()]
+    return health.as_dict()
+
+
+def examine_run(path: str) -> list[str]:
+    """What went wrong while a run was recorded, in lines: what failed inside kvhook, and what is lost.
+
+    Raises:
+        KvhookError: it cannot be opened.
+    """
+    trace = open_trace(path)
+    meta = trace.meta
+    cores = trace.cores()
+    lines = [f"{where} failed: {error}" for where, error in meta.get("faults", {}).items()]
+    lines += [f"the engine core is not recorded to its end: {f['failed']}" for f in cores.facts if f.get("failed")]
+    lost = {"lost": meta["records_lost"] + cores.lost, "damaged": meta["damaged"]}
+    lines += [f"{count:,} records are {what}" for what, count in lost.items() if count]
+    lines += [f"{engine['steps_without_times']}" for engine in meta["engines"] if engine.get("steps_without_times")]
+    return lines
 
 
 def _import_vllm(problems: list[str]) -> None:

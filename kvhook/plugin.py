@@ -44,7 +44,9 @@ def _contained(act: Callable[[], None], then: str) -> None:
     """An error of kvhook's must not reach vLLM."""
     try:
         act()
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):  # `kvhook.faults.USERS`, without importing it
+        raise
+    except BaseException as error:
         import logging
 
         from kvhook.errors import KvhookError

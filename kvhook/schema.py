@@ -253,6 +253,7 @@ FACT_FIELDS: tuple[FactField, ...] = (
     ),
     FactField("records_unwritten", "count", "records", "those that could not be written to the file"),
     FactField("tokens_not_counted", "flag", "", "whether outputs came that nobody counted: tokens are not known then"),
+    FactField("faults", "texts", "", "what failed inside kvhook while this engine was recorded: the first error each"),
     FactField("recovered", "i8", "records", "records that `kvhook recover` added from the ring"),
     FactField("trace", "text", "", "kvhook.open with several files: the file this engine is from"),
 )
@@ -281,7 +282,7 @@ RUN_FIELDS: tuple[FactField, ...] = (
     FactField("scopes", "list", "", "the scopes, as `kvhook.records.events.Scope` has them"),
     FactField("labels", "list", "", "the labels that requests were given"),
     FactField("part", "text", "", "which part of a run this is; empty if it is all of it"),
-    FactField("faults", "texts", "", "a session's: what failed inside kvhook"),
+    FactField("faults", "texts", "", "what failed inside kvhook: the first error at each place"),
     FactField("hook_call_ns", "i8", "ns", "a session's: see the fact of that name about engines"),
     FactField("why_no_steps", "text", "", "a session's: what to do if no steps are recorded"),
 )

@@ -50,10 +50,11 @@ static PyObject *push(PyObject *object, PyObject *scheduled)
 
 /* ---- reading ------------------------------------------------------------------------------------------------------ */
 
-/* An Exception says that this is no case for C: Python looks at it, and meets it again. */
+/* An error says that this is no case for C: Python looks at it, and meets it again. */
 static void leave_it_to_python(void)
 {
-    if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_Exception))
+    PyObject *type = PyErr_Occurred();
+    if (type != NULL && !is_users(type))
         PyErr_Clear();
 }
 

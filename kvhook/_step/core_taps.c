@@ -27,8 +27,8 @@ typedef struct {
 /* Counting has failed: tell `failed`. 0 if the error ends here, -1 with an exception set if it does not. */
 static int contain(CoreState *state)
 {
-    if (!PyErr_ExceptionMatches(PyExc_Exception))
-        return -1; /* Ctrl-C belongs to the user */
+    if (is_users(PyErr_Occurred()))
+        return -1;
     PyObject *type, *error, *traceback, *failed = state->calls[CALL_failed], *answer = NULL;
     PyErr_Fetch(&type, &error, &traceback);
     PyErr_NormalizeException(&type, &error, &traceback);

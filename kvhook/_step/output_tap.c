@@ -173,7 +173,7 @@ HOT static PyObject *tap_call(PyObject *object, PyObject *const *args, size_t na
         PyObject *type, *error, *traceback, *answer = NULL;
         PyErr_Fetch(&type, &error, &traceback);
         PyErr_NormalizeException(&type, &error, &traceback);
-        if (PyErr_GivenExceptionMatches(type, PyExc_Exception)) {
+        if (!is_users(type)) {
             if (traceback != NULL)
                 PyException_SetTraceback(error, traceback);
             answer = PyObject_CallFunctionObjArgs(self->failed, error, NULL);

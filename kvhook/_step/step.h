@@ -72,6 +72,13 @@ static inline void prefetch_core_code(void)
 #endif
 }
 
+/* Ctrl-C and sys.exit() belong to the user: `USERS` of kvhook/faults.py. Every other error of kvhook's ends in kvhook. */
+static inline bool is_users(PyObject *type)
+{
+    return PyErr_GivenExceptionMatches(type, PyExc_KeyboardInterrupt) ||
+           PyErr_GivenExceptionMatches(type, PyExc_SystemExit);
+}
+
 static inline int64_t clock_ns(void)
 {
     struct timespec now;

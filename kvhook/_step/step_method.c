@@ -105,10 +105,23 @@ static PyObject *step_bind(PyObject *object, PyObject *instance, PyObject *Py_UN
     return instance == NULL || instance == Py_None ? Py_NewRef(object) : PyMethod_New(object, instance);
 }
 
+/* From now on it only calls the original: somebody else holds on to it, and kvhook has been taken out. */
+static PyObject *step_stop(PyObject *object, PyObject *Py_UNUSED(nothing))
+{
+    PyObject *none = PyDict_New();
+    if (none == NULL)
+        return NULL;
+    StepMethod *self = (StepMethod *)object;
+    PyObject *before = self->steps;
+    self->steps = none;
+    Py_DECREF(before);
+    Py_RETURN_NONE;
+}
+
 static PyObject *step_getattr(PyObject *object, PyObject *name)
 {
-    static const char *const own[] = {"__call__", "__get__", "__wrapped__"};
-    for (int i = 0; i < 3; i++)
+    static const char *const own[] = {"__call__", "__get__", "__wrapped__", "kvhook_stop"};
+    for (int i = 0; i < 4; i++)
         if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, own[i]) == 0)
             return PyObject_GenericGetAttr(object, name);
     return PyObject_GetAttr(((StepMethod *)object)->original, name);
@@ -144,6 +157,11 @@ static void step_dealloc(PyObject *object)
     type->tp_free(object);
 }
 
+static PyMethodDef step_methods[] = {
+    {"kvhook_stop", step_stop, METH_NOARGS, "Only call the original from now on."},
+    {NULL, NULL, 0, NULL},
+};
+
 static PyMemberDef step_members[] = {
     {"__wrapped__", T_OBJECT_EX, offsetof(StepMethod, original), READONLY, "the original function"},
     {NULL, 0, 0, 0, NULL},
@@ -165,4 +183,5 @@ PyTypeObject StepMethod_Type = {
     .tp_setattro = step_setattr,
     .tp_repr = step_repr,
     .tp_members = step_members,
+    .tp_methods = step_methods,
 };

@@ -21,9 +21,14 @@ class Settings:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._envs, name)
 
-    def read(self) -> None:
-        """Take over the values of now."""
+    def forget(self) -> None:
+        """Keep no value any more: each is looked up when it is asked for, as without kvhook."""
         for name in SETTINGS:
             vars(self).pop(name, None)
+
+    def read(self) -> None:
+        """Take over the values of now."""
+        self.forget()
+        for name in SETTINGS:
             if hasattr(self._envs, name):
                 setattr(self, name, getattr(self._envs, name))

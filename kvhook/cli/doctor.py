@@ -18,6 +18,9 @@ class DoctorCommand:
     Looks at the vLLM of this Python, every place that kvhook patches in it, every column, wrapt, the directory of the
     rings and the environment. No engine is started. The exit code is 0 if a run would be recorded, 1 if not.
 
+    With RUN: what went wrong inside kvhook while that run was recorded, and how many records are lost. The exit code is
+    1 if there is anything.
+
     Example:
       $ kvhook doctor
       kvhook 0.1.0, Python 3.11.7, Linux x86_64
@@ -28,6 +31,7 @@ class DoctorCommand:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
+        parser.add_argument("runs", nargs="*", metavar="RUN", help="a recorded run: tell what went wrong while it was")
         parser.add_argument("--json", action="store_true", help="print one JSON object")
         parser.add_argument(
             "--level", choices=("full", "light"), default="full", help="what kvhook.install(level=...) would record"
@@ -36,8 +40,16 @@ class DoctorCommand:
 
     def run(self, args: argparse.Namespace) -> int:
         """Look, and say it."""
-        from kvhook.doctor import examine
+        from kvhook.doctor import examine, examine_run
 
+        if args.runs:
+            found_in = {path: examine_run(path) for path in args.runs}
+            if args.json:
+                print(json.dumps(found_in, indent=2))
+            else:
+                for path, lines in found_in.items():
+                    print("\n  ".join([f"{path}:", *(lines or ["nothing went wrong, and no record is lost"])]))
+            return 1 if any(found_in.values()) else 0
         found = examine(args.level)
         if args.json:
             print(json.dumps(found.as_dict(), indent=2))

@@ -7,7 +7,6 @@ them outside it. No token is looked at.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import os
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvhook.core import native
 from kvhook.core_schema import BLOCK_EVENT_BYTES, BLOCK_EVENTS, BLOCKS, BLOCKS_KINDS
+from kvhook.faults import contained
 from kvhook.recording.recorder import NEEDS_CRC, process_facts
 from kvhook.ring.layout import FIELDS_AT, Layout, make_layout
 from kvhook.ring.place import RING_SUFFIXES, process_start
@@ -168,7 +168,7 @@ class Ledger:
     def _on_get_new_blocks(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_new_blocks(*args: Any, **kwargs: Any) -> Any:
             blocks = original(*args, **kwargs)
-            with self._contained():
+            with contained(self._failed):
                 for block in blocks:
                     self._write(ALLOCATE, block.block_id)
             return blocks
@@ -178,7 +178,7 @@ class Ledger:
     def _on_touch(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def touch(blocks: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(blocks, *args, **kwargs)
-            with self._contained():
+            with contained(self._failed):
                 for block in self._flat(blocks):
                     self._write(HIT, block.block_id)
             return result
@@ -189,7 +189,7 @@ class Ledger:
         def free_blocks(ordered_blocks: Any, *args: Any, **kwargs: Any) -> Any:
             blocks = list(ordered_blocks)
             result = original(blocks, *args, **kwargs)
-            with self._contained():
+            with contained(self._failed):
                 for block in blocks:
                     if not block.ref_cnt and block is not self._null:
                         self._write(FREE, block.block_id)
@@ -205,7 +205,7 @@ class Ledger:
 
         def cache_full_blocks(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            with self._contained():
+            with contained(self._failed):
                 blocks, first, end = (kwargs[n] if n in kwargs else args[i] for n, i in at.items())
                 group = kwargs.get("kv_cache_group_id", args[group_at] if 0 <= group_at < len(args) else 0)
                 # with asynchronous scheduling generated blocks are cached outside of allocate_slots
@@ -223,7 +223,7 @@ class Ledger:
         def _maybe_evict_cached_block(block: Any, *args: Any, **kwargs: Any) -> Any:
             gone = original(block, *args, **kwargs)
             if gone:
-                with self._contained():
+                with contained(self._failed):
                     self._write(EVICT, block.block_id)
                     self._known.pop(block.block_id, None)
             return gone
@@ -234,26 +234,10 @@ class Ledger:
         def reset_prefix_cache(*args: Any, **kwargs: Any) -> Any:
             done = original(*args, **kwargs)
             if done:
-                with self._contained():
+                with contained(self._failed):
                     for block in list(self._known):
                         self._write(RESET, block)
                     self._known.clear()
             return done
 
         return reset_prefix_cache
-
-    def _contained(self) -> contextlib.AbstractContextManager[None]:
-        return _Contained(self._failed)
-
-
-class _Contained(contextlib.AbstractContextManager[None]):
-    """Keeps an error of kvhook's from the engine."""
-
-    def __init__(self, failed: Callable[[BaseException], None]) -> None:
-        self._failed = failed
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, Exception):
-            self._failed(error)
-            return True
-        return False

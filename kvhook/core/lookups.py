@@ -11,6 +11,7 @@ from kvhook.core.beginnings import Beginnings
 from kvhook.core.lives import NO_MISS, Life, Miss
 from kvhook.core.pool import RESET, PoolAccount
 from kvhook.core_schema import MISS_REASONS
+from kvhook.faults import contained
 
 if TYPE_CHECKING:
     from kvhook.adapters.core import Core
@@ -95,10 +96,8 @@ class Lookups:
     def _on_get_computed_blocks(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_computed_blocks(request: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(request, *args, **kwargs)
-            try:
+            with contained(self._failed):
                 self._looked_up(request, int(result[1]))
-            except Exception as error:
-                self._failed(error)
             return result
 
         return get_computed_blocks
@@ -109,11 +108,9 @@ class Lookups:
         def get_computed_blocks_for_connector(request: Any, *args: Any, **kwargs: Any) -> Any:
             before = self._seen
             result = original(request, *args, **kwargs)
-            try:
+            with contained(self._failed):
                 if self._seen == before:
                     self._looked_up(request, int(result[1]))
-            except Exception as error:
-                self._failed(error)
             return result
 
         return get_computed_blocks_for_connector
@@ -170,7 +167,8 @@ class Lookups:
         allocate_slots = manager.allocate_slots
 
         def probe(*args: Any, **kwargs: Any) -> Any:
-            self._take_out_probe()
+            with contained(self._failed):
+                self._take_out_probe()
             blocks = allocate_slots(*args, **kwargs)
             self.refused = blocks is None
             return blocks

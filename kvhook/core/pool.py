@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvhook.core import native
+from kvhook.faults import USERS, contained
 
 if TYPE_CHECKING:
     from kvhook.adapters.core import Core
@@ -96,18 +97,30 @@ class PoolAccount:
                 cached += 1
         return cached, shared
 
-    # Each of these calls vLLM first, and then counts what has changed. What they count cannot raise in a sound vLLM;
-    # if it does all the same, the engine goes on and the recording ends.
+    # Each of these calls vLLM, and then counts what has changed. What they count cannot raise in a sound vLLM; if it
+    # does all the same, the engine goes on and the recording ends.
+
+    def _free_before(self, queue: Any) -> Any:
+        """Free blocks, before vLLM is called."""
+        try:
+            return queue.num_free_blocks
+        except USERS:
+            raise
+        except BaseException as error:
+            self._failed(error)
+            return 0
 
     def _on_get_new_blocks(self, original: Callable[..., Any]) -> Callable[..., Any]:
         queue, state = self._queue, self.state
 
         def get_new_blocks(*args: Any, **kwargs: Any) -> Any:
-            before = queue.num_free_blocks
+            before = self._free_before(queue)
             blocks = original(*args, **kwargs)
             try:
                 state.allocated += before - queue.num_free_blocks
-            except Exception as error:
+            except USERS:
+                raise
+            except BaseException as error:
                 self._failed(error)
             return blocks
 
@@ -117,7 +130,13 @@ class PoolAccount:
         evictions, hash_of, state = self.evictions, self._hash_of, self.state
 
         def _maybe_evict_cached_block(block: Any, *args: Any, **kwargs: Any) -> Any:
-            key = block.block_hash
+            try:
+                key = block.block_hash
+            except USERS:
+                raise
+            except BaseException as error:
+                key = None
+                self._failed(error)
             gone = original(block, *args, **kwargs)
             if gone:
                 try:
@@ -131,7 +150,9 @@ class PoolAccount:
                     if len(evictions) > REMEMBERED:
                         del evictions[next(iter(evictions))]
                         self.forgotten += 1
-                except Exception as error:
+                except USERS:
+                    raise
+                except BaseException as error:
                     self._failed(error)
             return gone
 
@@ -141,7 +162,7 @@ class PoolAccount:
         queue, state = self._queue, self.state
 
         def touch(blocks: Any, *args: Any, **kwargs: Any) -> Any:
-            before = queue.num_free_blocks
+            before = self._free_before(queue)
             result = original(blocks, *args, **kwargs)
             try:
                 revived = before - queue.num_free_blocks
@@ -150,7 +171,9 @@ class PoolAccount:
                 state.revived += revived
                 state.cached -= revived
                 state.shared += reused - revived
-            except Exception as error:
+            except USERS:
+                raise
+            except BaseException as error:
                 self._failed(error)
             return result
 
@@ -172,7 +195,7 @@ class PoolAccount:
 
         def free_blocks(ordered_blocks: Any, *args: Any, **kwargs: Any) -> Any:
             blocks = list(ordered_blocks)  # it may be an iterator, and is looked at twice
-            before = queue.num_free_blocks
+            before = self._free_before(queue)
             result = original(blocks, *args, **kwargs)
             try:
                 state.freed += queue.num_free_blocks - before
@@ -186,7 +209,9 @@ class PoolAccount:
                         cached += 1
                 state.cached += cached
                 state.shared -= held
-            except Exception as error:
+            except USERS:
+                raise
+            except BaseException as error:
                 self._failed(error)
             return result
 
@@ -194,18 +219,18 @@ class PoolAccount:
 
     def _on_reset(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def reset_prefix_cache(*args: Any, **kwargs: Any) -> Any:
-            known = [b.block_hash for b in self._pool.blocks if b.block_hash is not None]
+            known: list[Any] = []
+            with contained(self._failed):
+                known = [b.block_hash for b in self._pool.blocks if b.block_hash is not None]
             done = original(*args, **kwargs)
             if done:
-                try:
+                with contained(self._failed):
                     self.state.resets += 1
                     self.state.cached = 0
                     self.evictions.clear()
                     now = clock()
                     for key in known[-REMEMBERED:]:
                         self.evictions[self._hash_of(key)] = (RESET, now, NOBODY)
-                except Exception as error:
-                    self._failed(error)
             return done
 
         return reset_prefix_cache

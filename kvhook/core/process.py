@@ -26,7 +26,7 @@ from kvhook.core.ledger import LedgerRing
 from kvhook.core.plan import CorePlan
 from kvhook.core.recorder import CoreRecorder
 from kvhook.discovery.cleaning import prune
-from kvhook.faults import Faults
+from kvhook.faults import USERS, Faults
 from kvhook.recording.spool import Spool
 
 log = logging.getLogger("kvhook")
@@ -74,7 +74,12 @@ class CoreProcess:
         """Take kvhook out of the engine cores of this process, and of vLLM."""
         self.plan = None
         for number in list(self._recorders):
-            self.end(number)
+            try:
+                self.end(number)
+            except USERS:
+                raise
+            except BaseException as error:
+                self.faults.fault("ending the recording of an engine core", error, "its trace may lack the end")
         for parent, name, original, wrapper in reversed(self._patches):
             if vars(parent).get(name) is wrapper:
                 setattr(parent, name, original)
@@ -118,16 +123,22 @@ class CoreProcess:
                 self.begin(scheduler, plan)
         except LookupError as error:
             self._give_up(f"vLLM {vllm_version()}: {error}")
-        except Exception as error:
+        except USERS:
+            raise
+        except BaseException as error:
             self.faults.fault("starting to record an engine core", error, _NOT_RECORDED)
             self.absent = self.absent or f"{type(error).__name__}: {error}"
 
     def _on_shutdown(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         # before vLLM's own: that waits for the workers, and the front end kills a core that takes too long
-        with contextlib.suppress(Exception):
+        try:
             number = self._numbers.get(id(getattr(instance, "scheduler", None)))
             if number is not None:
                 self.end(number)
+        except USERS:
+            raise
+        except BaseException as error:
+            self.faults.fault("ending the recording of an engine core", error, "its trace may lack the end")
         return wrapped(*args, **kwargs)
 
     def _give_up(self, why: str) -> None:
@@ -216,6 +227,10 @@ class CoreProcess:
         for spool in [self._spools.get(number), self._ledgers.get(number, (None, None))[1]]:
             if spool is not None:
                 spool.retire(number)
+
+    def counts(self) -> list[dict[str, int]]:
+        """How many records of each engine core of this process came and were lost."""
+        return [counts for spool in list(self._spools.values()) for counts in spool.counts().values()]
 
     def drain(self) -> None:
         """Bring the traces of this process up to now."""

@@ -89,11 +89,19 @@ class CoreRecorder:
         """
         publish = self.ring.publish
 
+        given_up = False
+
         def give_up(error: BaseException) -> None:
-            taps.take_out()
+            nonlocal given_up
+            if given_up:  # several taps may be under way in one call of vLLM's
+                return
+            given_up = True
             if (account := self.account()) is not None:
                 account.state.on = False
-            failed(error)
+            try:
+                taps.take_out()
+            finally:
+                failed(error)
 
         taps = Taps()
         state = make_state(core)

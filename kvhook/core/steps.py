@@ -19,6 +19,7 @@ from kvhook.core.pool import PoolAccount
 from kvhook.core.prefills import NOTHING, Prefills
 from kvhook.core.scheduled import Scheduled, new_holders
 from kvhook.core_schema import LIMITS
+from kvhook.faults import USERS, contained
 
 if TYPE_CHECKING:
     from kvhook.adapters.core import Core
@@ -131,14 +132,17 @@ class StepAccount:
             start = clock()
             preempted = self.state.num_preempted
             if state.looked:
-                lookups.begin()
+                with contained(self._failed):
+                    lookups.begin()
             output = original(*args, **kwargs)
             try:
                 end = clock()
                 if state.looked:
                     lookups.end()
                 scheduled(output, start, end, preempted)
-            except Exception as error:
+            except USERS:
+                raise
+            except BaseException as error:
                 self._failed(error)
             return output
 
@@ -234,7 +238,9 @@ class StepAccount:
             try:
                 output = args[0] if args else kwargs["scheduler_output"]
                 self._updated(output, start, end, made if self.state.stats_made > made else -1)
-            except Exception as error:
+            except USERS:
+                raise
+            except BaseException as error:
                 self._failed(error)
             return result
 
@@ -323,27 +329,27 @@ class StepAccount:
     def _on_add_request(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def add_request(request: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(request, *args, **kwargs)
-            try:
+            with contained(self._failed):
                 if request.request_id not in self._lives:
                     self._know(request, clock())
-            except Exception as error:
-                self._failed(error)
             return result
 
         return add_request
 
     def _on_free_request(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def _free_request(request: Any, *args: Any, **kwargs: Any) -> Any:
-            try:
+            with contained(self._failed):
                 self._ended(request)
-            except Exception as error:
-                self._failed(error)
             try:
                 return original(request, *args, **kwargs)
             finally:
-                self._lives.pop(request.request_id, None)
+                self._forget(request)
 
         return _free_request
+
+    def _forget(self, request: Any) -> None:
+        with contained(self._failed):
+            self._lives.pop(request.request_id, None)
 
     def _ended(self, request: Any) -> None:
         life = self._lives.get(request.request_id)
@@ -367,18 +373,25 @@ class StepAccount:
     def _on_manager_free(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def free(request: Any, *args: Any, **kwargs: Any) -> Any:
             # a running request that gives back its blocks is being preempted: one that ends is not running any more
-            if request.status.name == "RUNNING":
+            if self._is_preempted(request):
                 return self._watch_preemption(original, request, args, kwargs)
             return original(request, *args, **kwargs)
 
         return free
 
+    def _is_preempted(self, request: Any) -> bool:
+        with contained(self._failed):
+            return bool(request.status.name == "RUNNING")
+        return False
+
     def _watch_preemption(
         self, original: Callable[..., Any], request: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        lost, freed = request.num_computed_tokens, self.state.freed
+        lost = freed = 0
+        with contained(self._failed):
+            lost, freed = request.num_computed_tokens, self.state.freed
         result = original(request, *args, **kwargs)
-        try:
+        with contained(self._failed):
             life = self.life_of(request)
             life.preempted_at = clock()
             life.preemptions += 1
@@ -387,6 +400,4 @@ class StepAccount:
             self._preempted[request.request_id] = life
             self.state.num_preempted += 1
             self.writer.preemption(self.state.step, life, lost, self.state.freed - freed)
-        except Exception as error:
-            self._failed(error)
         return result

@@ -10,7 +10,10 @@ from typing import Any
 import wrapt
 
 from kvhook.adapters.calls import CLASS, ENGINE, METHODS, MODULE, describe_call
+from kvhook.faults import USERS
 from kvhook.hooks.registry import Patch, registry
+
+_BEGIN, _END = "noting a call of LLM", "noting the end of a call of LLM"
 
 #: Whether this thread or task is inside such a call: ``chat`` calls ``generate``, and that is one call.
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("kvhook_inside_call", default=False)
@@ -32,15 +35,17 @@ def patch_calls() -> None:
 def _around(method: str) -> Callable[[Any, Any, Any, Any], Any]:
     def on_call(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         owner = registry.owner
-        if owner is None or _inside.get():
+        if owner is None or _inside.get() or owner.is_off(_BEGIN):
             return wrapped(*args, **kwargs)
         token = _inside.set(True)
         end: Callable[[], None] | None = None
         try:
             try:
                 end = owner.begin_call(getattr(instance, ENGINE, None), describe_call(wrapped, method, args, kwargs))
-            except Exception as error:
-                registry.fault(f"noting a call of {method}", error, "this call is no scope")
+            except USERS:
+                raise
+            except BaseException as error:
+                registry.fault(_BEGIN, error, f"this call of {method} is no scope")
             return wrapped(*args, **kwargs)
         finally:
             _inside.reset(token)
@@ -53,5 +58,7 @@ def _around(method: str) -> Callable[[Any, Any, Any, Any], Any]:
 def _end(end: Callable[[], None], method: str) -> None:
     try:
         end()
-    except Exception as error:
-        registry.fault(f"noting the end of a call of {method}", error, "this scope has no end")
+    except USERS:
+        raise
+    except BaseException as error:
+        registry.fault(_END, error, f"the scope of this call of {method} has no end")

@@ -15,17 +15,20 @@ from kvhook.adapters.settings import Settings
 from kvhook.adapters.step_functions import Counters, StepFunctions
 from kvhook.adapters.table import Adapter, vllm_version
 from kvhook.errors import StatsOffError
+from kvhook.faults import USERS
 from kvhook.hooks.event_loop import EventLoopRecorder
 from kvhook.hooks.noted import Notes
 from kvhook.hooks.own_step import FirstOutputs, OutputCounts
 from kvhook.hooks.quiet import do_nothing, make_no_stats
-from kvhook.hooks.registry import NOT_RECORDED_FURTHER, RecordedEngine, registry
+from kvhook.hooks.registry import RecordedEngine, registry
 from kvhook.hooks.requests import request_methods, sees_requests
 from kvhook.hooks.schedule import FreeBlocks
 from kvhook.hooks.tap import Tap, no_blocks, replace
 from kvhook.hooks.taps import TAPS, core_of, has_core_output
 
 clock = time.monotonic_ns
+
+_LABEL, _FREE_BLOCKS = "noting a request's label", "reading the free blocks of a schedule"
 
 
 def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> bool:
@@ -46,6 +49,7 @@ def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> boo
             f"this vLLM ({vllm_version()}) makes no stats behind LLM, whatever disable_log_stats says, unless kvhook "
             "is there when the engine is built: call kvhook.install() before LLM(...)"
         )
+    registry.put_again()
     _read_settings()
     key = id(engine)
     hooked = {t.role for t in registry.patched[adapter.name].targets}
@@ -78,7 +82,7 @@ def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> boo
             known.stats_off = True
             if adapter.timed and adapter.tap == "manager":
                 known.remove_tap = _and_turn_stats_off(known.remove_tap, engine)
-    except Exception:
+    except BaseException:
         forget(key)
         raise
     weakref.finalize(engine, forget, key).atexit = False
@@ -185,20 +189,16 @@ def _put_in(
     first = None
     known.flush = functions.flush
     known.thread = threading.get_ident()
+
+    def failed(error: BaseException) -> None:
+        registry.give_up(known, key, "counting what a step gave", error)
+
     if not isinstance(functions, EventLoopRecorder):
         known.functions = functions
         if adapter.level == "full" and has_core_output(engine, adapter):
-            known.counts = _output_counts(engine)
+            known.counts = _output_counts(engine, failed)
             first = FirstOutputs(engine, functions, _ask_owner(engine), known.counts)
             known.flush = first.flush
-
-    def failed(error: Exception) -> None:
-        registry.steps.pop(key, None)
-        known = registry.engines.get(key)
-        if known is not None:  # if it is not recorded any more, its id may be another engine's by now
-            remove, known.remove_tap = known.remove_tap, do_nothing
-            remove()
-        registry.fault("counting what a step gave", error, NOT_RECORDED_FURTHER)
 
     came = functions.outputs_came if isinstance(functions, EventLoopRecorder) else do_nothing
     num_free = blocks.take if blocks is not None else no_blocks
@@ -216,7 +216,9 @@ def _put_in(
     methods = request_methods(engine, adapter, add, abort, failed, _note_of(engine))
     if blocks is not None:
         methods.append(blocks.method())
+    before = set(registry.records)
     remove_stats = TAPS[adapter.tap](tap)
+    known.record_keys = tuple(registry.records.keys() - before)
     remove_methods = replace(*methods)
 
     def remove() -> None:
@@ -237,15 +239,19 @@ def _note_of(engine: Any) -> Callable[[Any], None]:
     notes = Notes(codes_of)
 
     def note(states: Any) -> None:
+        if registry.is_off(_LABEL):
+            return
         try:
             notes.take(states[next(reversed(states))])  # a dictionary: the newest is the last
-        except Exception as error:
-            registry.fault("noting a request's label", error, "this request has none")
+        except USERS:
+            raise
+        except BaseException as error:
+            registry.fault(_LABEL, error, "this request has none")
 
     return note
 
 
-def _output_counts(engine: Any) -> OutputCounts | None:
+def _output_counts(engine: Any, failed: Callable[[BaseException], None]) -> OutputCounts | None:
     """What counts an engine's outputs; None where they cannot be counted."""
     try:
         core = core_of(engine)
@@ -253,7 +259,7 @@ def _output_counts(engine: Any) -> OutputCounts | None:
         return None
     if not hasattr(core.processor, "request_states"):
         return None
-    return OutputCounts(core.processor, core.counter)
+    return OutputCounts(core.processor, core.counter, failed)
 
 
 def _ask_owner(engine: Any) -> Callable[[bool], StepFunctions | None]:
@@ -270,11 +276,11 @@ def _ask_owner(engine: Any) -> Callable[[bool], StepFunctions | None]:
 def _free_blocks(engine: Any, adapter: Adapter) -> FreeBlocks | None:
     """The engine's free blocks, where its scheduler is in this process."""
 
-    def failed(error: Exception) -> None:
-        registry.fault("reading the free blocks of a schedule", error, "the peak inside a step is not known")
+    def failed(error: BaseException) -> None:
+        registry.fault(_FREE_BLOCKS, error, "the peak inside a step is not known")
 
     try:
-        return FreeBlocks(engine, adapter, failed)
+        return FreeBlocks(engine, adapter, failed, lambda: registry.is_off(_FREE_BLOCKS))
     except LookupError:
         return None
 

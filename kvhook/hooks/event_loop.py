@@ -9,6 +9,7 @@ from typing import Any
 from kvhook import forks
 from kvhook.adapters.requests import AbortedRequest
 from kvhook.adapters.step_functions import StepFunctions
+from kvhook.faults import USERS
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER
 
 clock = time.monotonic_ns
@@ -68,7 +69,8 @@ class EventLoopRecorder:
 
     def abort(self, request: AbortedRequest) -> None:
         """A request was aborted."""
-        self._aborted.append(request)
+        if not self._ranks or any(self._ranks.values()):
+            self._aborted.append(request)
 
     def flush(self) -> bool:
         """Publish requests that were aborted since the last stats. Returns whether there were any."""
@@ -91,8 +93,13 @@ class EventLoopRecorder:
                 self._hand_over_requests(functions)
                 now = clock()
                 functions.publish(now, now)
-        except Exception as error:
-            self._ranks[rank] = None
+        except USERS:
+            raise
+        except BaseException as error:
+            if isinstance(rank, int):
+                self._ranks[rank] = None
+            if not any(self._ranks.values()):  # nobody is left who would record them
+                self._aborted.clear()
             self._fault("recording a step", error, NOT_RECORDED_FURTHER)
 
     def _hand_over_requests(self, functions: StepFunctions) -> None:

@@ -15,10 +15,22 @@ from typing import Any
 from kvhook.adapters.light import Counter, Counts
 from kvhook.adapters.requests import aborted_v1
 from kvhook.adapters.step_functions import StepFunctions
+from kvhook.faults import USERS
 
 #: Changes an engine to counting. Is told whether all outputs so far can still be counted; returns the functions that
 #: record it from then on, or None if it cannot be done.
 CountOutputs = Callable[[bool], "StepFunctions | None"]
+
+
+def size_of(processor: Any, failed: Callable[[BaseException], None]) -> int:
+    """How many requests an output processor has; 0, and `failed` is told, where that cannot be known."""
+    try:
+        return len(processor.request_states)
+    except USERS:
+        raise
+    except BaseException as error:
+        failed(error)
+        return 0
 
 
 class OutputCounts:
@@ -27,10 +39,11 @@ class OutputCounts:
     Args:
         processor: the engine's output processor.
         count: the counter that fits this vLLM (`kvhook.adapters.light.make_counter`).
+        failed: is called with an error of kvhook's.
     """
 
-    def __init__(self, processor: Any, count: Counter) -> None:
-        self._processor, self._count = processor, count
+    def __init__(self, processor: Any, count: Counter, failed: Callable[[BaseException], None]) -> None:
+        self._processor, self._count, self._failed = processor, count, failed
         self._latest: Counts | None = None
         self._processed = False
 
@@ -51,11 +64,11 @@ class OutputCounts:
         """``process_outputs``, with the requests counted that it finishes."""
 
         def process_outputs_and_count(*args: Any, **kwargs: Any) -> Any:
-            before = len(self._processor.request_states)
+            before = size_of(self._processor, self._failed)
             result = process_outputs(*args, **kwargs)
             counts = self._latest
             if counts is not None:
-                finished = before - len(self._processor.request_states)
+                finished = before - size_of(self._processor, self._failed)
                 counts.num_finished_reqs = finished + (counts.num_finished_reqs if self._processed else 0)
                 self._processed = True
             return result

@@ -16,10 +16,11 @@ from kvhook.adapters.calls import MODULE as CALLS
 from kvhook.adapters.fit import choose, is_there
 from kvhook.adapters.settings import Settings
 from kvhook.adapters.table import Adapter, Target, lookup, release, vllm_version
+from kvhook.faults import USERS
 from kvhook.hooks.calls import patch_calls
 from kvhook.hooks.engines import forget
 from kvhook.hooks.registry import Owner, Patch, PatchedAdapter, registry
-from kvhook.hooks.wrappers import ROLES, around_step
+from kvhook.hooks.wrappers import stoppable, stoppable_step
 
 
 def arm(owner: Owner, level: str = "full") -> None:
@@ -43,16 +44,26 @@ def arm(owner: Owner, level: str = "full") -> None:
 def disarm() -> None:
     """Put back what was there. A name that somebody else has wrapped meanwhile keeps our wrapper below theirs, where
     it does nothing any more."""
-    registry.owner = None
+    owner, registry.owner = registry.owner, None
     for engine_id in list(registry.engines):
-        forget(engine_id)
+        try:
+            forget(engine_id)
+        except USERS:
+            raise
+        except BaseException as error:
+            if owner is not None:
+                owner.fault("taking kvhook out of an engine", error, "what is left there does nothing")
     registry.clear()
     unpatch()
 
 
 def unpatch() -> None:
-    """Put the replaced names back, except those over which somebody else has put a wrapper."""
-    registry.patches[:] = [p for p in reversed(registry.patches) if not restore(p)][::-1]
+    """Put the replaced names back. Where somebody else has put something over our wrapper, or in its place, theirs
+    stays, and ours does nothing any more, should they still call it."""
+    for patch in reversed(registry.patches):
+        if not restore(patch):
+            patch.stop()
+    registry.patches.clear()
     registry.patched.clear()
 
 
@@ -80,7 +91,9 @@ def _patch_what_is_there() -> None:
             _patch_family([a for a in of_family if is_there(a)])
         if registry.patched and CALLS in registry.imported:
             patch_calls()
-    except Exception as error:
+    except USERS:
+        raise
+    except BaseException as error:
         owner.fault("patching vLLM", error, "nothing is recorded")
 
 
@@ -107,8 +120,7 @@ def _patch_family(adapters: list[Adapter]) -> None:
 
 
 def _patch(adapter: Adapter, found: tuple[Target, ...]) -> None:
-    """Patch every target, or none. What is patched already, for another engine or from before (below somebody else's
-    wrapper), stays."""
+    """Patch every target, or none. What is patched already, for another engine, stays."""
     new: list[Patch] = []
     engine = lookup(adapter.engine)
     try:
@@ -120,14 +132,15 @@ def _patch(adapter: Adapter, found: tuple[Target, ...]) -> None:
             wrapper: Any
             if target.role == "settings":
                 wrapper = Settings(original)
+                stop = wrapper.forget
             elif target.role == "engine_step":
-                wrapper = around_step(original)
+                wrapper, stop = stoppable_step(original)
             else:
-                wrapper = wrapt.FunctionWrapper(original, ROLES[target.role])
+                wrapper, stop = stoppable(target.role, original)
             inherited = attribute not in vars(parent)
             setattr(parent, attribute, wrapper)
-            new.append(Patch(parent, attribute, original, wrapper, inherited))
-    except Exception:
+            new.append(Patch(parent, attribute, original, wrapper, inherited, stop))
+    except BaseException:
         for patch in reversed(new):
             restore(patch)
         raise

@@ -20,7 +20,9 @@ from kvhook import forks
 from kvhook.adapters.calls import Call
 from kvhook.adapters.step_functions import PublishStep, Record, StepFunctions
 from kvhook.adapters.table import Adapter, Target
+from kvhook.faults import USERS
 from kvhook.hooks.own_step import OutputCounts
+from kvhook.hooks.quiet import do_nothing
 
 log = logging.getLogger("kvhook")
 
@@ -60,15 +62,20 @@ class Owner(Protocol):
     def fault(self, where: str, error: BaseException, then: str) -> None:
         """Something in kvhook failed."""
 
+    def is_off(self, where: str) -> bool:
+        """Whether a seam has failed so often that it is switched off, see `kvhook.faults.LIMITS`."""
+
 
 class Patch(NamedTuple):
-    """A name that was replaced: ``vars(parent)[attribute]`` was `original`, or it was inherited."""
+    """A name that was replaced: ``vars(parent)[attribute]`` was `original`, or it was inherited. ``stop`` makes the
+    wrapper do nothing any more, for the case that somebody else holds on to it."""
 
     parent: Any
     attribute: str
     original: Any
     wrapper: Any
     inherited: bool
+    stop: Callable[[], None] = do_nothing
 
 
 class PatchedAdapter(NamedTuple):
@@ -102,6 +109,7 @@ class RecordedEngine:
             gone, is it flushed.
         functions: the functions that record it; None on an event loop, where each rank has its own.
         counts: counts its outputs, in case nobody else does.
+        record_keys: where `Registry.records` has its `record`.
     """
 
     remove_tap: Callable[[], None]
@@ -110,6 +118,7 @@ class RecordedEngine:
     thread: int = 0
     functions: StepFunctions | None = None
     counts: OutputCounts | None = None
+    record_keys: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -162,8 +171,42 @@ class Registry:
         self.steps.pop(engine_id, None)
         known = self.engines.pop(engine_id, None)
         if known is not None:
-            known.remove_tap()
+            self._take_out(known)
             self._flush(known)
+
+    def give_up(self, known: RecordedEngine, engine_id: int, where: str, error: BaseException) -> None:
+        """Recording an engine has failed at a seam: it is not recorded any further, and nothing of kvhook's is called
+        in it again. The engine goes on."""
+        if self.engines.get(engine_id) is known:  # if not, its id may be another engine's by now
+            self.steps.pop(engine_id, None)
+            known.flush = lambda: False
+            self._take_out(known)
+        self.fault(where, error, NOT_RECORDED_FURTHER)
+
+    def _take_out(self, known: RecordedEngine) -> None:
+        """Take out of an engine what was put into it, once."""
+        remove, known.remove_tap = known.remove_tap, do_nothing
+        for key in known.record_keys:
+            self.records.pop(key, None)
+        try:
+            remove()
+        except USERS:
+            raise
+        except BaseException as error:
+            self.fault("taking kvhook out of an engine", error, "what is left there does nothing")
+
+    def put_again(self) -> None:
+        """Put in place those of our wrappers in whose place somebody has put what was there before: whoever takes out a
+        wrapper that is below ours often does it so, and takes ours out as well."""
+        for patch in self.patches:
+            now = vars(patch.parent).get(patch.attribute)
+            if now is None if patch.inherited else now is patch.original:
+                setattr(patch.parent, patch.attribute, patch.wrapper)
+                self.warn_once(
+                    "kvhook: somebody has put back %s as it was before kvhook.install(), and has taken kvhook's wrapper"
+                    " out with theirs. It is in place again",
+                    f"{getattr(patch.parent, '__name__', 'vLLM')}.{patch.attribute}",
+                )
 
     def flush(self) -> None:
         """Publish what waits for the next step of an engine, of those that this thread runs.
@@ -175,15 +218,14 @@ class Registry:
             if known.thread == here:
                 self._flush(known)
 
-    def no_flush(self, engine_id: int) -> None:
-        """What an engine still has waiting is not published any more: publishing it has failed."""
-        if engine_id in self.engines:
-            self.engines[engine_id].flush = lambda: False
-
     def _flush(self, known: RecordedEngine) -> None:
+        flush = known.flush
         try:
-            known.flush()
-        except Exception as error:
+            flush()
+        except USERS:
+            raise
+        except BaseException as error:
+            known.flush = lambda: False
             self.fault("publishing what came after the last step", error, "it is lost")
 
     def begin(self, owner: Owner, level: str) -> None:
@@ -203,6 +245,10 @@ class Registry:
         """Report an error of kvhook's to the owner, if there is one."""
         if self.owner is not None:
             self.owner.fault(where, error, then)
+
+    def is_off(self, where: str) -> bool:
+        """Whether a seam is switched off."""
+        return self.owner is not None and self.owner.is_off(where)
 
     def warn_once(self, text: str, *values: str) -> None:
         """Log a warning, once in a session."""

@@ -11,13 +11,15 @@ from typing import Any
 
 from kvhook.adapters.requests import NOTED, AbortedRequest, aborted_v0, aborted_v1, request_id_of, sample_index_of
 from kvhook.adapters.table import Adapter
+from kvhook.faults import contained
+from kvhook.hooks.own_step import size_of
 
 _NOTED = tuple(f"kvhook_{name}" for name in NOTED)
 
 Replaced = list[tuple[Any, str, Callable[..., Any]]]
 Add = Callable[[], None]
 Abort = Callable[[AbortedRequest], None]
-Failed = Callable[[Exception], None]
+Failed = Callable[[BaseException], None]
 #: is given vLLM's dictionary of requests when one has been added to it; never raises
 Note = Callable[[Any], None]
 
@@ -64,15 +66,13 @@ def _count_added(processor: Any, add: Add, failed: Failed, note: Note) -> Callab
     add_request, states = processor.add_request, processor.request_states
 
     def add_request_and_count(*args: Any, **kwargs: Any) -> Any:
-        before = len(states)
+        before = size_of(processor, failed)
         result = add_request(*args, **kwargs)
-        try:
+        with contained(failed):
             # a further piece of a streamed prompt is no new request
             if len(states) > before:
                 add()
                 note(states)
-        except Exception as error:
-            failed(error)
         return result
 
     return add_request_and_count
@@ -85,22 +85,18 @@ def _abort_v1(processor: Any, abort: Abort, failed: Failed) -> Callable[..., Any
     def abort_requests_and_note(*args: Any, **kwargs: Any) -> Any:
         nonlocal depth
         before: dict[str, Any] = {}
-        try:
+        with contained(failed):
             if not depth:  # vLLM calls itself for the samples of a prompt
                 before = dict(processor.request_states)
-        except Exception as error:
-            failed(error)
         depth += 1
         try:
             return abort_requests(*args, **kwargs)
         finally:
             depth -= 1
-            try:
+            with contained(failed):
                 gone = before.keys() - processor.request_states.keys()
                 for request_id in [each for each in before if each in gone]:
                     abort(aborted_v1(before[request_id]))
-            except Exception as error:
-                failed(error)
 
     return abort_requests_and_note
 
@@ -111,14 +107,12 @@ def _mark_finished(processor: Any, failed: Failed) -> Callable[..., Any]:
     def update_and_mark(req_state: Any, finish_reason: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> Any:
         result = update(req_state, finish_reason, iteration_stats, *args, **kwargs)
         if iteration_stats is not None:
-            try:
+            with contained(failed):
                 finished = iteration_stats.finished_requests[-1]
                 finished.kvhook_sample_index = sample_index_of(req_state)
                 finished.kvhook_request_id = request_id_of(req_state)
                 for name in _NOTED:
                     setattr(finished, name, getattr(req_state, name, -1))
-            except Exception as error:
-                failed(error)
         return result
 
     return update_and_mark
@@ -129,22 +123,19 @@ def _of_v0(engine: Any, add: Add, abort: Abort, failed: Failed) -> Replaced:
 
     def add_request_and_count(*args: Any, **kwargs: Any) -> Any:
         result = add_request(*args, **kwargs)
-        add()
+        with contained(failed):
+            add()
         return result
 
     def abort_request_and_note(*args: Any, **kwargs: Any) -> Any:
         before: dict[int, Any] = {}
-        try:
+        with contained(failed):
             before = _groups(engine)
-        except Exception as error:
-            failed(error)
         result = abort_request(*args, **kwargs)
-        try:
+        with contained(failed):
             gone = before.keys() - _groups(engine).keys()
             for key in [each for each in before if each in gone]:
                 abort(aborted_v0(before[key]))
-        except Exception as error:
-            failed(error)
         return result
 
     return [

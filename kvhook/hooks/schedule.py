@@ -10,6 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from kvhook.adapters.table import Adapter, read_path
+from kvhook.faults import USERS
+
+#: More than any engine has.
+_MOST_BLOCKS = 1 << 40
 
 
 class FreeBlocks:
@@ -19,13 +23,21 @@ class FreeBlocks:
         LookupError: the scheduler is not in this process, or its free blocks cannot be read.
     """
 
-    def __init__(self, engine: Any, adapter: Adapter, failed: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        adapter: Adapter,
+        failed: Callable[[BaseException], None],
+        is_off: Callable[[], bool] = lambda: False,
+    ) -> None:
         found = read_path(engine, adapter.schedulers) if adapter.schedulers else None
         schedulers = list(found) if isinstance(found, (list, tuple)) else [found]
         if len(schedulers) != 1 or schedulers[0] is None or not hasattr(schedulers[0], "schedule"):
             raise LookupError("no scheduler, or several of them, in this process")
         self.scheduler = schedulers[0]
         self._count, self._failed = _free_blocks(self.scheduler, adapter), failed
+        self._is_off = is_off
+        self._broken = False
         self._fewest = -1
 
     def take(self) -> int:
@@ -39,11 +51,18 @@ class FreeBlocks:
 
         def schedule_and_count_blocks(*args: Any, **kwargs: Any) -> Any:
             scheduled = schedule(*args, **kwargs)
+            if self._broken and self._is_off():
+                return scheduled
             try:
                 free = count()
+                if type(free) is not int or not 0 <= free <= _MOST_BLOCKS:
+                    raise TypeError(f"{type(free).__name__} instead of a number of blocks")
                 # with asynchronous scheduling, two schedules may come before one output
                 self._fewest = free if self._fewest < 0 else min(self._fewest, free)
-            except Exception as error:
+            except USERS:
+                raise
+            except BaseException as error:
+                self._broken = True
                 self._failed(error)
             return scheduled
 

@@ -44,7 +44,7 @@ class Tap(NamedTuple):
     adapter: Adapter
     functions: Functions
     records: dict[int, Record]
-    failed: Callable[[Exception], None]
+    failed: Callable[[BaseException], None]
     every: int = 1
     facts: Mapping[str, Any] = {}
     num_free_blocks: Callable[[], int] = no_blocks

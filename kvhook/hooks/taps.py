@@ -15,6 +15,8 @@ from kvhook import _step
 from kvhook.adapters.light import Counter, Counts, make_counter
 from kvhook.adapters.publisher import MEASURE_EVERY
 from kvhook.adapters.table import Adapter, lookup, release, vllm_version
+from kvhook.faults import USERS
+from kvhook.hooks.own_step import size_of
 from kvhook.hooks.quiet import OnlyLogger, QuietManager, do_nothing
 from kvhook.hooks.tap import Tap, Undo, no_blocks, replace
 
@@ -77,7 +79,9 @@ def take_from_core(tap: Tap) -> Undo:
             uncounted = first.watching or take(stats, None, rank, 0, free, len(outputs.outputs))
             if uncounted or stats is None:
                 rest(outputs, stats, free, uncounted)
-        except Exception as error:
+        except USERS:
+            raise
+        except BaseException as error:
             failed(error)
         return outputs
 
@@ -105,7 +109,9 @@ def _announce_outputs(get_output: Callable[..., Any], tap: Tap) -> Callable[...,
         outputs = await get_output(*args, **kwargs)
         try:
             outputs_came(outputs)
-        except Exception as error:
+        except USERS:
+            raise
+        except BaseException as error:
             failed(error)
         return outputs
 
@@ -160,7 +166,7 @@ def tap_outputs(tap: Tap) -> Undo:
 
     Its output processor fills IterationStats in if it is given some, as AsyncLLM does. The tap gives it some, and takes
     both kinds of stats from there."""
-    client, processor, record = tap.engine.engine_core, tap.engine.output_processor, tap.record
+    client, processor, record, failed = tap.engine.engine_core, tap.engine.output_processor, tap.record, tap.failed
     get_output, process_outputs = client.get_output, processor.process_outputs
     make_stats = lookup(next(s.path for s in tap.adapter.sources if s.argument == "iteration_stats"))
     latest: Any = None
@@ -175,9 +181,20 @@ def tap_outputs(tap: Tap) -> Undo:
         outputs, latest = latest, None
         if outputs is None or args or kwargs:
             return process_outputs(engine_core_outputs, *args, **kwargs)
-        stats = make_stats() if engine_core_outputs else None
-        result = process_outputs(engine_core_outputs, engine_core_timestamp=outputs.timestamp, iteration_stats=stats)
-        record(None, stats)
+        stats, when = None, getattr(outputs, "timestamp", None)
+        try:
+            stats = make_stats() if engine_core_outputs else None
+        except USERS:
+            raise
+        except BaseException as error:
+            failed(error)
+        result = process_outputs(engine_core_outputs, engine_core_timestamp=when, iteration_stats=stats)
+        try:
+            record(None, stats)
+        except USERS:
+            raise
+        except BaseException as error:
+            failed(error)
         return result
 
     # with this the processor keeps the clocks of new requests; there are no requests yet
@@ -251,7 +268,9 @@ def tap_core(tap: Tap) -> Undo:
             if start:
                 # the time for counting is spread over the steps in which nothing is counted
                 spent = counting // every + clock() - start
-        except Exception as error:
+        except USERS:
+            raise
+        except BaseException as error:
             failed(error)
         return outputs
 
@@ -289,7 +308,9 @@ def tap_own_step(tap: Tap) -> Undo:
         outputs = get_output(*args, **kwargs)
         try:
             take(outputs.scheduler_stats, look(outputs), getattr(outputs, "engine_index", 0), 0, num_free())
-        except Exception as error:
+        except USERS:
+            raise
+        except BaseException as error:
             failed(error)
         return outputs
 
@@ -311,8 +332,13 @@ def _tap_core_on_event_loop(tap: Tap) -> Undo:
     async def hand_over_and_get_output(*args: Any, **kwargs: Any) -> Any:
         nonlocal latest, counts, spent
         outputs, latest = latest, None
-        if outputs is not None:
-            take(outputs.scheduler_stats, counts, getattr(outputs, "engine_index", 0), spent)
+        try:
+            if outputs is not None:
+                take(outputs.scheduler_stats, counts, getattr(outputs, "engine_index", 0), spent)
+        except USERS:
+            raise
+        except BaseException as error:
+            failed(error)
         counts, spent = None, 0
         latest = outputs = await get_output_async(*args, **kwargs)
         return outputs
@@ -326,13 +352,15 @@ def _tap_core_on_event_loop(tap: Tap) -> Undo:
                 counts = counts or Counts()
                 count(engine_core_outputs, processor.request_states, counts)
                 before = len(processor.request_states)
-        except Exception as error:
+        except USERS:
+            raise
+        except BaseException as error:
             counts = None
             failed(error)
         spent += clock() - start
         result = process_outputs(engine_core_outputs, *args, **kwargs)
         if before and counts is not None:
-            counts.num_finished_reqs += before - len(processor.request_states)
+            counts.num_finished_reqs += before - size_of(processor, failed)
         return result
 
     return replace(

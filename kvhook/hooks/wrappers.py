@@ -15,11 +15,15 @@ from typing import Any
 import wrapt
 
 from kvhook import _step
+from kvhook.adapters.table import Adapter
+from kvhook.faults import USERS
 from kvhook.hooks.engines import watch
 from kvhook.hooks.quiet import make_no_stats, quiet_manager
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER, Building, building, registry
 
 clock = time.monotonic_ns
+
+_STATS, _TTFT = "taking over the stats of a step", "reading a request's time to first token"
 
 # The registry's own dictionaries, under names that are found without a look into the registry.
 _steps, _records, _engines = registry.steps, registry.records, registry.engines
@@ -39,17 +43,22 @@ def on_step(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     finally:
         try:
             publish(start, clock())
+        except USERS:
+            raise
         except BaseException as error:
-            _failed("recording a step", error, _steps, id(instance))
-            if not isinstance(error, Exception):
-                raise  # Ctrl-C belongs to the user
+            publishing_failed(error, id(instance))
 
 
 def publishing_failed(error: BaseException, engine_id: int) -> None:
-    """What `on_step` does if publishing fails, for the extension's `StepMethod`, which does the rest of it."""
-    _failed("recording a step", error, _steps, engine_id)
-    if not isinstance(error, Exception):
+    """Publishing a step has failed. The extension's `StepMethod` calls it too."""
+    if isinstance(error, USERS):
         raise error
+    known = registry.engines.get(engine_id)
+    _steps.pop(engine_id, None)
+    if known is not None:
+        registry.give_up(known, engine_id, "recording a step", error)
+    else:
+        registry.fault("recording a step", error, NOT_RECORDED_FURTHER)
 
 
 def around_step(original: Any) -> Any:
@@ -59,9 +68,34 @@ def around_step(original: Any) -> Any:
     the extension's 1. A step that is no plain function (somebody else has wrapped it) keeps to wrapt, which knows how
     to bind any callable.
     """
+    return stoppable_step(original)[0]
+
+
+def stoppable_step(original: Any) -> tuple[Any, Callable[[], None]]:
+    """The same, and what makes it do nothing any more."""
     if _step.native is not None and isinstance(original, types.FunctionType):
-        return _step.native.StepMethod(original, _steps, publishing_failed)
-    return wrapt.FunctionWrapper(original, on_step)
+        method: Any = _step.native.StepMethod(original, _steps, publishing_failed)
+        return method, method.kvhook_stop
+    return stoppable("engine_step", original)
+
+
+def stoppable(role: str, original: Any) -> tuple[Any, Callable[[], None]]:
+    """What is put in place of `original` in a role, and what makes it do nothing any more.
+
+    Somebody else's wrapper may hold on to ours when kvhook is taken out, and would call it in kvhook's next session
+    beside the wrapper of that. So each has a function of its own, whose code is exchanged: a step costs no more by it.
+    """
+    act: Any = ROLES[role]
+    mine = types.FunctionType(act.__code__, act.__globals__, act.__name__)
+
+    def stop() -> None:
+        mine.__code__ = _call_on.__code__
+
+    return wrapt.FunctionWrapper(original, mine), stop
+
+
+def _call_on(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    return wrapped(*args, **kwargs)
 
 
 def on_record(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -70,8 +104,10 @@ def on_record(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if record is not None:
         try:
             record(*args, **kwargs)
-        except Exception as error:
-            _failed("taking over the stats of a step", error, _records, id(instance))
+        except USERS:
+            raise
+        except BaseException as error:
+            _record_failed(error, id(instance))
     return wrapped(*args, **kwargs)
 
 
@@ -82,8 +118,10 @@ def on_stats(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if record is not None and (args[0] if args else kwargs.get("scheduler_outputs")) is not None:
         try:
             record(stats)
-        except Exception as error:
-            _failed("taking over the stats of a step", error, _records, id(instance))
+        except USERS:
+            raise
+        except BaseException as error:
+            _record_failed(error, id(instance))
     return stats
 
 
@@ -93,23 +131,27 @@ def on_finished(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     vLLM knows it (RequestStateStats.first_token_latency), but does not pass it on.
     """
     result = wrapped(*args, **kwargs)
-    if _engines:
+    if _engines and not registry.is_off(_TTFT):
         try:
             state = kwargs.get("req_stats")
             if state is None:
                 state = next(a for a in args if hasattr(a, "first_token_latency"))
             instance.finished_requests[-1].kvhook_ttft = state.first_token_latency
-        except Exception as error:
-            registry.fault("reading a request's time to first token", error, "it is NaN for this request")
+        except USERS:
+            raise
+        except BaseException as error:
+            registry.fault(_TTFT, error, "it is NaN for this request")
     return result
 
 
-def _failed(what: str, error: BaseException, table: dict[int, Any], key: int) -> None:
-    """Report that a hook failed. If the fault is kvhook's, the hook is never called again for this engine."""
-    if isinstance(error, Exception):
-        table.pop(key, None)
-        registry.no_flush(key)
-    registry.fault(what, error, NOT_RECORDED_FURTHER)
+def _record_failed(error: BaseException, key: int) -> None:
+    """Taking over the stats that pass an object has failed."""
+    _records.pop(key, None)
+    for engine_id, known in list(_engines.items()):
+        if key in known.record_keys:
+            registry.give_up(known, engine_id, _STATS, error)
+            return
+    registry.fault(_STATS, error, NOT_RECORDED_FURTHER)
 
 
 # ---- while an engine is built --------------------------------------------------------------------------------------
@@ -117,8 +159,17 @@ def _failed(what: str, error: BaseException, table: dict[int, Any], key: int) ->
 
 def on_engine_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Around an engine's ``__init__``: turn the stats on if the user left them off, and then record the engine."""
-    owner, adapter = registry.owner, registry.adapter_of(instance)
-    if owner is None or adapter is None:
+    owner = registry.owner
+    if owner is None:
+        return wrapped(*args, **kwargs)
+    adapter: Adapter | None = None
+    try:
+        adapter = registry.adapter_of(instance)
+    except USERS:
+        raise
+    except BaseException as error:
+        owner.fault("looking at a new engine", error, "this engine is not recorded")
+    if adapter is None:
         return wrapped(*args, **kwargs)
     stats_were_on = True
     try:
@@ -130,7 +181,9 @@ def on_engine_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if not stats_were_on:
             arguments.arguments |= {n: make() for n, make in adapter.quiet.items() if n in signature.parameters}
         args, kwargs = arguments.args, arguments.kwargs
-    except Exception as error:
+    except USERS:
+        raise
+    except BaseException as error:
         owner.fault("turning vLLM's stats on", error, "this engine is recorded only if its stats are on anyway")
     token = building.set(Building(not stats_were_on, on_event_loop=not adapter.timed))
     try:
@@ -139,7 +192,9 @@ def on_engine_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         building.reset(token)
     try:
         watch(instance, stats_were_on=stats_were_on, built_by_us=True)
-    except Exception as error:
+    except USERS:
+        raise
+    except BaseException as error:
         owner.fault("starting to record an engine", error, "this engine is not recorded")
         if not stats_were_on and adapter.timed and adapter.tap == "manager":
             make_no_stats(instance, "")
@@ -160,7 +215,9 @@ def on_manager(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*args, **{**kwargs, "enable_default_loggers": False})
     try:
         return quiet_manager(wrapped)
-    except Exception as error:  # somebody has put something else in the place of vLLM's class
+    except USERS:
+        raise
+    except BaseException as error:  # somebody has put something else in the place of vLLM's class
         registry.fault("keeping vLLM's own loggers away", error, "they are made, although stats were left off")
     return wrapped(*args, **kwargs)
 
@@ -176,7 +233,9 @@ def on_core(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
             arguments = inspect.signature(wrapped).bind(*args, **kwargs)
             arguments.arguments["log_stats"] = True
             args, kwargs = arguments.args, arguments.kwargs
-        except Exception as error:
+        except USERS:
+            raise
+        except BaseException as error:
             owner.fault(
                 "turning the engine core's stats on", error, "this engine is recorded only if they are on anyway"
             )
@@ -200,7 +259,9 @@ def on_processor(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
                 " It is not recorded",
                 where,
             )
-        except Exception as error:
+        except USERS:
+            raise
+        except BaseException as error:
             registry.fault("looking at an engine of another kind", error, "it is not recorded")
     return result
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from kvhook.adapters.step_functions import Counters
 from kvhook.adapters.table import Adapter, lookup
+from kvhook.faults import USERS
 
 clock = time.monotonic_ns
 
@@ -121,7 +122,7 @@ class StatsProbe:
         processor: Any,
         methods: tuple[str, ...],
         make_stats: Callable[[], Any],
-        failed: Callable[[Exception], None] = lambda _: None,
+        failed: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
         self._processor = weakref.ref(processor)  # the recording outlives the engine, and must not hold on to it
         self._methods = methods
@@ -187,7 +188,9 @@ class StatsProbe:
         try:
             for name in self._methods:
                 setattr(processor, name, self._timed(getattr(processor, name)))
-        except Exception as error:
+        except USERS:
+            raise
+        except BaseException as error:
             self._broken = True
             self._failed(error)
         return put_back
@@ -209,7 +212,7 @@ class StatsProbe:
         return measured
 
 
-def probe_of(engine: Any, adapter: Adapter, failed: Callable[[Exception], None]) -> StatsProbe | None:
+def probe_of(engine: Any, adapter: Adapter, failed: Callable[[BaseException], None]) -> StatsProbe | None:
     """The probe of an engine, where this vLLM makes its stats in a place that can be timed."""
     path = next((s.path for s in adapter.sources if s.argument == "iteration_stats"), "")
     processor = getattr(engine, "output_processor", None)

@@ -20,6 +20,7 @@ from kvhook.core.process import process
 from kvhook.discovery.cleaning import HISTORY_PREFIX, MARK_PREFIX
 from kvhook.discovery.recovery import recover, rings_of
 from kvhook.errors import KvhookError
+from kvhook.faults import Faults
 from kvhook.records.core import CoreRecords, files_of, open_cores
 from kvhook.ring.layout import CLOSED
 from kvhook.ring.place import history_root, process_start
@@ -120,9 +121,9 @@ class CoreSide:
                         ring.unlink()
 
     @property
-    def faults(self) -> dict[str, int]:
-        """What failed with engine cores in this process, and how often."""
-        return dict(process.faults.counts) if self._plan is not None and self._made_in == forks.generation else {}
+    def faults(self) -> Faults:
+        """What failed with engine cores in this process."""
+        return process.faults if self._plan is not None and self._made_in == forks.generation else Faults()
 
     def records(self, name: str) -> CoreRecords:
         """The engine cores of this session so far."""

@@ -17,6 +17,7 @@ from kvhook import hooks
 from kvhook.adapters.columns import STATS_FOR_KVHOOK
 from kvhook.adapters.config import engine_facts
 from kvhook.adapters.publisher import no_sample
+from kvhook.faults import USERS, Faults
 from kvhook.recording.budget import OverheadMonitor, probe_of
 from kvhook.recording.overhead import call_overhead_ns
 from kvhook.recording.plan import plan_engine
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from kvhook.adapters.calls import Call
     from kvhook.adapters.step_functions import Counters, StepFunctions
     from kvhook.adapters.table import Adapter
-    from kvhook.faults import Faults
     from kvhook.options import Options
     from kvhook.recording.budget import Level
     from kvhook.recording.notebook import Notebook
@@ -130,7 +130,9 @@ class Owner(Readings):
         functions: StepFunctions | None = None
         try:
             functions = hooks.count_outputs(engine, exact, go_on)
-        except Exception as error:
+        except USERS:
+            raise
+        except BaseException as error:
             self.fault("counting the outputs of an engine", error, "the tokens of this engine are not known")
         if lost or functions is None:
             self._own_steps.not_counted(recorder)
@@ -155,7 +157,9 @@ class Owner(Readings):
             try:
                 functions_of = functools.partial(recorder.go_on, level=level.name, start=counters)
                 done = hooks.step_down(engine, level.every, functions_of)
-            except Exception as error:
+            except USERS:
+                raise
+            except BaseException as error:
                 self.fault("stepping down to a level that costs less", error, "the level stays as it is")
                 return False
             why = f"kvhook took {share:.2%} of the time inside steps, {self.options.max_overhead:.2%} are allowed"
@@ -169,7 +173,7 @@ class Owner(Readings):
 
         return step_down
 
-    def _probe_failed(self, error: Exception) -> None:
+    def _probe_failed(self, error: BaseException) -> None:
         self.fault("measuring what vLLM's stats take", error, "it is not measured any more")
 
     def label_request(self, engine: Any, request_id: Any, lora_name: str) -> tuple[int, int]:
@@ -188,4 +192,12 @@ class Owner(Readings):
 
     def fault(self, where: str, error: BaseException, then: str) -> None:
         """Something in kvhook failed; see `kvhook.hooks.Owner`."""
-        self._faults.fault(where, error, then)
+        if self._faults.fault(where, error, then):
+            # the first of its kind: the trace says so too, also if the process is killed
+            for number, recorder in list(self._recorders.items()):
+                recorder.meta["faults"] = dict(self._faults.first_errors)
+                self._spool.write_meta_again(number)
+
+    def is_off(self, where: str) -> bool:
+        """Whether a seam is switched off; see `kvhook.hooks.Owner`."""
+        return self._faults.is_off(where)

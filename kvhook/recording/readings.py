@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from kvhook.faults import Faults
     from kvhook.recording.core_side import CoreSide
+    from kvhook.recording.health import Health
     from kvhook.recording.recorder import Recorder
     from kvhook.recording.running import Opened, Running, SoFar
+    from kvhook.recording.spool import Spool
     from kvhook.records.core import CoreRecords
     from kvhook.records.events import Scope
     from kvhook.records.part import Interval
@@ -76,6 +79,26 @@ class Readings(abc.ABC):
 
     #: the recorder of each engine so far
     _recorders: dict[int, Recorder]
+
+    #: what failed, and what the spool has counted
+    _faults: Faults
+    _spool: Spool
+
+    def health(self) -> Health:
+        """How the recording fares: what failed inside kvhook and is switched off, and how many records are lost.
+
+        >>> print(session.health())
+        kvhook is healthy: 1 engine, 1,204 records, none lost
+
+        ``session.health().ok`` is for programs, ``.as_dict()`` for their logs.
+        """
+        from kvhook.recording.health import health_of
+
+        more = self._up_to_date()
+        counts = self._spool.counts()
+        return health_of(
+            (self._faults, self._core_side.faults), self.cores().facts, counts.values(), more.get("why_no_steps", "")
+        )
 
     def on_step(self, callback: Callback, *, every: float = EVERY) -> Subscription:
         """Hand every step from now on to a function; see `kvhook.on_step`."""

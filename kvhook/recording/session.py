@@ -87,7 +87,7 @@ class Session(Owner):
         #: what adds the run up, as soon as somebody needs it
         self._running: dict[str, Running] = {}
         self._notebook = Notebook(self._write_events, options.labels, self._core_side.request_key)
-        self._spool = Spool(self._next_files, options.history_bytes, self._faults.fault, self._keep_up, self._notebook)
+        self._spool = Spool(self._next_files, options.history_bytes, self.fault, self._keep_up, self._notebook)
         self._own_steps = OwnSteps(self._spool.write_meta_again)
         self._call_overhead_ns = 0
 
@@ -137,7 +137,7 @@ class Session(Owner):
     def faults(self) -> dict[str, int]:
         """What failed inside kvhook, and how often. Empty in a healthy run. What fails in an engine core of its own
         process is in `cores().facts`, as ``failed``."""
-        return dict(self._faults.counts) | self._core_side.faults
+        return dict(self._faults.counts) | self._core_side.faults.counts
 
     @property
     def level(self) -> str:

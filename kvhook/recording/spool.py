@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from kvhook.faults import USERS
 from kvhook.recording.clocks import read_clocks
 from kvhook.recording.pauses import INTERVAL, next_pause
 from kvhook.ring.layout import Layout
@@ -169,7 +170,9 @@ class Spool:
             file.append_meta(number, self._counts(number))
         except OSError as error:
             self._fault(_WRITING, error, _THEN)
-        except Exception as error:
+        except USERS:
+            raise
+        except BaseException as error:
             self._fault("draining the ring", error, "what was not drained yet is counted as lost")
         del self._engines[number]
         engine.reader.close()
@@ -289,7 +292,7 @@ class Spool:
         while not self._wake.wait(pause):
             try:
                 taken = self.drain()
-            except Exception as error:
+            except BaseException as error:  # whatever it is: the thread goes on
                 self._fault("draining the ring", error, "the records stay in the ring until it comes round")
                 continue
             self._add_up(taken)
@@ -304,7 +307,7 @@ class Spool:
         self._behind = 0
         try:
             self._keep_up()
-        except Exception as error:
+        except BaseException as error:
             self._fault("adding up the run", error, "a summary takes longer: it reads what has not been added up")
 
     def _drain(self, engine: _Engine) -> int:
@@ -342,6 +345,10 @@ class Spool:
             except OSError:
                 self._meta_due.add(number)
                 raise
+
+    def counts(self) -> dict[int, dict[str, int]]:
+        """How many records of each engine came and were lost so far. Takes no lock."""
+        return {number: self._counts(number) for number in list(self.published)}
 
     def _counts(self, number: int) -> dict[str, int]:
         return {

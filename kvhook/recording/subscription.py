@@ -28,6 +28,8 @@ _MOST = 2048
 #: Seconds that the function has, when the recording ends, to take what is left.
 PATIENCE = 10.0
 
+_CALLBACK = "a function of on_step"
+
 
 class Subscription:
     """Steps go to a function of the user's until `close`, or until the recording ends.
@@ -58,6 +60,8 @@ class Subscription:
         self._readers: dict[str, RingReader] = {}
         self._done: dict[str, int] = {}
         self._made_in = forks.generation
+        #: whether the function wants no more steps
+        self._ended = False
         #: steps that were handed over
         self.steps = 0
         self._find(from_now=True)
@@ -91,7 +95,7 @@ class Subscription:
                 self._find()
                 for name in list(self._readers):
                     self._take(name)
-            except Exception as error:
+            except BaseException as error:  # whatever it is: the thread goes on
                 self._fault("reading the ring for on_step", error, "it is tried again")
         for reader in self._readers.values():
             reader.close()
@@ -114,18 +118,27 @@ class Subscription:
         while True:
             batch = reader.poll(_MOST)
             rows = step_rows(batch.slots, reader) if len(batch.slots) else []
-            if rows:
+            if rows and not self._ended:
                 self.steps += len(rows)
                 try:
                     self._callback(rows)
-                except Exception as error:
-                    self._fault("a function of on_step", error, "it is called again with the next steps")
+                except BaseException as error:
+                    self._failed(error)
             if len(batch.slots) + batch.lost < _MOST:
                 break
         if over:
             self._done[name] = reader.lost
             del self._readers[name]
             reader.close()
+
+    def _failed(self, error: BaseException) -> None:
+        """The user's function has failed. ``sys.exit()`` in it ends what it is in, which is this thread."""
+        if isinstance(error, SystemExit):
+            self._ended = True
+            self._wake.set()
+            self._fault(_CALLBACK, error, "it ended itself with sys.exit(), and is not called again")
+        else:
+            self._fault(_CALLBACK, error, "it is called again with the next steps")
 
 
 def step_rows(slots: Slots, reader: RingReader) -> list[Row]:

@@ -156,6 +156,7 @@ class Run:
         absent = self.engines.absent("request") | self.engines.absent("step")
         # a name of both kinds of records is absent if neither has it
         live = {c.name for kind in ("request", "step") for c in self.columns(kind)}
+        faults = {where: error for each in engines for where, error in each.get("faults", {}).items()}
         clocks = [(s.header.monotonic_ns, s.header.realtime_ns) for s in self.sources if s.header]
         return {
             "name": self.name,
@@ -172,4 +173,5 @@ class Run:
             "scopes": [scope._asdict() for scope in self.scopes],
             "labels": list(self.names("label").values()),
             "part": "",
+            **({"faults": faults} if faults else {}),
         }

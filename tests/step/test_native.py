@@ -191,7 +191,7 @@ def test_ctrl_c_while_a_step_is_published_is_the_users(
     record(engine, publish, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         engine.step(1, fail=fail)
-    assert len(faults) == 1
+    assert faults == []  # it is no failure of kvhook's
     assert id(engine) in registry.steps, "nothing of kvhook's has failed"
 
 
