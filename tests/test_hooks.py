@@ -376,7 +376,7 @@ def test_a_failure_while_an_engine_is_opened_leaves_it_unrecorded_and_working(mo
         def fail(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("kvhook.recording.session.Recorder", fail)
+        monkeypatch.setattr("kvhook.recording.owner.Recorder", fail)
         play(vllm.engine(), step_stats(), step_stats())
         assert session.faults == {"starting to record an engine": 1}
 

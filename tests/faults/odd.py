@@ -61,13 +61,17 @@ def _raising(make: Callable[[], BaseException]) -> Callable[[Any], Any]:
     return act
 
 
+def _giving(instead: Any) -> Callable[[Any], Any]:
+    return lambda value: instead
+
+
 def _slow(value: Any) -> Any:
     time.sleep(BLOCKED)
     return value
 
 
 BEHAVIOURS |= {name: _raising(make) for name, make in (CONTAINED | PASSED_ON).items()}
-BEHAVIOURS |= {name: (lambda value, instead=instead: instead) for name, instead in VALUES.items()}
+BEHAVIOURS |= {name: _giving(instead) for name, instead in VALUES.items()}
 BEHAVIOURS["blocks"] = _slow
 
 

@@ -68,7 +68,7 @@ def attributes_read() -> list[tuple[str, str]]:
     with fake_vllm() as vllm:
         engine = vllm.engine()
         plan = ColumnPlan(V1, engine_facts(V1, engine) | {"finished_hook": True})
-    read = set()
+    read: set[tuple[str, str]] = set()
     expressions = (*plan.steps.values(), *plan.requests.values(), *plan.lists.values(), plan.finished)
     for expression in map(str, expressions):
         read |= attributes(expression)
@@ -99,7 +99,7 @@ def odd_stats(source: str, attribute: str, behaviour: str) -> tuple[Any, Any, An
         stats[at].finished_requests = [Odd(stats[at].finished_requests[0], attribute, behaviour)]
     else:
         setattr(stats[at], way[0], Odd(getattr(stats[at], way[0]), attribute, behaviour))
-    return tuple(stats)  # type: ignore[return-value]
+    return tuple(stats)
 
 
 READ = attributes_read()
@@ -315,7 +315,9 @@ def test_every_patched_role_is_among_the_injections():
 
 def test_a_function_that_gives_labels_may_do_anything():
     expected = undisturbed(False)
-    for behaviour in (*CONTAINED, *VALUES, "blocks"):
+    for behaviour in (
+        (*CONTAINED, *VALUES, "blocks") if ALL else (*list(CONTAINED)[::2], "text", "list", "NaN", "bytes")
+    ):
         label = odd_function(lambda request: "label", behaviour)
         with stubs(engines_of(RELEASE)), kvhook.install(ring_slots=64, core="off", labels=label) as session:
             assert play(make_engine(SYNC, log_stats=False)) == expected, behaviour
