@@ -6,7 +6,7 @@ core has a ring and trace files of its own, beside those of the front end, with 
 
 from __future__ import annotations
 
-from kvhook.schema import COUNTER, FINISH_REASONS, FLAG, GAUGE, ID, META, META_FIELDS, TIME, Field
+from kvhook.schema import COUNTER, FINISH_REASONS, FLAG, GAUGE, ID, META, META_FIELDS, TIME, Field, unix_columns
 
 #: Record kinds of an engine core, as stored in a slot's ``kind`` word.
 CORE_STEP, CORE_REQUEST, PREEMPTION, LOOKUP = 16, 17, 18, 19
@@ -207,6 +207,15 @@ CORE_KINDS: dict[str, tuple[int, tuple[Field, ...]]] = {
     "preemption": (PREEMPTION, PREEMPTION_FIELDS),
     "lookup": (LOOKUP, LOOKUP_FIELDS),
     "meta": (META, META_FIELDS),
+}
+
+#: Kind of record -> column of nanoseconds since 1970 -> the column of the monotonic clock that it is made of.
+CORE_UNIX = {kind: unix_columns(fields) for kind, (_, fields) in CORE_KINDS.items()}
+
+#: Columns of an event of a block that are not stored: name -> meaning.
+BLOCK_EVENT_TIMES = {
+    "t_ns": "when that step had been scheduled, monotonic clock; -1 if the step is not recorded",
+    "t_unix_ns": "the same moment since 1970",
 }
 
 #: The same for the ledger of blocks, which has a ring and traces of its own.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -10,26 +10,41 @@ from kvhook.errors import KvhookError
 from kvhook.export.contents import TABLES
 from kvhook.export.unknown import unknown
 from kvhook.records.columns import Table
-from kvhook.records.tables import Records
+from kvhook.records.core import CoreRecords
 
-_KINDS = {TABLES[kind]: kind for kind in ("step", "request")}
+_KINDS = {TABLES[kind]: kind for kind in TABLES if kind != "latency"}
 
 
-def table_of(records: Records, table: str) -> tuple[Table, dict[str, Any]]:
-    """A table with every column, times since 1970 among them, and in which rows a column's value is not known.
+class Tables(Protocol):
+    """What has the tables of a run, by their names."""
+
+    def steps(self) -> Table:
+        """The front end's steps."""
+
+    def requests(self) -> Table:
+        """Its requests."""
+
+    def cores(self) -> CoreRecords:
+        """What engine cores recorded."""
+
+
+def table_of(records: Tables, table: str) -> tuple[Table, dict[str, Any]]:
+    """A table, and in which rows a column's value is not known.
 
     Raises:
         KvhookError: there is no such table.
     """
     if table not in _KINDS:
         raise KvhookError(f"there is no table {table!r}; there are {', '.join(map(repr, _KINDS))}")
-    kind = _KINDS[table]
-    read = records.steps if kind == "step" else records.requests
-    rows = read(columns=records.with_unix(kind))
-    return rows, unknown(rows, kind)
+    if table in ("steps", "requests"):
+        rows = records.steps() if table == "steps" else records.requests()
+    else:
+        cores = records.cores()
+        rows = getattr(cores, table.removeprefix("core_"))()
+    return rows, unknown(rows, _KINDS[table])
 
 
-def to_pandas(records: Records, table: str) -> Any:
+def to_pandas(records: Tables, table: str) -> Any:
     """A ``pandas.DataFrame``, see `kvhook.Trace.to_pandas`."""
     pandas = _library("pandas", "pandas")
     rows, masks = table_of(records, table)
@@ -45,7 +60,7 @@ def to_pandas(records: Records, table: str) -> Any:
     return pandas.DataFrame(columns)
 
 
-def to_arrow(records: Records, table: str) -> Any:
+def to_arrow(records: Tables, table: str) -> Any:
     """A ``pyarrow.Table``, see `kvhook.Trace.to_arrow`."""
     pa = _library("pyarrow", "arrow")
     rows, masks = table_of(records, table)
@@ -56,7 +71,7 @@ def to_arrow(records: Records, table: str) -> Any:
     return pa.table(columns)
 
 
-def to_polars(records: Records, table: str) -> Any:
+def to_polars(records: Tables, table: str) -> Any:
     """A ``polars.DataFrame``, see `kvhook.Trace.to_polars`."""
     polars = _library("polars", "polars")
     return polars.from_arrow(to_arrow(records, table))

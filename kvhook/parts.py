@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from kvhook.analysis.labelled import of_label
+from kvhook.analysis.prompt_groups import prompt_groups
 from kvhook.analysis.summarize import summarize
 from kvhook.analysis.summary import LeftOut
 from kvhook.errors import KvhookError
@@ -111,8 +112,8 @@ class Parts(Records, abc.ABC):
         return whole.cut(keys, ~mask, "", within, engines=known), named
 
     def to_pandas(self, table: str = "steps") -> Any:
-        """``"steps"`` or ``"requests"`` as a ``pandas.DataFrame`` with every column, and the times since 1970 as
-        ``t_end_unix_ns`` beside ``t_end_ns``. What is not known is missing (NaN or NA).
+        """A table as a ``pandas.DataFrame``: ``"steps"`` or ``"requests"``, or of the engine cores ``"core_steps"``,
+        ``"core_requests"``, ``"preemptions"``, ``"lookups"`` or ``"blocks"``. What is not known is missing (NaN or NA).
 
         Raises:
             KvhookError: pandas is not installed (``pip install "kvhook[pandas]"``), or there is no such table.
@@ -167,6 +168,11 @@ class Parts(Records, abc.ABC):
         if not warmup:
             part = part.measured(None, False)[0]
         return part
+
+    def prompt_groups(self, engine: int | None = None) -> Table:
+        """One row for each prompt with several samples (``n > 1``): how many have finished, and what they together got
+        from the prefix cache. The columns of `kvhook.analysis.prompt_groups.PROMPT_GROUP_FIELDS`."""
+        return prompt_groups(self.requests(engine))
 
     def between(self: P, start: float | datetime, end: float | datetime, *, clock: str = "unix") -> P:
         """The steps that ended between two moments, both included, as a trace of its own.
@@ -234,7 +240,7 @@ class Parts(Records, abc.ABC):
         kept = self.engines.only(engines or ranges.engines or known)
         part = type(self)(sources, self.name, more, engines=kept)
         part.whole = self
-        part._clock, part._clocks = self.clock, self._clocks  # noqa: SLF001 (of this very class)
+        part._clock = self.clock  # noqa: SLF001 (of this very class)
         within = intervals if intervals or intervals is None else _intervals(keys, mask)
         part.of_session = lambda: self.cores() if within is None else self.cores().part(within)
         return part

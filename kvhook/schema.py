@@ -9,6 +9,7 @@ list of values that belongs to a step (its single TTFTs, say), or, in trace file
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 #: Record kinds, as stored in a slot's ``kind`` word.
@@ -256,6 +257,7 @@ FACT_FIELDS: tuple[FactField, ...] = (
     FactField("faults", "texts", "", "what failed inside kvhook while this engine was recorded: the first error each"),
     FactField("recovered", "i8", "records", "records that `kvhook recover` added from the ring"),
     FactField("trace", "text", "", "kvhook.open with several files: the file this engine is from"),
+    FactField("clocks", "list", "", "of several files: both clocks of this engine's machine, as those of the run"),
 )
 
 #: What a trace tells about the whole run: ``session.meta`` beside ``engines``, the list of `FACT_FIELDS`.
@@ -273,6 +275,7 @@ RUN_FIELDS: tuple[FactField, ...] = (
     FactField("damaged", "count", "records", "records that are not whole and are left out"),
     FactField("monotonic_ns", "count", "ns", "the recording machine's monotonic clock at one moment"),
     FactField("realtime_ns", "count", "ns", "the same moment since 1970"),
+    FactField("clocks", "list", "", "both clocks at some moments: pairs of monotonic_ns and realtime_ns"),
     FactField(
         "clock_drift_ns",
         "i8",
@@ -335,6 +338,12 @@ KINDS: dict[str, tuple[int, tuple[Field, ...]]] = {
     "values": (VALUES, VALUES_FIELDS),
     "meta": (META, META_FIELDS),
 }
+
+
+def unix_columns(fields: Iterable[Field]) -> dict[str, str]:
+    """The columns of nanoseconds since 1970 that a table has beside those of the monotonic clock: name -> the column
+    that it is made of."""
+    return {f.name.replace("_ns", "_unix_ns"): f.name for f in fields if f.role == TIME and f.unit == "ns"}
 
 
 def stored(fields: tuple[Field, ...]) -> tuple[Field, ...]:

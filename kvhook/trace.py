@@ -15,19 +15,19 @@ from kvhook.analysis.windows import windows_of
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.export import export, export_to_folder
 from kvhook.export.hive import is_folder
-from kvhook.exported import READERS, is_beside
+from kvhook.exported import READERS, is_beside, read_run, runs_in
 from kvhook.parts import Parts
-from kvhook.records.clock import Clock
 from kvhook.records.core import CoreRecords, core_files, is_of_core, open_cores
 from kvhook.records.engines import Engines
 from kvhook.records.events import Events
-from kvhook.records.imported import SlotsInMemory, as_source
+from kvhook.records.imported import Exported, SlotsInMemory, as_source
+from kvhook.records.imported_core import as_cores
 from kvhook.records.selection import places_of
 from kvhook.records.sources import ArraySlots, FileSlots, RenumberedSlots, SlotSource
 from kvhook.ring.layout import Header
 from kvhook.ring.reader import RingReader
 from kvhook.ring.trace_file import TRACE_SUFFIX, header_of
-from kvhook.schema import NAMES, STEP_FIELDS
+from kvhook.schema import NAMES, STEP_FIELDS, unix_columns
 from kvhook.text.windows import PrintedWindows
 from kvhook.text.windows import printed as printed_windows
 from kvhook.whatif.mooncake import REQUEST_SUFFIXES, looks_like_requests
@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from kvhook.ring.slots import Slots
 
 _PART = "this is a part of a run, whose steps cannot be counted from the beginning"
-_ORDER = tuple(field.name for field in STEP_FIELDS)
+_CLOCKS = {clock: name for name, clock in unix_columns(STEP_FIELDS).items()}
+#: the columns of steps, each monotonic time with the time since 1970 behind it
+_ORDER = tuple(name for f in STEP_FIELDS for name in (f.name, _CLOCKS.get(f.name)) if name is not None)
 
 
 class Trace(Parts):
@@ -83,7 +85,7 @@ class Trace(Parts):
         """A trace is pickled with all its records, so that it can be read where its file is not. The records of engine
         cores stay in the files beside it."""
         sources = [(s.layout, s.header, np.concatenate([*s.chunks(), _no_slots(s)])) for s in self.sources]
-        return _unpickled, (sources, self.name, self._more, self.engines, self._clocks)
+        return _unpickled, (sources, self.name, self._more, self.engines)
 
     def block_requests(self) -> BlockRequests:
         """The requests with an id for each of their full blocks; equal ids are equal prefixes. The run must have been
@@ -219,9 +221,8 @@ class Trace(Parts):
 
 def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Trace:
     """Open a recorded run: a ``.kvh`` trace, or the ring of a process, living or dead; or what was exported from one, a
-    ``.parquet``, ``.arrow`` or ``.jsonl`` file. The last holds no single latencies, where a step had several different
-    ones. Or a ``.jsonl`` file of requests with ``hash_ids``, as ``kvhook export --format mooncake`` writes it, for
-    `Trace.what_if`.
+    ``.parquet``, ``.arrow``, ``.csv`` or ``.jsonl`` file, with the files beside it. Or a ``.jsonl`` file of requests
+    with ``hash_ids``, as ``kvhook export --format mooncake`` writes it, for `Trace.what_if`.
 
     A trace that was cut off anywhere opens up to its last whole record.
 
@@ -233,7 +234,8 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
     [(0, 'run.kvh', 'v1'), (1, 'light.kvh', 'v1-light')]
 
     Args:
-        path: the file; or a folder, or a pattern such as ``"run*.kvh"``, for all the traces in it.
+        path: the file; or a folder, or a pattern such as ``"run*.kvh"``, for all the traces in it; or a folder of many
+            exported runs, ``PATH/run=NAME/engine=N/``, or one run of it.
         more: further runs, of any vLLM, to have side by side in one trace: then ``engine`` counts the engines of all
             of them, in the order of the files, and ``meta["engines"]`` says of each which ``trace`` it is from. A
             column that only some of them fill is blank in the others.
@@ -245,6 +247,12 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
     if more:
         return _side_by_side([open_trace(one) for one in (path, *more)])
     place = Path(path)
+    try:
+        if place.is_dir() and (runs := runs_in(place)):
+            exports = [_of_export(*read_run(run)) for run in runs]
+            return exports[0] if len(exports) == 1 else _side_by_side(exports)
+    except OSError as error:
+        raise KvhookError(f"cannot open {place}: {error.strerror or error}") from None
     several = _several(place)
     if several:
         return open_trace(*several)
@@ -256,8 +264,7 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
         if place.suffix in REQUEST_SUFFIXES and looks_like_requests(place):
             return _of_requests(place)
         if place.suffix in READERS:
-            source, engines, more_facts = as_source(READERS[place.suffix](place), str(place))
-            return Trace([source], str(place), more_facts, engines=engines)
+            return _of_export(READERS[place.suffix](place), str(place))
         if not header_of(place).capacity:
             return open_files([place], str(place))
         with RingReader(place) as reader:
@@ -266,6 +273,15 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
         raise KvhookError(f"cannot open {place}: {error.strerror or error}{_siblings(place)}") from None
     except ValueError as error:  # a NUL in the name
         raise KvhookError(f"cannot open {str(place)!r}: {error}") from None
+
+
+def _of_export(exported: Exported, name: str) -> Trace:
+    source, engines, more = as_source(exported, name)
+    trace = Trace([source], name, more, engines=engines)
+    cores = as_cores(exported.tables, exported.cores, name)
+    if cores is not None:
+        trace.of_session = lambda: cores
+    return trace
 
 
 def _of_requests(place: Path) -> Trace:
@@ -341,14 +357,14 @@ def _side_by_side(traces: Sequence[Trace]) -> Trace:
     """Several traces as one."""
     sources: list[SlotSource] = []
     facts: dict[int, dict[str, Any]] = {}
-    events, clocks = Events(), dict[int, Clock]()
+    events = Events()
     scopes, codes = 0, dict.fromkeys(NAMES, 0)
     for trace in traces:
         first = len(facts)
         known = {e["engine"]: e for e in trace.meta["engines"]}
         numbers = range(max(known, default=-1) + 1)
-        facts |= {first + n: known.get(n, {}) | {"trace": trace.name} for n in numbers}
-        clocks |= {first + n: trace.clock for n in numbers}
+        clocks = {n: {"clocks": trace.clock_of(n).readings} for n in numbers}
+        facts |= {first + n: known.get(n, {}) | {"trace": trace.name} | clocks[n] for n in numbers}
         sources += [RenumberedSlots(source, first, dict(codes)) for source in trace.sources]
         theirs = trace.engines.events
         events.add(theirs.moved(scopes, range(first, len(facts)), codes))
@@ -356,16 +372,16 @@ def _side_by_side(traces: Sequence[Trace]) -> Trace:
         codes = {column: code + max(theirs.names[column], default=-1) + 1 for column, code in codes.items()}
     damaged = sum(trace.damaged for trace in traces)
     name = ", ".join(t.name for t in traces)
-    return Trace(sources, name, {"damaged": damaged}, facts, events=events, clocks=clocks)
+    return Trace(sources, name, {"damaged": damaged}, facts, events=events)
 
 
 def _no_slots(source: SlotSource) -> Slots:
     return np.empty((0, source.layout.slot_bytes), np.uint8)
 
 
-def _unpickled(sources: Any, name: str, more: dict[str, Any], engines: Engines, clocks: dict[int, Clock]) -> Trace:
+def _unpickled(sources: Any, name: str, more: dict[str, Any], engines: Engines) -> Trace:
     there = [SlotsInMemory(layout, slots, header) for layout, header, slots in sources]
-    return Trace(there, name, more, engines=engines, clocks=clocks)
+    return Trace(there, name, more, engines=engines)
 
 
 def from_slots(slots: Slots, header: Header, name: str) -> Trace:

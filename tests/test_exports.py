@@ -17,12 +17,13 @@ import pytest
 import kvhook
 from kvhook.errors import ExportError
 from kvhook.export import cells
+from kvhook.facts import printable
 from kvhook.records.rows import rows
 from tests.ring.synthetic import Recording
 from tests.standin import NO_STATS, fake_vllm, step_stats
 
 NAMES = {
-    ".csv": ["run.csv", "run.requests.csv"],
+    ".csv": ["run.csv", "run.requests.csv", "run.latencies.csv", "run.meta.json"],
     ".jsonl": ["run.jsonl"],
     ".kvh": ["run.kvh"],
     ".parquet": ["run.parquet", "run.requests.parquet", "run.latencies.parquet"],
@@ -90,7 +91,7 @@ def test_csv_holds_every_step_and_request(recorded: kvhook.Session, tmp_path: Pa
     written = recorded.dump(tmp_path / "run.csv")
     assert [p.name for p in written] == NAMES[".csv"]
     tables = recorded.steps(), recorded.requests()
-    for path, table, number in zip(written, tables, ("step", "request"), strict=True):
+    for path, table, number in zip(written[:2], tables, ("step", "request"), strict=True):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert tuple(rows[0]) == table.dtype.names
@@ -108,7 +109,13 @@ def test_jsonl_holds_every_step_and_request_and_the_facts(recorded: kvhook.Sessi
     for kind, table, number in (("step", recorded.steps(), "step"), ("request", recorded.requests(), "request")):
         got = [{k: v for k, v in line.items() if k != "kind"} for line in lines if line["kind"] == kind]
         assert by_engine(got, number) == by_engine(expected(table), number)
-    assert {line["kind"] for line in lines} == {"meta", "step", "request"}
+    assert {line["kind"] for line in lines} == {"meta", "step", "request", "latency"}
+    values = {
+        s: sorted(np.repeat(*recorded.latencies(s)).tolist()) for s in ("time_to_first_token", "inter_token_latency")
+    }
+    singles = [line for line in lines if line["kind"] == "latency"]
+    for series, want in values.items():
+        assert sorted(v for r in singles if r["series"] == series for v in [r["value"]] * r["count"]) == want
 
 
 def test_kvh_opens_as_what_it_was(recorded: kvhook.Session, tmp_path: Path):
@@ -137,7 +144,7 @@ def test_kvh_of_a_kvh_is_the_same_again(recorded: kvhook.Session, tmp_path: Path
 def plain_csv(trace: kvhook.Trace) -> list[bytes]:
     """Both tables by Python's own writer, a row at a time."""
     texts = {"step": io.StringIO(newline=""), "request": io.StringIO(newline="")}
-    writers = {k: csv.DictWriter(t, ["engine", *(c.name for c in trace.columns(k))]) for k, t in texts.items()}
+    writers = {k: csv.DictWriter(t, trace.all_columns(k)) for k, t in texts.items()}
     for writer in writers.values():
         writer.writeheader()
     for kind, batch in rows(trace):
@@ -159,7 +166,7 @@ def test_csv_and_jsonl_are_to_the_byte_what_pythons_own_writers_make(
     monkeypatch.setattr(cells, "orjson", None)
     monkeypatch.setattr(cells, "ROWS", 17)
     trace = kvhook.open(path)
-    assert [p.read_bytes() for p in trace.dump(tmp_path / "run.csv")] == plain_csv(trace)
+    assert [p.read_bytes() for p in trace.dump(tmp_path / "run.csv")[:2]] == plain_csv(trace)
     (written,) = trace.dump(tmp_path / "run.jsonl")
     lines = written.read_text().splitlines()[1:]
     for kind, want in plain_lines(trace).items():
@@ -174,7 +181,7 @@ def test_with_orjson_they_hold_the_same_values(path: Path, tmp_path: Path):
     lines = [json.loads(line) for line in written.read_text().splitlines()[1:]]
     for kind, want in plain_lines(trace).items():
         assert [line for line in lines if line["kind"] == kind] == [json.loads(line) for line in want]
-    for written, plain in zip(trace.dump(tmp_path / "run.csv"), plain_csv(trace), strict=True):
+    for written, plain in zip(trace.dump(tmp_path / "run.csv")[:2], plain_csv(trace), strict=True):
         got, expected = (list(csv.reader(io.StringIO(b.decode(), newline=""))) for b in (written.read_bytes(), plain))
         assert [[number(c) for c in row] for row in got] == [[number(c) for c in row] for row in expected]
 
@@ -295,3 +302,23 @@ def test_a_run_without_steps_dumps_empty_tables(fresh: Path, suffix: str):
 def test_path_may_be_text(recorded: kvhook.Session, tmp_path: Path):
     (path,) = recorded.dump(os.fspath(tmp_path / "run.jsonl"))
     assert path.is_file()
+
+
+AWKWARD = ('a,b"c', "two\r\nlines", "<b>bold</b>", "ä \N{SNOWMAN} = 1", "'; drop", "{x}\\n")
+
+
+def test_labels_of_any_text_are_read_back_by_others_as_they_were(tmp_path: Path):
+    recording = Recording(tmp_path / "rings")
+    for number in range(len(AWKWARD)):
+        recording.finish(number, label=number)
+        recording.step()
+    trace = kvhook.open(recording.path)
+    for code, label in enumerate(AWKWARD):
+        trace.engines.events.names["label"][code] = label
+    files = trace.dump(tmp_path / "run.csv")
+    with files[1].open(newline="", encoding="utf-8") as file:
+        assert tuple(row["label"] for row in csv.DictReader(file)) == AWKWARD
+    lines = [json.loads(line) for line in trace.dump(tmp_path / "run.jsonl")[0].read_text().splitlines()]
+    assert tuple(line["label"] for line in lines if line["kind"] == "request") == AWKWARD
+    for path in (tmp_path / "run.csv", tmp_path / "run.jsonl"):
+        assert tuple(kvhook.open(path).requests()["label"].tolist()) == tuple(map(printable, AWKWARD))

@@ -71,11 +71,12 @@ class CoreColumns(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """One table."""
-        from kvhook.core_schema import BLOCK_EVENT_FIELDS, CORE_KINDS
+        from kvhook.core_schema import BLOCK_EVENT_FIELDS, BLOCK_EVENT_TIMES, CORE_KINDS
         from kvhook.records.block_lives import BLOCK_LIFE_FIELDS, PREFIX_FIELDS
 
         kind = self.arguments[0]
-        of_blocks = {"blocks": BLOCK_EVENT_FIELDS, "block_lives": BLOCK_LIFE_FIELDS, "prefixes": PREFIX_FIELDS}
+        times = tuple((name, "", meaning) for name, meaning in BLOCK_EVENT_TIMES.items())
+        of_blocks = {"blocks": BLOCK_EVENT_FIELDS + times, "block_lives": BLOCK_LIFE_FIELDS, "prefixes": PREFIX_FIELDS}
         if kind in of_blocks:
             return self.parse_text_to_nodes(
                 table(("column", "meaning"), [(f"`{name}`", meaning) for name, _, meaning in of_blocks[kind]])

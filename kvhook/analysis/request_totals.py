@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 
+from kvhook.analysis.prompt_groups import GroupsOfPrompts
 from kvhook.analysis.raw import Rows
 from kvhook.analysis.siblings import Siblings
 from kvhook.analysis.values import Values
@@ -46,6 +47,7 @@ class RequestTotals:
 
     Args:
         runs: it will be asked now and then while it grows, see `Values`.
+        engine: whose requests they are.
 
     Attributes:
         count: how many.
@@ -57,10 +59,12 @@ class RequestTotals:
             ``decode_time`` by the number of tokens; the last two of requests that generated more than one token.
         groups: column of `kvhook.schema.NAMES` -> code -> counts of its requests and tokens; empty where no request has
             one.
+        prompt_groups: the samples (``n > 1``) by their prompts.
     """
 
-    def __init__(self, *, runs: bool = False) -> None:
+    def __init__(self, *, runs: bool = False, engine: int = 0) -> None:
         self.count = 0
+        self.prompt_groups = GroupsOfPrompts(engine)
         self.reasons: Counter[int] = Counter()
         self.sums: Counter[str] = Counter()
         self.unknown: Counter[str] = Counter()
@@ -101,6 +105,10 @@ class RequestTotals:
         self.e2e.take(rows.floats("e2e_latency"))
         self.siblings.take(rows.ints("request_id"), rows.ints("sample_index"), rows.ints("num_cached_tokens"))
         self._group(rows)
+        names = ("prompt_number", "sample_index", "num_prompt_tokens", "num_cached_tokens", "num_generation_tokens")
+        if rows.has("prompt_number") and rows.has("sample_index"):
+            unknown = np.full(len(rows), -1)
+            self.prompt_groups.take(*(rows.ints(name) if rows.has(name) else unknown for name in names))
         stopped: npt.NDArray[np.int64] = rows.ints("step")[reason == _STOP]
         return stopped
 
@@ -139,6 +147,7 @@ class RequestTotals:
         for name in ("e2e", "per_token", "decode_per_token", "all_per_token"):
             getattr(self, name).add(getattr(later, name))
         self.siblings.add(later.siblings)
+        self.prompt_groups.add(later.prompt_groups)
         for column, groups in later.groups.items():
             for code, group in groups.items():
                 self.groups[column].setdefault(code, Counter()).update(group)

@@ -76,7 +76,8 @@ def summary_of(totals: Totals, run: Run, engine: int | None = None, core: CoreRe
     with np.errstate(all="ignore"):
         summary = _summary(totals, part, run.meta)
         by_label, by_lora_name = (group_rates(part, run, column) for column in NAMES)
-        summary = dataclasses.replace(summary, by_label=by_label, by_lora_name=by_lora_name)
+        prompts = part.requests.prompt_groups.outline()
+        summary = dataclasses.replace(summary, by_label=by_label, by_lora_name=by_lora_name, by_prompt=prompts)
         if core is not None and core.num_steps and (engine is None or len(run.meta["engines"]) <= 1):
             peak = summary.kv_cache_usage_peak_in_step
             if peak is None and core.num_cores == 1:
@@ -200,6 +201,7 @@ def _summary(totals: Totals, part: Part, meta: dict[str, Any]) -> Summary:
         faults=dict(meta.get("faults", {})),
         why_no_steps=str(meta.get("why_no_steps", "")),
         part=str(meta.get("part", "")),
+        clock_drift_ns=int(meta["clock_drift_ns"]),
     )
 
 

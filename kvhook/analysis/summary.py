@@ -12,6 +12,7 @@ from kvhook.analysis.diagnosis.finding import Finding
 from kvhook.analysis.distribution import Distribution
 from kvhook.analysis.lives import EngineLife
 from kvhook.analysis.lookups import Missed, NotLookedUp
+from kvhook.analysis.prompt_groups import PromptGroups
 from kvhook.analysis.siblings import SiblingHits
 
 
@@ -178,6 +179,10 @@ class Summary:
     #: request has one
     by_label: list[GroupRate] = dataclasses.field(default_factory=list)
     by_lora_name: list[GroupRate] = dataclasses.field(default_factory=list)
+    #: how much further the time since 1970 went in the run than the monotonic clock, in nanoseconds
+    clock_drift_ns: int = 0
+    #: the prompts with several samples (n > 1) and their hit rates; None if there are none
+    by_prompt: PromptGroups | None = None
     #: what the run suffers from, each with its evidence and the setting that acts on it; empty if nothing shows
     findings: list[Finding] = dataclasses.field(default_factory=list)
 

@@ -92,7 +92,9 @@ class Totals:
 
     def _engine(self, engine: int) -> EngineTotals:
         if engine not in self._engines:
-            self._engines[engine] = EngineTotals(StepTotals(runs=self._runs), RequestTotals(runs=self._runs))
+            self._engines[engine] = EngineTotals(
+                StepTotals(runs=self._runs), RequestTotals(runs=self._runs, engine=engine)
+            )
         return self._engines[engine]
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from kvhook.cli.pages import say
 from kvhook.errors import KvhookError
 
 
 class ExportCommand:
     """Write a recorded run in another format.
 
-    The suffix of OUT says which: .parquet and .arrow (a file for each table; needs pyarrow), .jsonl (metadata,
-    requests and steps, a line each), .csv (steps; finished requests go to OUT.requests.csv beside it), .kvh, or
-    .perfetto.json.gz, which https://ui.perfetto.dev opens.
+    The suffix of OUT says which: .parquet and .arrow (a file for each table; needs pyarrow), .csv (the same; finished
+    requests go to OUT.requests.csv, facts about the run to OUT.meta.json), .jsonl (facts, then a line for each row),
+    .kvh, or .perfetto.json.gz, which https://ui.perfetto.dev opens.
 
     If OUT ends in / it is a folder of Parquet files for many runs: OUT/run=NAME/engine=N/steps.parquet. DuckDB,
     Polars, Spark and Ray read all of its runs with one pattern, OUT/*/*/steps.parquet.
@@ -26,6 +27,7 @@ class ExportCommand:
       $ kvhook export run.kvh run.csv
       run.csv  0.1 MB
       run.requests.csv  0.0 MB
+      ...
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
@@ -55,6 +57,5 @@ class ExportCommand:
                 written = trace.dump(args.out, overwrite=args.force, compress=args.compress, run=args.run)
         except OSError as error:
             raise KvhookError(f"cannot write {args.out}: {error.strerror or error}") from None
-        for path in written:
-            print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+        say(written)
         return 0

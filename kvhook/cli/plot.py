@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from kvhook.errors import KvhookError
+from kvhook.cli.pages import add_pages, failed_to_write, read_runs, say
 
 
 class PlotCommand:
@@ -20,23 +19,16 @@ class PlotCommand:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
-        parser.add_argument("traces", metavar="TRACE", nargs="+", help="a .kvh trace or a ring")
-        parser.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("usage.png"), help="the picture")
-        parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+        add_pages(parser, "usage.png", "the picture")
 
     def run(self, args: argparse.Namespace) -> int:
         """Draw it, and say how large it is."""
         from kvhook.report.picture import draw
-        from kvhook.report.runs import read
-        from kvhook.report.write import check, names_of
-        from kvhook.trace import open_trace
 
-        check(args.out, args.force)
-        traces = [open_trace(path) for path in args.traces]
-        runs = [read(t, t.cores(), name) for t, name in zip(traces, names_of(args.traces), strict=True)]
+        runs = read_runs(args)
         try:
             draw(runs, args.out)
         except OSError as error:
-            raise KvhookError(f"cannot write {args.out}: {error.strerror or error}") from None
-        print(f"{args.out}  {args.out.stat().st_size / 1e6:.1f} MB")
+            raise failed_to_write(args.out, error) from None
+        say([args.out])
         return 0

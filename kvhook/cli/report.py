@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from pathlib import Path
 
-from kvhook.errors import KvhookError
+from kvhook.cli.pages import add_pages, failed_to_write, read_runs, say
 
 
 class ReportCommand:
@@ -23,28 +21,17 @@ class ReportCommand:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
-        parser.add_argument("traces", metavar="TRACE", nargs="+", help="a .kvh trace or a ring")
-        parser.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("report.html"), help="the page")
-        parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+        add_pages(parser, "report.html", "the page")
 
     def run(self, args: argparse.Namespace) -> int:
         """Write it, and say how large it is."""
         from kvhook import __version__
-        from kvhook.report.runs import read
-        from kvhook.report.write import check, names_of, write_report
-        from kvhook.trace import open_trace
+        from kvhook.report.write import write_report
 
-        check(args.out, args.force)
-        traces = [open_trace(path) for path in args.traces]
-        runs = [read(t, t.cores(), name) for t, name in zip(traces, names_of(args.traces), strict=True)]
-        # the summary leaves warm-up out, the charts show it
-        runs = [
-            dataclasses.replace(run, summary=trace.summary()) if any(s.warmup for s in run.scopes) else run
-            for run, trace in zip(runs, traces, strict=True)
-        ]
+        runs = read_runs(args, other_caches=True)
         try:
             write_report(args.out, runs, __version__, overwrite=args.force)
         except OSError as error:
-            raise KvhookError(f"cannot write {args.out}: {error.strerror or error}") from None
-        print(f"{args.out}  {args.out.stat().st_size / 1e6:.1f} MB")
+            raise failed_to_write(args.out, error) from None
+        say([args.out])
         return 0

@@ -17,8 +17,8 @@ Writer = Callable[[Records, Path, Opener, "CoreRecords | None"], None]
 
 #: Suffix -> writer.
 FORMATS: dict[str, Writer] = {
-    ".jsonl": lambda records, path, opener, _: jsonl.write(records, path, opener),
-    ".csv": lambda records, path, opener, _: csv.write(records, path, opener),
+    ".jsonl": jsonl.write,
+    ".csv": csv.write,
     ".kvh": lambda records, path, opener, _: kvh.write(records, path, opener),
     ".parquet": arrow.write_parquet,
     ".arrow": arrow.write_arrow,

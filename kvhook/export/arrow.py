@@ -15,15 +15,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from kvhook.core_schema import BLOCK_EVENT_FIELDS, CORE_KINDS
+from kvhook.core_schema import BLOCK_EVENT_FIELDS, BLOCK_EVENT_TIMES, CORE_KINDS
 from kvhook.errors import ExportError
-from kvhook.export.contents import FRONT, TABLES, core_tables, empty, front_tables
+from kvhook.export.contents import FRONT, TABLES, beside, core_tables, empty, front_tables
 from kvhook.export.unknown import unknown
 from kvhook.files import Opener
 from kvhook.records.columns import Table
 from kvhook.records.core import CoreRecords
 from kvhook.records.tables import Records
-from kvhook.schema import KINDS
+from kvhook.schema import KINDS, TIME
 
 #: Rows that are written together, a row group of a Parquet file: some 20 MB of steps.
 GROUP = 1 << 16
@@ -31,7 +31,12 @@ GROUP = 1 << 16
 _ABOUT = {
     kind: {f.name: {"unit": f.unit, "role": f.role, "meaning": f.meaning} for f in fields}
     for kind, (_, fields) in {**KINDS, **CORE_KINDS}.items()
-} | {"blocks": {name: {"meaning": meaning} for name, _, meaning in BLOCK_EVENT_FIELDS}}
+} | {
+    "blocks": {
+        name: {"meaning": meaning}
+        for name, meaning in [*((name, meaning) for name, _, meaning in BLOCK_EVENT_FIELDS), *BLOCK_EVENT_TIMES.items()]
+    }
+}
 
 
 def write_parquet(records: Records, path: Path, opener: Opener, cores: CoreRecords | None) -> None:
@@ -42,11 +47,6 @@ def write_parquet(records: Records, path: Path, opener: Opener, cores: CoreRecor
 def write_arrow(records: Records, path: Path, opener: Opener, cores: CoreRecords | None) -> None:
     """One file in Arrow's IPC format per table; it can be mapped into memory."""
     _write(records, cores, lambda kind: opener(beside(path, kind)), _ipc(path))
-
-
-def beside(path: Path, kind: str) -> Path:
-    """The file of a table: ``run.parquet`` of the steps, ``run.requests.parquet`` of the requests."""
-    return path if kind == "step" else path.with_name(f"{path.stem}.{TABLES[kind]}{path.suffix}")
 
 
 def pyarrow(path: Path) -> Any:
@@ -151,7 +151,9 @@ def _schema(kind: str, table: Table, names: Iterable[str], facts: Mapping[str, s
     for name in names:
         dtype = table.dtype[name]
         is_what = pa.string() if dtype.kind == "U" else pa.from_numpy_dtype(dtype)
-        fields.append(pa.field(name, is_what, metadata=about.get(name)))
+        clock = about.get(name.replace("_unix_ns", "_ns"), {})
+        since = {"unit": "ns", "role": TIME, "meaning": f"since 1970: {clock.get('meaning', '')}"}
+        fields.append(pa.field(name, is_what, metadata=about.get(name) or (since if clock else None)))
     return pa.schema(fields, metadata={"kvhook.table": TABLES[kind], **facts})
 
 
@@ -162,8 +164,7 @@ def run_facts(records: Records) -> dict[str, str]:
 
 def core_facts(records: Records, cores: CoreRecords) -> dict[str, str]:
     """The same of the engine cores' tables: what is known of each core too, and which columns it has not."""
-    facts = {"facts": cores.facts, "absent": cores.absent, "lost": cores.lost}
-    return {**run_facts(records), "kvhook.cores": json.dumps(facts, default=str)}
+    return {**run_facts(records), "kvhook.cores": json.dumps(cores.told(), default=str)}
 
 
 def _write(records: Records, cores: CoreRecords | None, file: Callable[[str], IO[bytes]], make: MakeWriter) -> None:

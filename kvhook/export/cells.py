@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvhook.export.contents import all_tables
 from kvhook.export.unknown import Mask, unknown
 from kvhook.records.columns import Table
+from kvhook.records.core import CoreRecords
 from kvhook.records.tables import Records
-from kvhook.ring.slots import slot_head
-from kvhook.schema import KINDS
 
 try:
     import orjson as _orjson
@@ -29,16 +29,11 @@ else:
 ROWS = 4096
 
 
-def tables(records: Records) -> Iterator[tuple[str, Table]]:
-    """Kind (``"step"`` or ``"request"``) and rows, in the order of the run, at most `ROWS` at a time."""
-    for slots, layout in records.chunks():
-        for first in range(0, len(slots), ROWS):
-            some = slots[first : first + ROWS]
-            kinds = slot_head(some)["kind"]
-            for kind in ("request", "step"):
-                table = records.table(some[kinds == KINDS[kind][0]], layout, kind)
-                if len(table):
-                    yield kind, table
+def tables(records: Records, cores: CoreRecords | None) -> Iterator[tuple[str, Table]]:
+    """Kind and rows of all tables, at most `ROWS` at a time."""
+    for kind, table in all_tables(records, cores):
+        for first in range(0, len(table), ROWS):
+            yield kind, table[first : first + ROWS]
 
 
 #: The cells of a column: one text if all are the same.
@@ -50,7 +45,7 @@ def columns(table: Table, kind: str, nothing: str, text: Callable[[str], str] = 
 
     Args:
         table: the rows; at least one.
-        kind: ``"step"`` or ``"request"``.
+        kind: of its records.
         nothing: what stands for a value that is not known.
         text: writes a cell that is text.
     """

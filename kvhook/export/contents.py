@@ -6,6 +6,8 @@ Beside the steps: finished requests and single latencies, and what engine cores 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +32,23 @@ TABLES = {
 }
 #: Those of the front end.
 FRONT = ("step", "request", "latency")
+
+
+def beside(path: Path, kind: str) -> Path:
+    """The file of a table: ``run.parquet`` of the steps, ``run.requests.parquet`` of the requests."""
+    return path if kind == "step" else path.with_name(f"{path.stem}.{TABLES[kind]}{path.suffix}")
+
+
+def facts(records: Records, cores: CoreRecords | None) -> dict[str, Any]:
+    """What a file says of a run beside its tables: ``meta``, and under ``cores`` what is known of the engine cores."""
+    return {**records.meta, "cores": cores.told() if cores is not None and len(cores) else None}
+
+
+def all_tables(records: Records, cores: CoreRecords | None) -> Iterator[tuple[str, Table]]:
+    """Kind and rows of all tables: the front end's, then those of the engine cores."""
+    yield from front_tables(records)
+    if cores is not None:
+        yield from core_tables(cores)
 
 
 def empty(records: Records, kind: str) -> Table:

@@ -1,4 +1,4 @@
-"""JSON lines: one line of metadata, then one line per finished request and per step."""
+"""JSON lines: one line with the facts about the run, then one line for each row of its tables."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kvhook.export.cells import columns, tables
+from kvhook.export.contents import facts
 from kvhook.files import Opener
 from kvhook.records.columns import Table
+from kvhook.records.core import CoreRecords
 from kvhook.records.tables import Records
 
 #: What Python's json writes for what JSON has no number for.
 _INFINITE = {"inf": "Infinity", "-inf": "-Infinity"}
 
 
-def write(records: Records, path: Path, opener: Opener) -> None:
-    """Each line is an object with ``kind``: ``meta``, ``request`` or ``step``. Unknown values are null."""
+def write(records: Records, path: Path, opener: Opener, cores: CoreRecords | None) -> None:
+    """Each line is an object with ``kind``: ``meta``, or a kind of record such as ``step`` or ``request``; see
+    `kvhook.export.contents.TABLES`. Unknown values are null."""
     file = opener(path)
-    file.write(json.dumps({"kind": "meta", **records.meta}, default=str).encode() + b"\n")
-    for kind, table in tables(records):
+    file.write(json.dumps({"kind": "meta", **facts(records, cores)}, default=str).encode() + b"\n")
+    for kind, table in tables(records, cores):
         file.write(_lines(table, kind))
 
 

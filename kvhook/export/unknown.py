@@ -8,17 +8,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvhook.core_schema import CORE_KINDS
+from kvhook.core_schema import BLOCK_EVENT_TIMES, CORE_KINDS
 from kvhook.records.columns import Table
 from kvhook.records.levels import not_recorded
-from kvhook.schema import GAUGE, KINDS, TIME
+from kvhook.schema import GAUGE, KINDS, TIME, unix_columns
 
 Mask = npt.NDArray[np.bool_]
 
 #: Kind of record -> the columns in which -1 stands for what is not known.
-_MINUS_ONE = {kind: {f.name for f in fields if f.role == GAUGE} for kind, (_, fields) in KINDS.items()} | {
-    kind: {f.name for f in fields if f.role in (GAUGE, TIME)} for kind, (_, fields) in CORE_KINDS.items()
+_MINUS_ONE = {
+    kind: {f.name for f in fields if f.role == GAUGE} | unix_columns(fields).keys()
+    for kind, (_, fields) in KINDS.items()
+} | {
+    kind: {f.name for f in fields if f.role in (GAUGE, TIME)} | unix_columns(fields).keys()
+    for kind, (_, fields) in CORE_KINDS.items()
 }
+_MINUS_ONE["blocks"] = set(BLOCK_EVENT_TIMES)
 
 
 def unknown(table: Table, kind: str) -> dict[str, Mask]:

@@ -9,6 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+#: So many readings of the clocks are kept of a run: one for each ten seconds of half a day.
+MOST_READINGS = 4096
+
+
+def readings_in(raw: Any) -> dict[int, int]:
+    """Readings as `Clock.readings` gives them, out of a file; what is none is left out."""
+    pairs = raw if isinstance(raw, list) else []
+    return {
+        pair[0]: pair[1]
+        for pair in pairs
+        if isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and 0 <= n < 1 << 62 for n in pair)
+    }
 
 
 class Clock:
@@ -21,8 +33,17 @@ class Clock:
     """
 
     def __init__(self, readings: Mapping[int, int]) -> None:
-        self._at = np.array(sorted(readings), np.int64)
-        self._offsets: Ints = np.array([readings[int(at)] - int(at) for at in self._at], np.int64)
+        at = sorted(readings)
+        if len(at) > MOST_READINGS:
+            # evenly, first and last among them; to thin out once more changes nothing
+            at = [at[i * (len(at) - 1) // (MOST_READINGS - 1)] for i in range(MOST_READINGS)]
+        self._at = np.array(at, np.int64)
+        self._offsets: Ints = np.array([readings[one] - one for one in at], np.int64)
+
+    @property
+    def readings(self) -> list[list[int]]:
+        """Both clocks at the moments that are known: pairs of monotonic and realtime nanoseconds."""
+        return [list(pair) for pair in zip(self._at.tolist(), (self._at + self._offsets).tolist(), strict=True)]
 
     @property
     def is_known(self) -> bool:

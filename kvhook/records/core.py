@@ -18,14 +18,17 @@ import numpy as np
 
 from kvhook.core_schema import (
     BLOCK_EVENT_FIELDS,
+    BLOCK_EVENT_TIMES,
     BLOCK_EVENTS,
     BLOCKS,
     BLOCKS_KINDS,
     CORE_ENUMS,
     CORE_KINDS,
+    CORE_UNIX,
 )
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.records.block_lives import block_lives, prefixes
+from kvhook.records.clock import Clock, readings_in
 from kvhook.records.columns import Table
 from kvhook.records.engines import Engines
 from kvhook.records.part import Interval, inside
@@ -82,11 +85,15 @@ class CoreRecords:
         self.absent: dict[str, str] = {}
         self.lost = 0
         self.why_none = "" if self._cores else absent or NO_CORE
+        self._clocks: list[Clock] = []
         for sources in self._cores:
             engines = Engines(kinds=CORE_KINDS)
             for source in sources:
                 engines.scan(source)
+            headers = [source.header for source in sources if source.header is not None]
             self.facts.append(next(iter(engines.facts()), {}))
+            told = {h.monotonic_ns: h.realtime_ns for h in headers} | readings_in(self.facts[-1].get("clocks"))
+            self._clocks.append(Clock(told | engines.events.clocks))
             self.lost += sum(engines.lost_and_dropped())
         for facts in self.facts:
             for reasons in facts.get("absent", {}).values():
@@ -108,6 +115,11 @@ class CoreRecords:
                 for slots in source.chunks():
                     slots = slots[usable(slots, CORE_KINDS)]
                     take(number, self._of_part(number, slots, source.layout), source.layout, size)
+
+    def told(self) -> dict[str, Any]:
+        """What an export says of the cores beside their tables."""
+        facts = [f | {"clocks": clock.readings} for f, clock in zip(self.facts, self._clocks, strict=True)]
+        return {"facts": facts, "absent": self.absent, "lost": self.lost}
 
     def part(self, intervals: Sequence[Interval]) -> CoreRecords:
         """Only the steps that ended in one of these intervals of the monotonic clock, and what belongs to them."""
@@ -173,15 +185,28 @@ class CoreRecords:
         types = [("core", "<i8")] + [
             (n, "U10" if n == "event" else _SEEN_AS.get(k, k)) for n, k, _ in BLOCK_EVENT_FIELDS
         ]
+        types += [(name, "<i8") for name in BLOCK_EVENT_TIMES]
         parts = [np.empty(0, types)]
         for number in range(len(self._ledgers)) if core is None else [core]:
+            times = None
             for raw in self.block_events(number):
+                times = self._scheduled(number) if times is None else times
                 part = np.empty(len(raw), types)
                 part["core"] = number
+                part["t_ns"] = _at_steps(times, raw["step"])
+                part["t_unix_ns"] = self._clocks[number].unix(part["t_ns"])
                 for name, _, _ in BLOCK_EVENT_FIELDS:
                     part[name] = _text(raw[name], BLOCK_EVENTS) if name == "event" else raw[name]
                 parts.append(part)
         return self._only_chosen(np.concatenate(parts))
+
+    def _scheduled(self, core: int) -> Table:
+        """Of each step of a core its number and when it had been scheduled, in the order of the numbers."""
+        out = [np.empty(0, [("step", "<i8"), ("t_scheduled_ns", "<i8")])]
+        out += [table[["step", "t_scheduled_ns"]] for table in self.chunks("core_step", core)]
+        steps: Table = np.concatenate(out)
+        in_order: Table = steps[np.argsort(steps["step"], kind="stable")]
+        return in_order
 
     def block_events(self, core: int) -> Iterator[Table]:
         """The events of one core as they are stored, piece by piece: `BLOCK_EVENT_FIELDS`, with the events' codes."""
@@ -234,7 +259,11 @@ class CoreRecords:
     def _gather(self, kind: str, core: int | None) -> Table:
         code, fields = CORE_KINDS[kind]
         columns = [f for f in fields if f.name not in self.absent]
-        types = [("core", "<i8")] + [(f.name, "U20" if f.type == "enum" else f"<{f.type}") for f in columns]
+        unix = {clock: name for name, clock in CORE_UNIX[kind].items()}
+        types = [("core", "<i8")]
+        for field in columns:
+            types.append((field.name, "U20" if field.type == "enum" else f"<{field.type}"))
+            types += [(unix[field.name], "<i8")] if field.name in unix else []
         parts = [np.empty(0, types)]
         for number in range(len(self._cores)) if core is None else [core]:
             for slots, layout in self._slots(number, code):
@@ -244,6 +273,8 @@ class CoreRecords:
                 for field in columns:
                     stored = raw[field.name] if field.name in (raw.dtype.names or ()) else np.full(len(slots), -1)
                     part[field.name] = _text(stored, CORE_ENUMS[field.name]) if field.type == "enum" else stored
+                    if field.name in unix:
+                        part[unix[field.name]] = self._clocks[number].unix(stored)
                 parts.append(part)
         return np.concatenate(parts)
 
@@ -252,6 +283,14 @@ class CoreRecords:
             for slots in source.chunks():
                 slots = self._of_part(core, slots[usable(slots, CORE_KINDS)], source.layout)
                 yield slots[slot_head(slots)["kind"] == code], source.layout
+
+
+def _at_steps(times: Table, steps: Any) -> Any:
+    """When some steps had been scheduled; -1 where that is not known."""
+    if not len(times):
+        return np.full(len(steps), -1)
+    place = np.minimum(np.searchsorted(times["step"], steps), len(times) - 1)
+    return np.where(times["step"][place] == steps, times["t_scheduled_ns"][place], -1)
 
 
 def _text(codes: Any, names: Sequence[str]) -> Any:

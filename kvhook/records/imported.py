@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from kvhook.errors import TraceFormatError
 from kvhook.facts import NEEDED_COLUMNS, clean_facts
+from kvhook.records.clock import readings_in
 from kvhook.records.engines import Engines
 from kvhook.records.events import from_meta, scope_events
 from kvhook.records.sources import SlotSource
@@ -35,13 +36,14 @@ class Exported(NamedTuple):
 
     Attributes:
         meta: as the run had it.
-        steps, requests, latencies: name of the column -> values; numbers that are not known are NaN.
+        tables: kind of record, as in `kvhook.export.contents.TABLES` -> name of the column -> values; numbers that are
+            not known are None or NaN.
+        cores: what is said of the engine cores.
     """
 
     meta: dict[str, Any]
-    steps: Columns
-    requests: Columns
-    latencies: Columns
+    tables: Mapping[str, Columns]
+    cores: Any = None
 
 
 def as_source(exported: Exported, name: str) -> tuple[SlotSource, Engines, dict[str, Any]]:
@@ -50,7 +52,7 @@ def as_source(exported: Exported, name: str) -> tuple[SlotSource, Engines, dict[
     Raises:
         TraceFormatError: a column is missing without which no trace can be read.
     """
-    steps, requests, latencies = exported.steps, exported.requests, exported.latencies
+    steps, requests, latencies = (exported.tables.get(kind, {}) for kind in ("step", "request", "latency"))
     for column in ("engine", *sorted(NEEDED_COLUMNS["step"])):
         if column not in steps:
             raise TraceFormatError(f"{name} holds no steps that kvhook has exported: it has no column {column}")
@@ -81,12 +83,19 @@ def as_source(exported: Exported, name: str) -> tuple[SlotSource, Engines, dict[
             engines.add_facts(number, facts)
     scopes = [event for scope in from_meta(exported.meta.get("scopes")) for event in scope_events(scope)]
     names = [["name", column, code, text] for column, texts in codes.items() for text, code in texts.items()]
-    clock = [["clock", exported.meta.get("monotonic_ns"), exported.meta.get("realtime_ns")]]
-    engines.events.take([*scopes, *names, *clock])
+    engines.events.take([*scopes, *names, *_clock_events(exported.meta)])
     source = SlotsInMemory(layout, slots)
     engines.begin(source)
     engines.take(slots)
     return source, engines, {key: exported.meta[key] for key in _KEPT if key in exported.meta}
+
+
+def _clock_events(meta: Mapping[str, Any]) -> list[list[Any]]:
+    """When both clocks were read."""
+    # an export of an older kvhook has one reading
+    pairs: list[tuple[Any, Any]] = [*readings_in(meta.get("clocks")).items()]
+    pairs = pairs or [(meta.get("monotonic_ns"), meta.get("realtime_ns"))]
+    return [["clock", *pair] for pair in pairs]
 
 
 class SlotsInMemory(SlotSource):
@@ -125,20 +134,18 @@ def _slots(layout: Layout, kind: str, code: int, columns: Columns, names: Mappin
         elif column.enum:
             values = [_reason(text) for text in values]
         else:
-            values = _known(values, blanks[column.name])
+            values = known_values(values, blanks[column.name])
         fields[column.name] = values
     return slots
 
 
-def _known(values: Any, instead: float) -> Any:
+def known_values(values: Any, instead: float) -> Any:
     """Numbers, with what stands for one that is not known in the place of None and NaN."""
     array = np.asarray(values)
     if array.dtype == object:
         missing = np.array([value is None for value in array.tolist()], np.bool_)
         whole = all(type(value) is int for value in array[~missing].tolist())
-        filled = np.where(missing, 0, array).astype(np.int64 if whole else np.float64)
-        if instead == instead or not whole:
-            filled = filled.astype(filled.dtype if instead == instead and whole else np.float64)
+        filled = np.where(missing, 0, array).astype(np.int64 if whole and instead == instead else np.float64)
         filled[missing] = instead
         return filled
     if array.dtype.kind == "f" and instead == instead:

@@ -9,11 +9,15 @@ from kvhook.records.columns import Table
 from kvhook.records.levels import not_recorded
 from kvhook.records.tables import Records
 from kvhook.ring.slots import slot_head
-from kvhook.schema import GAUGE, KINDS
+from kvhook.schema import GAUGE, KINDS, unix_columns
 
 Row = dict[str, Any]
 
-_GAUGES = {kind: {f.name for f in fields if f.role == GAUGE} for kind, (_, fields) in KINDS.items()}
+#: Kind of record -> columns in which -1 stands for what is not known.
+_GAUGES = {
+    kind: {f.name for f in fields if f.role == GAUGE} | unix_columns(fields).keys()
+    for kind, (_, fields) in KINDS.items()
+}
 
 
 def rows(records: Records) -> Iterator[tuple[str, list[Row]]]:

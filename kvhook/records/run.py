@@ -9,7 +9,7 @@ import numpy as np
 
 from kvhook.errors import TraceFormatError
 from kvhook.facts import NEEDED_COLUMNS
-from kvhook.records.clock import Clock, Ints
+from kvhook.records.clock import Clock, Ints, readings_in
 from kvhook.records.engines import Engines
 from kvhook.records.events import Events, Scope, described
 from kvhook.records.sources import SlotSource
@@ -29,7 +29,6 @@ class Run:
         after: of a part of a run, engine -> the last record before the part; see `Engines`.
         engines: what the slots tell of the engines, where that is known already; it is taken over.
         events: scopes and names beside those that the slots tell.
-        clocks: engine -> its clock, where the engines come from several machines or processes.
 
     Attributes:
         sources: as given.
@@ -47,7 +46,6 @@ class Run:
         after: Mapping[int, int] | None = None,
         engines: Engines | None = None,
         events: Events | None = None,
-        clocks: Mapping[int, Clock] | None = None,
     ) -> None:
         for source in sources:
             if "step" not in source.layout.columns:
@@ -64,7 +62,8 @@ class Run:
         self._meta: dict[str, Any] = {}
         self._scopes: list[Scope] | None = None
         self._clock: Clock | None = None
-        self._clocks, self._more_events = dict(clocks or {}), events
+        self._clocks: dict[int, Clock] | None = None
+        self._more_events = events
         if engines is not None:
             self._found(engines)
 
@@ -122,11 +121,21 @@ class Run:
     def unix(self, engines: Ints, ns: Ints) -> Ints:
         """Monotonic nanoseconds of these engines as nanoseconds since 1970; -1 where they are not known."""
         out = self.clock.unix(ns)
-        for engine, clock in self._clocks.items():
+        for engine, clock in self._own_clocks().items():
             mine = engines == engine
             if mine.any():
                 out[mine] = clock.unix(ns[mine])
         return out
+
+    def clock_of(self, engine: int) -> Clock:
+        """The clock of an engine: engines of several files may come from several machines."""
+        return self._own_clocks().get(engine, self.clock)
+
+    def _own_clocks(self) -> dict[int, Clock]:
+        if self._clocks is None:
+            told = {e["engine"]: e.get("clocks") for e in self.engines.facts()}
+            self._clocks = {engine: Clock(readings_in(raw)) for engine, raw in told.items() if raw}
+        return self._clocks
 
     def names(self, column: str) -> dict[int, str]:
         """What the codes of a column of `kvhook.schema.NAMES` mean."""
@@ -169,6 +178,7 @@ class Run:
             "damaged": self.engines.damaged,
             "monotonic_ns": clocks[0][0] if clocks else 0,
             "realtime_ns": clocks[0][1] if clocks else 0,
+            "clocks": self.clock.readings,
             "clock_drift_ns": self.clock.drift_ns,
             "scopes": [scope._asdict() for scope in self.scopes],
             "labels": list(self.names("label").values()),

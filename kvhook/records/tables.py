@@ -16,16 +16,13 @@ from kvhook.records.run import Run
 from kvhook.records.sources import usable
 from kvhook.ring.layout import FIELDS_AT, Layout
 from kvhook.ring.slots import fields_of, slot_head
-from kvhook.schema import FINISH_REASONS, KINDS, NAMES, TIME, VALUE_SERIES, VALUES, blank
+from kvhook.schema import FINISH_REASONS, KINDS, NAMES, VALUE_SERIES, VALUES, blank, unix_columns
 
 if TYPE_CHECKING:
     from kvhook.ring.slots import Slots
 
 #: Kind of record -> column of nanoseconds since 1970 -> the column of the monotonic clock that it is made of.
-_UNIX = {
-    kind: {f.name.replace("_ns", "_unix_ns"): f.name for f in fields if f.role == TIME and f.unit == "ns"}
-    for kind, (_, fields) in KINDS.items()
-}
+_UNIX = {kind: unix_columns(fields) for kind, (_, fields) in KINDS.items()}
 
 #: A step does not bring more single latencies than this: a count beyond it is damaged.
 MAX_LATENCIES = 1 << 31
@@ -66,13 +63,13 @@ class Records(Run):
         >>> print(steps[["step", "num_running_reqs", "prefix_cache_hits", "num_generation_tokens"]][:3])
         [(0, 3, 128, 3) (1, 3,   0, 3) (2, 3,   0, 3)]
 
-        Times are those of the monotonic clock of the machine that recorded. By the name ``t_end_unix_ns`` in the place
-        of ``t_end_ns`` they are nanoseconds since 1970, as logs of other tools have them. A long run has more columns
-        than memory may hold. With `columns` only these are read:
+        Times are those of the monotonic clock of the machine that recorded. Beside each there is the same moment in
+        nanoseconds since 1970, as logs of other tools have it: ``t_end_unix_ns`` beside ``t_end_ns``. A long run has
+        more columns than memory may hold. With `columns` only these are read:
 
         >>> steps = trace.steps(columns=["step", "kv_cache_usage"])
         >>> steps.dtype.names, steps.itemsize, trace.steps().itemsize
-        (('step', 'kv_cache_usage'), 16, 368)
+        (('step', 'kv_cache_usage'), 16, 384)
 
         Args:
             engine: only the steps of this engine.
@@ -161,9 +158,9 @@ class Records(Run):
             engines = np.repeat(slot_head(slots)["engine"].astype(np.int64), counts)
             yield engines, np.repeat(fields["step"], counts), lists[inside]
 
-    def with_unix(self, kind: str) -> list[str]:
-        """The names of all columns of ``"step"`` or ``"request"`` records, those of the time since 1970 behind their
-        monotonic ones."""
+    def all_columns(self, kind: str) -> list[str]:
+        """The names of all columns of ``"step"`` or ``"request"`` records in order, those of the time since 1970 behind
+        their monotonic ones."""
         of = {clock: name for name, clock in _UNIX[kind].items()}
         names = ["engine", *(c.name for c in self.columns(kind))]
         return [each for name in names for each in (name, *((of[name],) if name in of else ()))]
@@ -183,9 +180,9 @@ class Records(Run):
     def _types(self, kind: str, columns: Sequence[str] | None) -> list[tuple[str, str]]:
         there = {"engine": "<i8"} | {c.name: "U12" if c.enum else c.type for c in self.columns(kind)}
         there |= {name: f"U{longest(self.names(name))}" for name in there.keys() & set(NAMES) if kind == "request"}
-        if columns is None:
-            return list(there.items())
         there |= {name: "<i8" for name, clock in _UNIX.get(kind, {}).items() if clock in there}
+        if columns is None:
+            return [(name, there[name]) for name in self.all_columns(kind)]
         for name in columns:
             if name not in there:
                 raise KvhookError(f"there is no column {name!r} of {kind}s{self._why_not(kind, name, there)}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvhook.report import tables
+from kvhook.report import other_caches, tables
 from kvhook.report.blob import Blob, codes
 from kvhook.report.charts import PARTS, Chart, why_empty
 from kvhook.report.lines import Line, window_steps
@@ -64,6 +64,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         Section("summary", "Summary", tables.numbers(runs) + tables.summaries(runs)),
         Section("diagnosis", "Diagnosis", tables.diagnosis(runs)),
         *charts,
+        Section("other-caches", "Other caches", other_caches.section(runs)),
         Section("requests", "Requests", ""),
         Section("scopes", "Scopes and calls", tables.scopes(runs)),
         Section("settings", "Settings of the engines", tables.settings(runs)),
@@ -106,7 +107,16 @@ def page(runs: Sequence[Run], version: str) -> str:
 
 
 #: The page's own scripts, in order.
-SCRIPTS = ("data.js", "view.js", "charts.js", "requests.js", "report.js")
+SCRIPTS = (
+    "data.js",
+    "view.js",
+    "look.js",
+    "sampled.js",
+    "timecharts.js",
+    "othercharts.js",
+    "requests.js",
+    "report.js",
+)
 
 
 def asset(name: str) -> str:

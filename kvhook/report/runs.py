@@ -26,6 +26,7 @@ from kvhook.schema import REQUEST, STEP
 if TYPE_CHECKING:
     from kvhook.ring.layout import Layout
     from kvhook.ring.slots import Slots
+    from kvhook.whatif.report import WhatIf
 
 #: Points of a distribution's curve.
 POINTS = 240
@@ -66,6 +67,8 @@ class Run:
     why_no_core: str
     core_facts: list[dict[str, Any]]
     scopes: list[Scope] = dataclasses.field(default_factory=list)
+    #: what other KV caches would have found; or why that is not known
+    other_caches: WhatIf | str = "it was not computed"
 
     @property
     def begin(self) -> float:

@@ -55,6 +55,13 @@ def group_lines(s: Summary) -> Iterator[Line]:
             yield title * (not i), f"{group.name or none}: {percent(group.hit_rate)}, {known}, {number}"
         if len(groups) > MOST_GROUPS:
             yield "", f"and {len(groups) - MOST_GROUPS} more"
+    if s.by_prompt is not None:
+        prompts, samples, low, middle, high, _ = s.by_prompt
+        number = f"{prompts:,} prompt{'s' * (prompts != 1)} with {samples:,} samples"
+        if low is None or low == high:
+            yield "n > 1", f"{number}: hit rate {percent(low)}"
+        else:
+            yield "n > 1", f"{number}: hit rate {percent(low)} to {percent(high)}, median {percent(middle)}"
 
 
 def _usage(s: Summary, size: str) -> str:

@@ -41,6 +41,10 @@ def as_text(s: Summary) -> str:
     return "\n".join(_lines(s))
 
 
+#: A summary tells that the wall clock was adjusted if it was by so many nanoseconds.
+WORTH_SAYING_NS = 10_000_000
+
+
 def _lines(s: Summary) -> Iterator[str]:
     of = f" of {s.engines} engines" if s.engines > 1 else ""
     # of a path the last part says enough; of a hub's name all of it is wanted
@@ -63,6 +67,9 @@ def _lines(s: Summary) -> Iterator[str]:
         yield _row("step time", f"not known: {s.why_steps_have_no_times or _NO_STEP}")
     for text in _levels(s):
         yield _row("level", text)
+    if abs(s.clock_drift_ns) >= WORTH_SAYING_NS:
+        moved = f"{seconds(abs(s.clock_drift_ns) / 1e9)} {'ahead' if s.clock_drift_ns > 0 else 'back'}"
+        yield _row("clock", f"the machine's wall clock was set {moved} in this run, compared with the monotonic one")
     if s.steps_without_stats:
         yield _row("", f"{s.steps_without_stats:,} step{'s' * (s.steps_without_stats > 1)} brought no stats")
     yield ""

@@ -70,6 +70,14 @@ def _size(w: WhatIf) -> Iterator[Finding]:
             "num_gpu_blocks_override",
             "kv_cache_dtype",
         )
+    elif enough.blocks * 2 <= w.blocks and enough.num_preemptions:
+        yield _make(
+            w,
+            "cache_large_enough",
+            f"{need} would find as much as the {w.blocks:,} there are, but requests would be preempted "
+            f"{enough.num_preemptions:,} times",
+            0,
+        )
     elif enough.blocks * 2 <= w.blocks:
         yield _make(
             w,

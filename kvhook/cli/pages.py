@@ -1,0 +1,59 @@
+"""What ``kvhook report`` and ``kvhook plot`` share: runs are read, and one file is made of them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvhook.errors import KvhookError
+
+if TYPE_CHECKING:
+    from kvhook.report.runs import Run
+
+
+def add_pages(parser: argparse.ArgumentParser, default: str, what: str) -> None:
+    """``TRACE...``, ``--out`` and ``--force``."""
+    parser.add_argument("traces", metavar="TRACE", nargs="+", help="a .kvh trace, a ring, or what was exported")
+    parser.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path(default), help=what)
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+
+
+def read_runs(args: argparse.Namespace, *, other_caches: bool = False) -> list[Run]:
+    """The runs, once it is known that the file may be written.
+
+    Args:
+        args: what `add_pages` declares.
+        other_caches: whether it is wanted what other KV caches would have found.
+    """
+    from kvhook.report import other_caches as caches
+    from kvhook.report.runs import read
+    from kvhook.report.write import check, names_of
+    from kvhook.trace import open_trace
+
+    check(args.out, args.force)
+    runs = []
+    for path, name in zip(args.traces, names_of(args.traces), strict=True):
+        trace = open_trace(path)
+        cores = trace.cores()
+        run = read(trace, cores, name)
+        # the summary leaves warm-up out, the charts show it
+        if any(scope.warmup for scope in run.scopes):
+            run = dataclasses.replace(run, summary=trace.summary())
+        if other_caches:
+            run = dataclasses.replace(run, other_caches=caches.other_caches(cores, name))
+        runs.append(run)
+    return runs
+
+
+def failed_to_write(path: Path, error: OSError) -> KvhookError:
+    """What is said if the file cannot be written."""
+    return KvhookError(f"cannot write {path}: {error.strerror or error}")
+
+
+def say(paths: Sequence[Path]) -> None:
+    """Name files that were written, with their sizes."""
+    for path in paths:
+        print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
