@@ -162,6 +162,7 @@ def execute(command: str) -> tuple[str, int]:
     here = re.sub(r"^kvhook\b", f"{python} -m kvhook", command)
     here = re.sub(r"^python\b", python, here)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "COLUMNS": "100"}
+    environment.pop("PYTEST_ADDOPTS", None)  # of whoever runs these tests
     done = subprocess.run(
         ["bash", "-c", here],
         env=environment,

@@ -138,6 +138,36 @@ def test_the_mark_of_a_session_is_removed_with_it_and_that_of_a_killed_process_b
     assert not mine.exists()
 
 
+def test_who_removes_the_mark_of_a_plan_does_not_end_it(tmp_path: Path):
+    mark = tmp_path / f"{MARK_PREFIX}{os.getpid()}-{process_start(os.getpid())}-aa"
+    plan = CorePlan("steps", "/rings", 64, "/run", None, "s", "00", os.getpid(), str(mark)).publish()
+    try:
+        ask = (
+            "import sys; from kvhook.core.plan import read_plan; plan = read_plan()\n"
+            "for _ in sys.stdin: print(plan.is_over, flush=True)"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", ask], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as core:
+            assert core.stdin is not None
+            assert core.stdout is not None
+
+            def is_over() -> str:
+                print(file=core.stdin, flush=True)
+                return core.stdout.readline().strip()
+
+            answers = [is_over()]
+            Path(plan.mark).unlink()
+            answers.append(is_over())
+            here = plan.is_over
+            plan.withdraw()
+            answers.append(is_over())
+            core.stdin.close()
+    finally:
+        plan.withdraw()
+    assert (answers, here) == (["False", "False", "True"], False)
+
+
 def test_a_mark_that_cannot_be_made_keeps_nobody_from_recording(tmp_path: Path):
     plan = CorePlan("steps", "/rings", 64, "/run", None, "s", "00", os.getpid(), str(tmp_path / "no" / "mark"))
     published = plan.publish()

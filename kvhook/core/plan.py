@@ -17,6 +17,17 @@ from pathlib import Path
 VARIABLE = "KVHOOK_CORE_PLAN"
 
 
+#: path of a mark -> a descriptor of it, which stays even if somebody removes the file
+_marks: dict[str, int] = {}
+
+
+def _forget(mark: str) -> None:
+    descriptor = _marks.pop(mark, None)
+    if descriptor is not None:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
 @dataclass(frozen=True)
 class CorePlan:
     """Where and how engine cores are recorded.
@@ -30,7 +41,7 @@ class CorePlan:
         session: a name for this recording, which its files carry.
         key: of the digests of this recording, in hexadecimal.
         pid: process that made the plan. It is carried out there and in its children, nowhere else.
-        mark: a file that is there for as long as the plan is to be carried out: an engine core in another process
+        mark: a file that is empty for as long as the plan is to be carried out: an engine core in another process
             cannot be told otherwise that its session has been closed. "" for none.
     """
 
@@ -46,8 +57,19 @@ class CorePlan:
 
     @property
     def is_over(self) -> bool:
-        """Whether the session has been closed."""
-        return bool(self.mark) and not os.path.exists(self.mark)
+        """Whether the session has been closed. That somebody has cleaned up and taken the mark away means nothing to
+        whoever has asked before."""
+        if not self.mark:
+            return False
+        try:
+            if self.mark not in _marks:
+                _marks[self.mark] = os.open(self.mark, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            over = os.fstat(_marks[self.mark]).st_size > 0
+        except OSError:
+            return True
+        if over:
+            _forget(self.mark)
+        return over
 
     def path(self, process: int, core: int, part: int, stream: str = "core") -> Path:
         """A trace file of an engine core, or of its ledger of blocks."""
@@ -62,7 +84,7 @@ class CorePlan:
         """
         if self.mark:
             try:
-                os.close(os.open(self.mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+                _marks[self.mark] = os.open(self.mark, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
             except OSError:
                 return replace(self, mark="").publish()
         os.environ[VARIABLE] = json.dumps(asdict(self))
@@ -71,6 +93,9 @@ class CorePlan:
     def withdraw(self) -> None:
         """Take the plan out of the environment, if it is this one, and tell the engine cores that it is over."""
         if self.mark:
+            with contextlib.suppress(OSError, KeyError):
+                os.write(_marks[self.mark], b"over")
+            _forget(self.mark)
             with contextlib.suppress(OSError):
                 os.unlink(self.mark)
         if read_plan() == self:

@@ -167,6 +167,7 @@ class CoreProcess:
             spool = Spool(lambda part: iter([plan.path(pid, number, part)]), plan.limit, self._fault)
             spool.add(recorder)
             failed = functools.partial(self._failed, number)
+            _ = plan.is_over  # opens its mark, which somebody may remove
             recorder.follow(core, failed, self._open_ledger(recorder, plan), lambda: plan.is_over)
         except Exception:
             recorder.close()
