@@ -149,12 +149,13 @@ def test_who_removes_the_mark_of_a_plan_does_not_end_it(tmp_path: Path):
         with subprocess.Popen(
             [sys.executable, "-c", ask], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as core:
-            assert core.stdin is not None
-            assert core.stdout is not None
+            core_in, core_out = core.stdin, core.stdout
+            assert core_in is not None
+            assert core_out is not None
 
             def is_over() -> str:
-                print(file=core.stdin, flush=True)
-                return core.stdout.readline().strip()
+                print(file=core_in, flush=True)
+                return core_out.readline().strip()
 
             answers = [is_over()]
             Path(plan.mark).unlink()
@@ -162,7 +163,7 @@ def test_who_removes_the_mark_of_a_plan_does_not_end_it(tmp_path: Path):
             here = plan.is_over
             plan.withdraw()
             answers.append(is_over())
-            core.stdin.close()
+            core_in.close()
     finally:
         plan.withdraw()
     assert (answers, here) == (["False", "False", "True"], False)
