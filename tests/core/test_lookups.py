@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import inspect
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -33,13 +34,15 @@ def arrivals(seed: int) -> dict[int, list[tuple[list[int], int]]]:
 def model_of(recording: Recording, blocks: int, block_size: int, budget: int, places: int) -> Model:
     scheduler = recording.driver.scheduler
     whole = bool(getattr(scheduler.scheduler_config, "scheduler_reserve_full_isl", False))
+    pool = type(recording.driver.pool)
+    asks = "prepend" in inspect.signature(pool.free_blocks).parameters  # 0.23: only for sliding windows
     return Model(
         blocks - 1,
         block_size,
         budget,
         places,
         whole=whole,
-        empty_first=hasattr(recording.driver.pool.free_block_queue, "prepend_n"),
+        empty_first=hasattr(recording.driver.pool.free_block_queue, "prepend_n") and not asks,
     )
 
 
