@@ -62,8 +62,8 @@ def asserts_stats() -> bool:
 
 
 def unhashed_first() -> bool:
-    """Whether freed blocks without a hash are taken before all others, rather than in the order of freeing. 0.23 does so
-    with those of sliding windows alone, and asks for it by an argument."""
+    """Whether freed blocks without a hash are taken before all others, rather than in the order of freeing. 0.23 does
+    so with those of sliding windows alone, and asks for it by an argument."""
     pool = "v1/core/block_pool.py"
     return says(pool, "prepend_n(") and not says(pool, "prepend: bool")
 
