@@ -121,6 +121,7 @@ CORE_REQUEST_FIELDS: tuple[Field, ...] = (
     Field("num_recomputed_tokens", "i8", COUNTER, "tokens", "tokens computed once more, as in core_steps"),
     Field("num_preemptions", "i8", COUNTER, "times", "how often it was preempted"),
     Field("preempted_ns", "i8", COUNTER, "ns", "time between its preemptions and being scheduled again"),
+    Field("client_index", "i8", ID, "", "which front end sent it: 0 unless several API servers share the engine core"),
 )
 
 PREEMPTION_FIELDS: tuple[Field, ...] = (

@@ -21,9 +21,18 @@ ENGINES = [
 class Cores:
     """The tables of some engine cores."""
 
-    def __init__(self, *tables: Sequence[tuple[int, ...]], ranks: tuple[int, ...] = (), lost: int = 0) -> None:
+    def __init__(
+        self,
+        *tables: Sequence[tuple[int, ...]],
+        ranks: tuple[int, ...] = (),
+        lost: int = 0,
+        fronts: int = 1,
+        clients: tuple[int, ...] = (0, 0),
+    ) -> None:
         self.tables = [np.array(list(table), CORE) for table in tables]
-        self.facts = [{"data_parallel_rank": rank} for rank in ranks] or [{} for _ in tables]
+        self.facts: list[dict[str, Any]] = [{"data_parallel_rank": rank} for rank in ranks] or [{} for _ in tables]
+        self.facts = [facts | {"num_front_ends": fronts} for facts in self.facts]
+        self.clients = clients
         self.lost, self.why_none = lost, "nothing was recorded"
 
     def __len__(self) -> int:
@@ -31,6 +40,9 @@ class Cores:
 
     def steps(self, core: int) -> Any:
         return self.tables[core]
+
+    def requests(self, core: int) -> Any:
+        return np.array([(client,) for client in self.clients], [("client_index", "<i8")])
 
 
 def front(*rows: tuple[int, ...]) -> Any:
@@ -73,6 +85,8 @@ def test_what_cannot_be_joined_for_sure_is_not_and_the_reason_is_told():
         (Cores(ONE, lost=2), 0, "records are missing"),
         (Cores(ONE, TWO), 0, "2 engine cores and 1 front ends"),
         (Cores(TWO), 0, "do not agree"),
+        (Cores(ONE, fronts=2), 0, "several front ends"),
+        (Cores(ONE, clients=(0, 1)), 0, "several front ends"),
     ):
         with pytest.raises(NotJoined, match=why):
             peaks(steps, cores, lost)

@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from kvhook.adapters.core_facts import absent_in, facts_of
 from kvhook.adapters.table import Read, Target, attributes, has_field, lookup, read_path, release, vllm_version
 
 #: The first vLLM whose engine core can be recorded.
@@ -112,6 +113,7 @@ READS: tuple[Read, ...] = (
     Read("paused", ("sched.pause_state.value != 0",), "this vLLM cannot be paused"),
     Read("computed", ("request.num_computed_tokens",)),
     Read("prompt", ("request.prompt_token_ids",)),
+    Read("client_index", ("request.client_index",), "this vLLM's engine core does not tell its front ends apart"),
     Read("hashes", ("request.block_hashes", "manager.req_to_block_hashes.get(request.request_id, ())")),
 )
 
@@ -135,27 +137,6 @@ _HASHES: tuple[tuple[str, str, str, str], ...] = (
     (f"{_UTILS}:BlockHashWithGroupId", "block_hash", "hash.hash_value", "key.block_hash.hash_value"),
     (f"{_UTILS}:BlockHashType", "hash_value", "hash.hash_value", "key.hash_value"),
 )
-
-#: Fact about a core -> path below the scheduler's VllmConfig, or several, of which the first that is there is taken.
-FACTS: Mapping[str, str | tuple[str, ...]] = {
-    "model": "model_config.model",
-    "block_size": "cache_config.block_size",
-    "enable_prefix_caching": "cache_config.enable_prefix_caching",
-    "kv_cache_dtype": "cache_config.cache_dtype",
-    "max_num_seqs": "scheduler_config.max_num_seqs",
-    "max_num_batched_tokens": "scheduler_config.max_num_batched_tokens",
-    "long_prefill_token_threshold": "scheduler_config.long_prefill_token_threshold",
-    "enable_chunked_prefill": "scheduler_config.enable_chunked_prefill",
-    "policy": "scheduler_config.policy",
-    "async_scheduling": "scheduler_config.async_scheduling",
-    # from 0.14 a rank that works by itself (all but mixtures of experts) is told that it is rank 0 of 1
-    "data_parallel_rank": ("parallel_config.data_parallel_index", "parallel_config.data_parallel_rank"),
-    "data_parallel_size": "parallel_config.data_parallel_size",
-}
-
-_GROUPS = "this model has several KV cache groups, which hold different tokens"
-_WINDOW = "this model's cache drops tokens of its own accord (sliding window, Mamba or the like)"
-_CONNECTOR = "a KV connector may hold blocks of requests that are not running"
 
 
 class Core(NamedTuple):
@@ -199,8 +180,8 @@ def read_core(sched: Any) -> Core:
     methods.append((found[preempt[0]], preempt[1]))
     methods += [(found[o], n) for o, names in OPTIONAL.items() for n in names if callable(getattr(found[o], n, None))]
     reads, expressions, absent = _reads(found)
-    facts = _facts(sched, found)
-    absent |= _unknown(sched, facts)
+    facts = facts_of(sched, found)
+    absent |= absent_in(facts)
     return Core(
         sched,
         found["manager"],
@@ -307,86 +288,3 @@ def _hash_functions() -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
         names = {path.rpartition(":")[2]: there}
         return eval(f"lambda hash: {of_request}", dict(names)), eval(f"lambda key: {of_block}", dict(names))
     raise LookupError("this vLLM's block hashes are of a kind that kvhook does not know")
-
-
-def _facts(sched: Any, found: dict[str, Any]) -> dict[str, Any]:
-    config = getattr(sched, "vllm_config", None)
-    facts = {name: _plain(_first(config, paths)) for name, paths in FACTS.items()}
-    pool = found["pool"]
-    facts["num_gpu_blocks"] = int(pool.num_gpu_blocks)
-    facts["num_kv_blocks"] = int(pool.num_gpu_blocks) - (getattr(pool, "null_block", None) is not None)
-    facts["enable_prefix_caching"] = bool(getattr(pool, "enable_caching", facts["enable_prefix_caching"]))
-    # with context parallelism a block holds more tokens than the setting says
-    facts["block_size"] = int(getattr(sched, "block_size", 0) or facts["block_size"])
-    facts["scheduler_class"] = f"{type(sched).__module__}.{type(sched).__qualname__}"
-    facts["kv_groups"] = _groups(getattr(sched, "kv_cache_config", None))
-    facts["bytes_per_block"] = _bytes_per_block(getattr(sched, "kv_cache_config", None))
-    facts["connector"] = type(sched.connector).__name__ if getattr(sched, "connector", None) is not None else ""
-    facts["lora"] = bool(getattr(sched, "lora_config", None))
-    facts |= _rules(sched, found)
-    return facts
-
-
-def _rules(sched: Any, found: dict[str, Any]) -> dict[str, Any]:
-    """How this scheduler admits requests and which free blocks it hands out first, for `kvhook.whatif.replay`."""
-    return {
-        "token_budget": int(sched.max_num_scheduled_tokens),
-        "max_model_len": _plain(getattr(sched, "max_model_len", None)),
-        # from 0.19: a request is admitted only if its whole prompt finds room
-        "whole_prompt_must_fit": bool(getattr(sched, "scheduler_reserve_full_isl", False)),
-        # from 0.23: blocks without content are handed out before all others
-        "empty_blocks_first": hasattr(found["queue"], "prepend_n"),
-        "watermark_blocks": int(getattr(found["manager"], "watermark_blocks", 0)),
-        "num_lookahead_tokens": int(getattr(sched, "num_lookahead_tokens", 0) or 0),
-        "num_spec_tokens": int(getattr(sched, "num_spec_tokens", 0) or 0),
-    }
-
-
-def _first(config: Any, paths: str | tuple[str, ...]) -> Any:
-    found = (read_path(config, path) for path in ((paths,) if isinstance(paths, str) else paths))
-    return next((value for value in found if value is not None), None)
-
-
-def _groups(config: Any) -> list[dict[str, Any]]:
-    """The KV cache groups: kind of cache, tokens of a block, bytes of a block of one layer, how many layers."""
-    groups = []
-    for group in getattr(config, "kv_cache_groups", None) or ():
-        spec = getattr(group, "kv_cache_spec", None)
-        groups.append(
-            {
-                "kind": type(spec).__name__,
-                "block_size": _plain(getattr(spec, "block_size", None)),
-                "page_bytes": _plain(getattr(spec, "page_size_bytes", None)),
-                "sliding_window": _plain(getattr(spec, "sliding_window", None)),
-                "layers": len(getattr(group, "layer_names", ()) or ()),
-            }
-        )
-    return groups
-
-
-def _bytes_per_block(config: Any) -> int | None:
-    """What one KV block takes in all layers and groups, on one device."""
-    tensors = getattr(config, "kv_cache_tensors", None)
-    tensors = list(tensors) if tensors is not None else list(getattr(config, "tensors", {}).values())
-    blocks = getattr(config, "num_blocks", 0)
-    sizes = [getattr(t, "size", None) for t in tensors]
-    if not blocks or not sizes or not all(isinstance(s, int) for s in sizes):
-        return None
-    return int(sum(s for s in sizes if s is not None) // blocks)
-
-
-def _unknown(sched: Any, facts: dict[str, Any]) -> dict[str, str]:
-    """Columns that this engine cannot fill."""
-    groups = facts["kv_groups"]
-    plain = {"FullAttentionSpec", "MLAAttentionSpec"}
-    if len(groups) > 1:
-        return {"num_kv_tokens": _GROUPS}
-    if groups and (groups[0]["kind"] not in plain or groups[0]["sliding_window"]):
-        return {"num_kv_tokens": _WINDOW}
-    return {"num_kv_tokens": _CONNECTOR} if facts["connector"] else {}
-
-
-def _plain(value: Any) -> Any:
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    return str(getattr(value, "value", value))

@@ -26,6 +26,10 @@ _SEVERAL = (
     "there are {cores} engine cores and {fronts} front ends in this run, and which step belongs to which is not known: "
     "core_steps() has the peaks"
 )
+_FRONTS = (
+    "several front ends share this engine core, and vLLM sends the stats of each step to one of them: core_steps() has "
+    "the peaks"
+)
 _DIFFER = "the blocks in use that front end and engine core tell do not agree, so that their steps cannot be joined"
 
 
@@ -56,6 +60,8 @@ def peaks_of(steps: Table, cores: CoreRecords, engines: Sequence[Mapping[str, An
         raise NotJoined(cores.why_none)
     if lost or cores.lost:
         raise NotJoined(_LOST)
+    if any(_has_several_front_ends(cores, core) for core in range(len(cores))):
+        raise NotJoined(_FRONTS)
     ofs = {int(e["engine"]): e for e in engines}
     blocks, usage = np.full(len(steps), -1), np.full(len(steps), np.nan)
     for (engine, rank), core in _pairs(steps, cores).items():
@@ -74,6 +80,13 @@ def peaks_of(steps: Table, cores: CoreRecords, engines: Sequence[Mapping[str, An
         if of:
             usage[mine] = (blocks[mine] + (facts.get("kv_usage_reserved") or 0)) / of
     return Peaks(blocks, usage)
+
+
+def _has_several_front_ends(cores: CoreRecords, core: int) -> bool:
+    if (cores.facts[core].get("num_front_ends") or 1) > 1:
+        return True
+    requests = cores.requests(core)  # older releases do not tell how many there are
+    return has(requests, "client_index") and bool((requests["client_index"] > 0).any())
 
 
 def _pairs(steps: Table, cores: CoreRecords) -> dict[tuple[int, int], int]:

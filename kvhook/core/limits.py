@@ -34,6 +34,7 @@ def limited_by(
     waiting: int,
     cut: int,
     preempted: int,
+    stalled: Any,
 ) -> int:
     """A code of `LIMITS`, right after ``schedule``.
 
@@ -45,6 +46,7 @@ def limited_by(
         waiting: requests that wait.
         cut: requests whose prefill goes on in a later step.
         preempted: requests that were preempted in this step; vLLM then admits nobody.
+        stalled: a running request in its prefill that got no tokens, or None.
     """
     if preempted:
         return _CODE["kv_blocks"]
@@ -52,6 +54,8 @@ def limited_by(
         more = waiting or cut or scheduled < running
         return _CODE["token_budget" if more else "none_waiting"]
     if not waiting:
+        if stalled is not None:
+            return _CODE["encoder_budget" if _has_encoder_inputs(stalled) else "deferred"]
         return _CODE["long_prefill" if cut else "none_waiting"]
     if running >= core.reads["places"]():
         return _CODE["max_num_seqs"]
@@ -77,9 +81,13 @@ def _of_those_that_wait(core: Core, lookups: Lookups, left: int) -> str:
     return "deferred" if waits else "unknown"
 
 
+def _has_encoder_inputs(request: Any) -> bool:
+    return bool(getattr(request, "has_encoder_inputs", False) or getattr(request, "mm_inputs", None))
+
+
 def _stopped(core: Core, request: Any, left: int) -> str:
     """The request was looked up, and then not even asked for blocks."""
-    if getattr(request, "has_encoder_inputs", False) or getattr(request, "mm_inputs", None):
+    if _has_encoder_inputs(request):
         return "encoder_budget"
     if not core.facts["enable_chunked_prefill"] and request.num_tokens > left:
         return "token_budget"

@@ -56,6 +56,10 @@ class Prefills:
         """A step has been scheduled, of so many tokens for each request."""
         return self._take([r for r in self.lives if tokens.get(r)], output, tokens, step)
 
+    def stalled(self, tokens: Mapping[str, int]) -> Any:
+        """A request whose prefill is under way and that got no tokens in a step; None if there is none."""
+        return next((life.request for name, life in self.lives.items() if name not in tokens), None)
+
     def fall_back(
         self, output: Any, tokens: Mapping[str, int], step: int, requests: Mapping[str, Any], life_of: Any
     ) -> Prefilled:

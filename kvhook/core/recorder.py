@@ -105,7 +105,8 @@ class CoreRecorder:
 
         taps = Taps()
         state = make_state(core)
-        writer = Writer(self.ring.layout, publish, self.number, self.key, state)
+        client_of = core.reads.get("client_index", lambda request: -1)
+        writer = Writer(self.ring.layout, publish, self.number, self.key, state, client_of)
         account = StepAccount(core, PoolAccount(core, give_up, state), writer, taps, give_up)
         account.is_over = is_over
         if ledger is not None:

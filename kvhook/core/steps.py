@@ -167,7 +167,8 @@ class StepAccount:
             decode = total - prefill - recomputed - spec
         budget, waiting, skipped, running, free = self._states()
         limit = _NONE_WAITING
-        if waiting or cut or total >= budget or preempted != state.num_preempted:
+        stalled = self._prefills.stalled(tokens) if self._prefills.lives else None
+        if waiting or cut or total >= budget or stalled is not None or preempted != state.num_preempted:
             limit = limited_by(
                 self.core,
                 self.lookups,
@@ -178,6 +179,7 @@ class StepAccount:
                 waiting=waiting,
                 cut=cut,
                 preempted=state.num_preempted - preempted,
+                stalled=stalled,
             )
         in_use, cached = pool.total - free, state.cached
         held = -1

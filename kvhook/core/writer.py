@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from kvhook.core.lives import Life, read_id, request_key
 from kvhook.core.state import CoreState
@@ -22,10 +23,16 @@ class Writer:
     """Packs records and publishes them; it knows their numbers and nothing of vLLM."""
 
     def __init__(
-        self, layout: Layout, publish: Publish, engine: int, key: bytes, state: CoreState | None = None
+        self,
+        layout: Layout,
+        publish: Publish,
+        engine: int,
+        key: bytes,
+        state: CoreState | None = None,
+        client_of: Callable[[Any], int] = lambda request: -1,
     ) -> None:
         self.state = state or CoreState()
-        self._publish, self._engine, self._key = publish, engine, key
+        self._publish, self._engine, self._key, self._client_of = publish, engine, key, client_of
         self._pack_step = layout.struct_of("core_step").pack
         self._pack_request = layout.struct_of("core_request").pack
         self._pack_preemption = layout.struct_of("preemption").pack
@@ -65,6 +72,7 @@ class Writer:
             life.recomputed,
             life.preemptions,
             life.preempted_ns,
+            self._client_of(request),
         )
         self.state.n = self._publish(n, record)
 

@@ -28,6 +28,10 @@ _GROUPS = (
     "this model has several KV cache groups (hybrid attention), whose blocks are found and evicted apart: what another "
     "cache would have done is known for models with one group only"
 )
+_KIND = (
+    "this model's KV cache is of the kind {kind}, whose blocks are found and given up by other rules: what another "
+    "cache would have done is known for full attention only"
+)
 _NOT_CACHED = "prefix caching was off in this run, so that vLLM made no digests of blocks"
 
 
@@ -81,7 +85,7 @@ def rules_of(facts: Mapping[str, Any]) -> Rules:
         "chunked": facts.get("enable_chunked_prefill"),
         "whole_prompt_must_fit": facts.get("whole_prompt_must_fit"),
         "empty_blocks_first": facts.get("empty_blocks_first"),
-        "watermark_blocks": facts.get("watermark_blocks"),
+        "watermark": facts.get("watermark"),
     }
     return Rules(**{name: value for name, value in known.items() if value is not None})
 
@@ -90,6 +94,8 @@ def _check(cores: CoreRecords) -> None:
     for facts in cores.facts:
         if len(facts.get("kv_groups") or ()) > 1:
             raise NotKnown(_GROUPS)
+        if facts.get("plain_attention") is False:
+            raise NotKnown(_KIND.format(kind=facts["kv_groups"][0]["kind"]))
         if facts.get("enable_prefix_caching") is False:
             raise NotKnown(_NOT_CACHED)
         if facts.get("core_level") != "blocks":
@@ -207,6 +213,8 @@ def why_estimated(cores: CoreRecords, requests: BlockRequests) -> Sequence[str]:
     reasons = []
     lives, steps = cores.requests(), cores.steps()
     lost = cores.lost + cores.lost_in_ledgers()
+    if _was_reset_in_between(cores):
+        reasons.append("the prefix cache was reset while requests were being worked on")
     if lost:
         reasons.append(f"{lost:,} records of the engine core were lost")
     if requests.num_unknown:
@@ -223,16 +231,55 @@ def why_estimated(cores: CoreRecords, requests: BlockRequests) -> Sequence[str]:
             ("num_spec_tokens", "tokens are speculated"),
             ("long_prefill_token_threshold", "long prompts are cut (long_prefill_token_threshold)"),
             ("connector", "a KV connector has blocks of its own"),
+            ("lora", "requests may wait for a LoRA adapter"),
+            ("encoder_budget", "requests may wait for the encoder"),
         ):
             if facts.get(what):
                 reasons.append(name)
+        for what, name in (
+            ("data_parallel_size", "a router chooses the engine of each request"),
+            ("pipeline_parallel_size", "steps are scheduled before the last one has ended (pipeline parallelism)"),
+            ("num_front_ends", "several front ends send requests"),
+        ):
+            if (facts.get(what) or 1) > 1:
+                reasons.append(name)
+        if facts.get("parent") not in (None, facts.get("pid")) and _several_at_once(requests):
+            reasons.append("requests came one by one to an engine core in a process of its own")
         if facts.get("policy") not in (None, "fcfs"):
             reasons.append(f"the scheduling policy is {facts['policy']}")
         if facts.get("token_budget") is None:
             reasons.append("the run was recorded by a kvhook that did not write down how vLLM schedules")
+    if len({(facts.get("num_kv_blocks"), rules_of(facts)) for facts in cores.facts}) > 1:
+        reasons.append("the engines of this run had different settings, and those of the first are taken for all")
+    if "num_skipped_waiting_reqs" in (steps.dtype.names or ()) and (steps["num_skipped_waiting_reqs"] > 0).any():
+        reasons.append("requests were passed over for others")
     waits = set(steps["limited_by"].tolist()) & set(_WAITS)
     reasons += [f"requests waited for {_WAITS[name]}" for name in sorted(waits)]
     return list(dict.fromkeys(reasons))
+
+
+def _several_at_once(requests: BlockRequests) -> bool:
+    """Whether requests were sent without waiting for the one before."""
+    together = np.stack((requests.core, requests.wave))
+    return len(np.unique(together, axis=1).T) < len(requests)
+
+
+def _was_reset_in_between(cores: CoreRecords) -> bool:
+    """Whether the cache was reset after a busy time had begun and before it had ended."""
+    for core in range(len(cores)):
+        lives, steps = cores.requests(core), cores.steps(core)
+        resets = steps["step"][steps["prefix_cache_reset"] == 1]
+        if not len(resets) or not len(lives):
+            continue
+        arrived, finished = lives["arrived_step"], lives["finished_step"]
+        wave, _ = busy_times(lives["request"], arrived, finished)
+        begin, end = np.full(len(wave), np.iinfo(np.int64).max), np.full(len(wave), -1)
+        np.minimum.at(begin, wave, arrived)
+        np.maximum.at(end, wave, finished)
+        some = end >= 0
+        if (np.searchsorted(resets, begin[some], "right") < np.searchsorted(resets, end[some], "right")).any():
+            return True
+    return False
 
 
 _WAITS = {

@@ -31,7 +31,7 @@ class Rules:
         chunked: whether a prompt may take several steps.
         whole_prompt_must_fit: whether a request is admitted only if there are blocks for its whole prompt.
         empty_blocks_first: whether blocks without content are handed out before all others.
-        watermark_blocks: blocks that an admission leaves free while others run.
+        watermark: share of all blocks, the null block included, that an admission leaves free while others run.
     """
 
     token_budget: int = 8192
@@ -39,7 +39,7 @@ class Rules:
     chunked: bool = True
     whole_prompt_must_fit: bool = True
     empty_blocks_first: bool = True
-    watermark_blocks: int = 0
+    watermark: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class _Engine:
         self.rules, self.size = rules, requests.block_size
         self.pool = Pool(blocks, empty_first=rules.empty_blocks_first)
         self.total = blocks
+        self._watermark = int(rules.watermark * (blocks + 1))
         self.found = np.full(len(requests), -1, np.int64)
         self._coming = self._make(requests)
         self._waiting: deque[_Request] = deque()
@@ -254,6 +255,10 @@ class _Engine:
             victim = self._running.pop()
             self._preempt(victim)
             if victim is request:
+                if not self._running:
+                    # it had all blocks, and needs more than there are: it would be preempted again and again
+                    self._waiting.popleft()
+                    self.stuck += 1
                 return False
         return True
 
@@ -304,7 +309,7 @@ class _Engine:
                 break
             count = min(total - start, left)
             unheld = pool.num_unheld(hits)
-            spare = len(pool.free) - (rules.watermark_blocks if self._running else 0) - unheld + len(hits)
+            spare = len(pool.free) - (self._watermark if self._running else 0) - unheld + len(hits)
             need = -(-(start + count) // self.size)
             if need > spare or (rules.whole_prompt_must_fit and -(-total // self.size) > spare):
                 self._refused = (request, pool.version, left)

@@ -6,7 +6,9 @@ steps take seconds, because nothing is computed.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import inspect
 import os
 import random
@@ -20,6 +22,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 EOS = 1
+#: Arguments of `Driver.add` that belong to the request and not to its sampling parameters.
+OF_REQUESTS = ("cache_salt", "priority", "lora_request", "mm_features", "resumable", "client_index")
 #: Tokens that a layer with a sliding window looks back.
 WINDOW = 32
 
@@ -32,6 +36,7 @@ class Driver:
         blocks: KV blocks of the pool, the null block included.
         groups: kind of each KV cache group: "full", "sliding" or "mamba".
         change: changes vLLM's configuration before the scheduler is made.
+        cache: gives vLLM's ``KVCacheConfig`` for its configuration, in place of `groups`.
         settings: arguments of vLLM's ``EngineArgs``.
     """
 
@@ -44,23 +49,15 @@ class Driver:
         seed: int = 0,
         groups: tuple[str, ...] = ("full",),
         change: Callable[[Any], None] = lambda config: None,
+        cache: Callable[[Any], Any] | None = None,
         **settings: Any,
     ) -> None:
-        import vllm
-        from vllm.engine.arg_utils import EngineArgs
-
-        arguments = {"enforce_eager": True, "dtype": "bfloat16", "disable_log_stats": False, **settings}
-        # what the CPU platform takes; the scheduler is given the block size that the test wants
-        old = vllm.__version__.startswith("0.8.")
-        engine_args: Any = EngineArgs(model=model, block_size=16 if old else 32, **arguments)
-        if old:
-            engine_args._is_v1_supported_oracle = lambda *_: True  # it refuses V1 on a CPU; nothing is computed here
-        config = engine_args.create_engine_config()
+        config = _config(model, settings)
         config.cache_config.block_size = block_size
         config.cache_config.num_gpu_blocks = blocks
         change(config)
         self.config, self.block_size, self.random = config, block_size, random.Random(seed)
-        self.scheduler = self._make_scheduler(blocks, groups)
+        self.scheduler = self._make_scheduler(cache(config) if cache else self._cache(blocks, groups))
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self._hasher = self._make_hasher()
         self.outputs: list[Any] = []
@@ -92,15 +89,18 @@ class Driver:
             )
         )
 
-    def _make_scheduler(self, blocks: int, kinds: tuple[str, ...]) -> Any:
+    def _cache(self, blocks: int, kinds: tuple[str, ...]) -> Any:
         from vllm.v1 import kv_cache_interface as interface
-        from vllm.v1.structured_output import StructuredOutputManager
 
         groups = [interface.KVCacheGroupSpec([f"layer{i}"], self._spec(kind)) for i, kind in enumerate(kinds)]
         tensors: dict[str, Any] = (
             {"kv_cache_tensors": []} if _takes(interface.KVCacheConfig, "kv_cache_tensors") else {"tensors": {}}
         )
-        cache = interface.KVCacheConfig(num_blocks=blocks, kv_cache_groups=groups, **tensors)
+        return interface.KVCacheConfig(num_blocks=blocks, kv_cache_groups=groups, **tensors)
+
+    def _make_scheduler(self, cache: Any) -> Any:
+        from vllm.v1.structured_output import StructuredOutputManager
+
         name = self.config.scheduler_config.scheduler_cls
         cls = _scheduler_class(name)
         more = {"block_size": self.block_size, "hash_block_size": self.block_size}
@@ -130,7 +130,7 @@ class Driver:
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
-        own: dict[str, Any] = {k: params.pop(k) for k in ("cache_salt", "priority") if k in params}
+        own: dict[str, Any] = {k: params.pop(k) for k in OF_REQUESTS if k in params}
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)
         if hasattr(sampling, "update_from_generation_config"):
             sampling.update_from_generation_config({}, EOS)
@@ -214,6 +214,31 @@ class Driver:
         self.scheduler.finish_requests(list(names), RequestStatus.FINISHED_ABORTED)
 
 
+#: Configurations that have been made, by their arguments: making one takes a second.
+_CONFIGS: dict[str, Any] = {}
+
+
+def _config(model: str, settings: dict[str, Any]) -> Any:
+    """vLLM's configuration with these arguments, to be changed at will."""
+    key = repr((model, sorted(settings.items())))
+    if key not in _CONFIGS:
+        _CONFIGS[key] = _new_config(model, settings)
+    return copy.deepcopy(_CONFIGS[key])
+
+
+def _new_config(model: str, settings: dict[str, Any]) -> Any:
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = {"enforce_eager": True, "dtype": "bfloat16", "disable_log_stats": False, **settings}
+    # what the CPU platform takes; the scheduler is given the block size that the test wants
+    old = vllm.__version__.startswith("0.8.")
+    engine_args: Any = EngineArgs(model=model, block_size=16 if old else 32, **arguments)
+    if old:
+        engine_args._is_v1_supported_oracle = lambda *_: True  # it refuses V1 on a CPU; nothing is computed here
+    return engine_args.create_engine_config()
+
+
 class _Row(list[int]):
     """Tokens of one request: a list, which some releases (0.11.2) take for an array."""
 
@@ -227,10 +252,12 @@ def _scheduler_class(name: Any) -> Callable[..., Any]:
     return name if isinstance(name, type) else Scheduler
 
 
+@functools.cache
 def _takes(call: Any, name: str) -> bool:
     return name in inspect.signature(call).parameters
 
 
+@functools.cache
 def _fields(cls: type) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)}
 

@@ -88,6 +88,20 @@ def test_two_schedulers_are_two_cores(build: Build):
     assert session.core_requests()["core"].tolist() == [0] * 3 + [1] * 7
 
 
+def test_requests_of_two_front_ends_are_told_apart_and_counted_together(build: Build, tmp_path: Path):
+    """Two API servers send requests to one core: each has its number, and no step is taken for that of one of them."""
+    session = kvhook.install(trace=tmp_path / "run.kvh", core="steps")
+    driver = build()
+    for number in range(6):
+        driver.add([number + 2] * 20, max_tokens=2, client_index=number % 2)
+    list(driver.run())
+    requests = session.core_requests()
+    assert sorted(requests["request"].tolist()) == list(range(6))
+    assert (requests["client_index"] == requests["request"] % 2).all()
+    assert len(set(requests["request_key"].tolist())) == 6
+    assert session.core_steps()["num_finished_reqs"].sum() == 6
+
+
 def test_off_means_that_nothing_is_done(build: Build):
     from vllm.v1.core.sched.scheduler import Scheduler
 
