@@ -12,7 +12,7 @@ import numpy as np
 
 from kvhook.analysis.labelled import of_label
 from kvhook.analysis.prompt_groups import prompt_groups
-from kvhook.analysis.summarize import summarize
+from kvhook.analysis.summarize import account_of, add_up, summarize, summary_of
 from kvhook.analysis.summary import LeftOut
 from kvhook.errors import KvhookError
 from kvhook.frames import to_arrow, to_pandas, to_polars
@@ -88,6 +88,9 @@ class Parts(Records, abc.ABC):
         if label is not None:
             part = self.select(scope=scope, label=label, engine=engine, warmup=warmup)
             return printed(of_label(summarize(part), part.requests()))
+        if scope is None and self._engines is None and (totals := add_up(self, warmup=warmup)) is not None:
+            # nothing is to be left out: one pass over the file has found that out, and has added it up
+            return printed(summary_of(totals, self, engine, account_of(self.cores())))
         part, left_out = self.measured(scope, warmup)
         summary = dataclasses.replace(summarize(part, engine, part.cores()), left_out=left_out)
         return printed(summary)

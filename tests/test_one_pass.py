@@ -13,6 +13,7 @@ import kvhook
 from kvhook.analysis.exact import ExactSum
 from kvhook.analysis.values import Values
 from kvhook.errors import KvhookError
+from kvhook.records.sources import FileSlots
 from tests.ring.synthetic import Recording
 
 
@@ -111,6 +112,24 @@ def test_the_summary_is_what_numpy_makes_of_the_tables(tmp_path: Path, seed: int
             want = described(values)
             got = tuple(getattr(distribution, n) for n in ("count", "mean", "p50", "p90", "p99", "max"))[: len(want)]
             assert got == pytest.approx(want, rel=1e-12)
+
+
+def test_the_summary_reads_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "run.kvh"
+    invent(tmp_path, 5).spool_to(path, 400)
+    read: list[int] = []
+    chunks = FileSlots.chunks
+
+    def counted(self: FileSlots, *args: Any) -> Any:
+        read.append(1)
+        return chunks(self, *args)
+
+    monkeypatch.setattr(FileSlots, "chunks", counted)
+    once = kvhook.open(path).summary()
+    assert len(read) == 1
+    trace = kvhook.open(path)
+    assert trace.meta["engines"]  # this needs a pass of its own
+    assert trace.summary().as_dict() == once.as_dict()
 
 
 @pytest.mark.parametrize("runs", [False, True])

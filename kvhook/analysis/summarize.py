@@ -49,10 +49,16 @@ def summarize(records: Records, engine: int | None = None, cores: CoreRecords | 
         engine: only this engine of it; all of them together otherwise.
         cores: what its engine cores recorded, see `summary_of`.
     """
+    totals = add_up(records)
+    assert totals is not None
+    return summary_of(totals, records, engine, account_of(cores))
+
+
+def add_up(records: Records, *, warmup: bool = True) -> Totals | None:
+    """The totals of a run, by one pass over its records; None if there is a warm-up in it, and it is not wanted."""
     totals = Totals()
     with np.errstate(all="ignore"):  # numbers out of a damaged file may be anything
-        records.go_over(totals.take)
-    return summary_of(totals, records, engine, account_of(cores))
+        return totals if records.go_over(totals.take, warmup=warmup) else None
 
 
 def account_of(cores: CoreRecords | None) -> CoreReport | None:

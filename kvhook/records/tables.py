@@ -31,17 +31,29 @@ MAX_LATENCIES = 1 << 31
 class Records(Run):
     """One run as arrays. `kvhook.Trace` is this, with a summary and exports. See `Run` for its arguments."""
 
-    def go_over(self, take: Callable[[Slots, Layout], None]) -> None:
+    def go_over(self, take: Callable[[Slots, Layout], None], *, warmup: bool = True) -> bool:
         """One pass over the run: calls `take` with usable slots and their layout, in the order of the run.
 
         What is known of the engines is found on the way, if it has not been found before.
+
+        Args:
+            take: what is called.
+            warmup: go on where a scope turns out to be a warm-up.
+
+        Returns:
+            Whether the end was reached.
         """
         engines = Engines(self._after)
+        known = [self._more_events] if self._more_events is not None else []
         for source in self.sources:
             engines.begin(source)
             for slots in source.chunks():
-                take(engines.take(slots), source.layout)
+                usable = engines.take(slots)
+                if not warmup and any(s.warmup for events in (engines.events, *known) for s in events.scopes.values()):
+                    return False
+                take(usable, source.layout)
         self._found(engines)
+        return True
 
     def steps(
         self, engine: int | None = None, *, complete: bool = False, columns: Sequence[str] | None = None
