@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +64,17 @@ def facts_of(sched: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
+def _empty_blocks_first(sched: Any, found: dict[str, Any]) -> bool:
+    """Whether blocks without content are handed out before all others: from 0.24 on. In 0.23 only those of sliding
+    windows are, for which the pool is asked by an argument."""
+    if not hasattr(found["queue"], "prepend_n"):
+        return False
+    if "prepend" not in inspect.signature(found["pool"].free_blocks).parameters:
+        return True
+    groups = _groups(getattr(sched, "kv_cache_config", None))
+    return bool(groups) and all(group["sliding_window"] for group in groups)
+
+
 def _rules(sched: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     """How this scheduler admits requests and which free blocks it hands out first, for `kvhook.whatif.replay`."""
     return {
@@ -70,8 +82,7 @@ def _rules(sched: Any, found: Mapping[str, Any]) -> dict[str, Any]:
         "max_model_len": _plain(getattr(sched, "max_model_len", None)),
         # from 0.19: a request is admitted only if its whole prompt finds room
         "whole_prompt_must_fit": bool(getattr(sched, "scheduler_reserve_full_isl", False)),
-        # from 0.23: blocks without content are handed out before all others
-        "empty_blocks_first": hasattr(found["queue"], "prepend_n"),
+        "empty_blocks_first": _empty_blocks_first(sched, found),
         # 0 for models that are given text only
         "encoder_budget": int(getattr(sched, "max_num_encoder_input_tokens", 0) or 0),
         "num_lookahead_tokens": int(getattr(sched, "num_lookahead_tokens", 0) or 0),

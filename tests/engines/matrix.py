@@ -73,6 +73,7 @@ SCRIPTS = {
     "cpu_name": "cpu_name.py",
     "float_scales": "float_scales.py",
     "no_amx": "no_amx.py",
+    "no_preload": "no_preload.py",
 }
 #: This one is applied wherever torch is a CUDA build.
 STAND_INS = "cuda_stand_ins.py"
@@ -98,7 +99,7 @@ RELEASES = {
         Release("0.15.1"),
         Release("0.16.0", recipes=("no_amx",)),
         Release("0.17.1"),
-        Release("0.18.1"),
+        Release("0.18.1", recipes=("no_preload",)),
         Release("0.19.1"),
         Release("0.20.2"),
         Release("0.21.0"),
