@@ -283,6 +283,10 @@ RUN_FIELDS: tuple[FactField, ...] = (
         "how much further the time since 1970 went in the run than the monotonic clock",
     ),
     FactField("scopes", "list", "", "the scopes, as `kvhook.records.events.Scope` has them"),
+    FactField(
+        *("engine_events", "list", ""),
+        "what was done to the engines, as `kvhook.records.engine_events.EngineEvent` has it",
+    ),
     FactField("labels", "list", "", "the labels that requests were given"),
     FactField("part", "text", "", "which part of a run this is; empty if it is all of it"),
     FactField("faults", "texts", "", "what failed inside kvhook: the first error at each place"),

@@ -358,7 +358,7 @@ def _side_by_side(traces: Sequence[Trace]) -> Trace:
     sources: list[SlotSource] = []
     facts: dict[int, dict[str, Any]] = {}
     events = Events()
-    scopes, codes = 0, dict.fromkeys(NAMES, 0)
+    scopes, done, codes = 0, 0, dict.fromkeys(NAMES, 0)
     for trace in traces:
         first = len(facts)
         known = {e["engine"]: e for e in trace.meta["engines"]}
@@ -367,8 +367,9 @@ def _side_by_side(traces: Sequence[Trace]) -> Trace:
         facts |= {first + n: known.get(n, {}) | {"trace": trace.name} | clocks[n] for n in numbers}
         sources += [RenumberedSlots(source, first, dict(codes)) for source in trace.sources]
         theirs = trace.engines.events
-        events.add(theirs.moved(scopes, range(first, len(facts)), codes))
+        events.add(theirs.moved(scopes, range(first, len(facts)), codes, done))
         scopes += max(theirs.scopes, default=-1) + 1
+        done += max(theirs.engine_events, default=-1) + 1
         codes = {column: code + max(theirs.names[column], default=-1) + 1 for column, code in codes.items()}
     damaged = sum(trace.damaged for trace in traces)
     name = ", ".join(t.name for t in traces)

@@ -1,4 +1,7 @@
-"""The recipe for OpenTelemetry, against its SDK. Those for other tools are not run: they are not installed."""
+"""The recipes of docs/howto/stream.md, each against the real library, which sends nothing anywhere.
+
+W&B and MLflow are installed by `make frameworks`; without them their tests are skipped.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,47 @@ def test_opentelemetry_has_the_sums_and_the_last_state(fresh: Path):
         "kvhook.kv_cache.usage": 0.39,
     }
     provider.shutdown()
+
+
+def send(heading: str) -> dict[str, Any]:
+    """Run a recipe, and forty steps of an engine."""
+    with fake_vllm() as vllm, kvhook.install():
+        space = recipes.run(heading)
+        engine = vllm.engine()
+        for n in range(40):
+            engine.plan.append(step_stats(kv_cache_usage=n / 100, generated=n, preempted=n % 2))
+            engine.step()
+        space["subscription"].close()
+    return space
+
+
+def test_weights_and_biases_has_every_step(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("wandb")
+    for name, value in (("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true"), ("WANDB_ERROR_REPORTING", "false")):
+        monkeypatch.setenv(name, value)
+    run = send("Weights & Biases")["run"]
+    try:
+        last = dict(run.summary)
+        logged = run.step
+    finally:
+        run.finish()
+    assert logged == 40
+    assert (last["step"], last["kv_cache/kv_cache_usage"], last["kv_cache/num_generation_tokens"]) == (39, 0.39, 39)
+    assert last["kv_cache/num_preempted_reqs"] == 1
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_mlflow_has_every_step(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    space = send("MLflow")
+    try:
+        history = space["client"].get_metric_history(space["run"].info.run_id, "kv_cache_usage")
+        tokens = space["client"].get_metric_history(space["run"].info.run_id, "num_generation_tokens")
+    finally:
+        mlflow.end_run()
+    assert sorted((m.step, m.value) for m in history) == [(n, n / 100) for n in range(40)]
+    assert sum(m.value for m in tokens) == sum(range(40))
 
 
 def values(data: Any) -> dict[str, float]:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import pty
+import re
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +21,13 @@ from kvhook.core.writer import core_layout
 from kvhook.core_schema import CORE_KINDS, LIMITS
 from kvhook.discovery.watch import Watch, descends_from, one_of
 from kvhook.launch.textfile import Textfile
+from kvhook.records.engine_events import CODES
 from kvhook.ring.place import pid_namespace
 from kvhook.ring.writer import RingWriter
 from kvhook.schema import blank
 from kvhook.text.live import HELP, SORTS, advice, history, screen
 from kvhook.text.prometheus import as_text
+from tests.conftest import ROOT
 from tests.ring.synthetic import Recording
 
 NOW = 10_000_000_000
@@ -376,6 +383,70 @@ def test_an_engine_that_ends_stays_with_a_last_summary_and_a_new_one_appears():
     pilot((80, 24), views, act)
 
 
+SNAPSHOTS = Path(__file__).parent / "data/top"
+
+
+@pytest.mark.parametrize(
+    ("name", "views", "keys"),
+    [
+        ("no-engine", [], ()),
+        ("one-engine", [FULL], ()),
+        (
+            "sixteen-engines",
+            [View(**{**vars(FULL), "pid": 1000 + n, "used": n / 16}) for n in range(16)],
+            ("s", "down"),
+        ),
+        ("dead", [View(**{**vars(FULL), "state": "dead"})], ()),
+        ("asleep", [View(**{**vars(FULL), "state": "asleep", "limits": [], "last_event": ("sleep", 4.0)})], ()),
+        ("help", [FULL], ("h",)),
+    ],
+)
+def test_pictures_of_the_screen_are_those_that_were_looked_at(
+    name: str, views: list[View], keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    """``WRITE_SNAPSHOTS=1`` writes them anew: then look at them, they open in a browser."""
+    app_module = pytest.importorskip("kvhook.top.app")
+    monkeypatch.setattr(app_module.time, "strftime", lambda _: "12:34:56")
+    pictures: list[str] = []
+
+    async def act(app: Any, driver: Any) -> None:
+        await driver.press(*keys)
+        await driver.pause()
+        pictures.append(app.export_screenshot(title="kvhook top"))
+
+    pilot((80, 24), views, act)
+    path = SNAPSHOTS / f"{name}.svg"
+    if os.environ.get("WRITE_SNAPSHOTS"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(pictures[0], encoding="utf-8")
+    assert pictures[0] == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "xterm-256color", "NO_COLOR": "1"}])
+def test_a_terminal_without_colours_is_given_none(tmp_path: Path, environment: dict[str, str]):
+    pytest.importorskip("kvhook.top.app")
+    Recording(tmp_path / "rings").run(3)
+    command = [sys.executable, "-m", "kvhook", "top", "--dir", str(tmp_path / "rings")]
+    more = {"PYTHONPATH": str(ROOT), "COLUMNS": "80", "LINES": "24", **environment}
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execve(sys.executable, command, {**os.environ, **more})
+    out = b""
+    with contextlib.suppress(OSError):  # what a terminal says whose other end is closed
+        asked = False
+        while piece := os.read(terminal, 65536):
+            out += piece
+            if b"4736" in out or (b"serve.py" in out and not asked):
+                os.write(terminal, b"q")
+                asked = True
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    text = out.decode(errors="replace")
+    assert "serve.py" in text
+    colours = re.findall(r"\x1b\[[0-9;]*?(?:3[0-7]|4[0-7]|38;|48;|9[0-7])[0-9;]*m", text)
+    assert not colours, colours[:5]
+
+
 @pytest.mark.parametrize("size", [(80, 24), (40, 8), (160, 50)])
 def test_it_is_drawn_for_the_terminal_s_size(size: tuple[int, int]):
     views = [View(**{**vars(FULL), "pid": n}) for n in range(1, 17)]
@@ -387,6 +458,24 @@ def test_it_is_drawn_for_the_terminal_s_size(size: tuple[int, int]):
         assert max(map(len, app.shown)) <= 60
 
     pilot(size, views, act)
+
+
+def test_an_engine_that_sleeps_is_shown_asleep_until_it_steps_again(tmp_path: Path):
+    recording = Recording(tmp_path)
+    recording.clock -= 10**9
+    recording.run(3).ring.note_event(CODES["sleep"], rest=True)
+    recording.ring.note_event(CODES["weights_updated"])
+    (view,) = watched(tmp_path)
+    assert view.state == "asleep"
+    assert view.last_event is not None
+    assert view.last_event[0] == "weights_updated"
+    shown = screen([view], 0, 80, 24)
+    assert any("asleep" in line for line in shown)
+    assert any("weights updated, " in line and line.endswith(" ago") for line in shown)
+    recording.clock = time.monotonic_ns() + 10**9
+    recording.run(1)
+    (view,) = watched(tmp_path)
+    assert view.state == "alive", "vLLM runs it, whoever forgot to wake it"
 
 
 def test_every_order_can_be_computed_of_what_is_not_known():

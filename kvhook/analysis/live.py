@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvhook.records.columns import Table, has, has_times, total, with_stats
+from kvhook.records.engine_events import RESTS, kind_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -33,7 +34,7 @@ class View:
     engine: int
     model: str
     program: str
-    #: alive, closed or dead
+    #: alive, asleep or paused; closed or dead once it has ended
     state: str
     #: seconds since the last step; None if there was none
     idle: float | None
@@ -75,6 +76,8 @@ class View:
     #: kvhook's own time per step in seconds, and its share of the time in steps
     cost: float | None = None
     cost_share: float | None = None
+    #: what was last done to the engine (a key of `kvhook.records.engine_events.KINDS`), and how many seconds ago
+    last_event: tuple[str, float] | None = None
 
 
 class _Tail:
@@ -143,6 +146,9 @@ class Live:
         self._number = -1
         self.state = "alive"
         self.lost = 0
+        #: the code of what was last done to the engine, and when; of what it rests by (sleep, pause), and since when
+        self.event: tuple[int, int] | None = None
+        self.rest: tuple[int, int] | None = None
 
     def take(self, steps: Table, latencies: dict[str, Floats]) -> None:
         """Take in steps of the front end, and the single latencies that came with them."""
@@ -180,7 +186,8 @@ class Live:
             engine=_int(facts.get("engine")) or 0,
             model=str(facts.get("model") or ""),
             program=str(facts.get("program") or ""),
-            state=self.state,
+            state=self._rest_or_state(),
+            last_event=_ago(self.event, now_ns),
             idle=max(0.0, (now_ns - self._last_ns) / 1e9) if self._last_ns else None,
             steps=self._number + 1,
             window=window,
@@ -196,6 +203,12 @@ class Live:
         more |= {name: _two(self._values(series, begin)) for name, series in _SERIES.items()}
         more |= self._cost(steps)
         return dataclasses.replace(view, **more)  # type: ignore[arg-type]
+
+    def _rest_or_state(self) -> str:
+        """Its state; of one that rests, and has made no step since, how it rests."""
+        if self.rest is None or self.state != "alive" or self._last_ns > self.rest[1]:
+            return self.state
+        return RESTS.get(kind_of(self.rest[0]), self.state)
 
     def _state(self) -> dict[str, object]:
         """The states after the last step in which they are known."""
@@ -275,6 +288,12 @@ def _of_window(steps: Table, window: float) -> dict[str, object]:
         "preempted": total(steps, "num_preempted_reqs"),
         "step_time": _two((timed["t_end_ns"] - timed["t_start_ns"]) / 1e9),
     }
+
+
+def _ago(event: tuple[int, int] | None, now_ns: int) -> tuple[str, float] | None:
+    """A kind of event, and how many seconds ago it was."""
+    kind = kind_of(event[0]) if event is not None else ""
+    return (kind, max(0.0, (now_ns - event[1]) / 1e9)) if event is not None and kind else None
 
 
 def _two(values: Floats) -> tuple[float, float] | None:

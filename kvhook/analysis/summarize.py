@@ -14,6 +14,7 @@ from kvhook.analysis.core_report import CoreReport, report
 from kvhook.analysis.diagnosis.rules import diagnose
 from kvhook.analysis.diagnosis.signs import signs_of
 from kvhook.analysis.distribution import NOTHING, Distribution
+from kvhook.analysis.engine_events import event_totals
 from kvhook.analysis.lives import lives, most_blocks
 from kvhook.analysis.lookups import missed_by_vllm, never_looked_up, repeated
 from kvhook.analysis.part import Part
@@ -83,7 +84,10 @@ def summary_of(totals: Totals, run: Run, engine: int | None = None, core: CoreRe
         summary = _summary(totals, part, run.meta)
         by_label, by_lora_name = (group_rates(part, run, column) for column in NAMES)
         prompts = part.requests.prompt_groups.outline()
-        summary = dataclasses.replace(summary, by_label=by_label, by_lora_name=by_lora_name, by_prompt=prompts)
+        events = event_totals(run.engine_events, engine, part.steps.span if summary.part else None)
+        summary = dataclasses.replace(
+            summary, by_label=by_label, by_lora_name=by_lora_name, by_prompt=prompts, engine_events=events
+        )
         if core is not None and core.num_steps and (engine is None or len(run.meta["engines"]) <= 1):
             peak = summary.kv_cache_usage_peak_in_step
             if peak is None and core.num_cores == 1:

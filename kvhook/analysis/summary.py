@@ -10,6 +10,7 @@ from kvhook.analysis.accounts import Account
 from kvhook.analysis.core_report import CoreReport
 from kvhook.analysis.diagnosis.finding import Finding
 from kvhook.analysis.distribution import Distribution
+from kvhook.analysis.engine_events import EventTotal
 from kvhook.analysis.lives import EngineLife
 from kvhook.analysis.lookups import Missed, NotLookedUp
 from kvhook.analysis.prompt_groups import PromptGroups
@@ -183,6 +184,8 @@ class Summary:
     clock_drift_ns: int = 0
     #: the prompts with several samples (n > 1) and their hit rates; None if there are none
     by_prompt: PromptGroups | None = None
+    #: what was done to the engines between steps, by kind: sleep, new weights, an emptied cache, LoRA adapters
+    engine_events: list[EventTotal] = dataclasses.field(default_factory=list)
     #: what the run suffers from, each with its evidence and the setting that acts on it; empty if nothing shows
     findings: list[Finding] = dataclasses.field(default_factory=list)
 

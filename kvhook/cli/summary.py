@@ -43,6 +43,9 @@ class SummaryCommand:
         parser.add_argument("--label", metavar="TEXT", help="only the requests with this label")
         parser.add_argument("--warmup", action="store_true", help="count what is marked as warm-up as well")
         parser.add_argument("--scopes", action="store_true", help="list the scopes of the run instead")
+        parser.add_argument(
+            "--events", action="store_true", help="list what was done to the engines instead: sleep, new weights, ..."
+        )
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -53,6 +56,10 @@ class SummaryCommand:
         traces = [open_trace(file) for file in args.files]
         if args.scopes:
             print("\n".join(str(scope) for trace in traces for scope in trace.scopes) or "this run has no scopes")
+            return 0
+        if args.events:
+            events = [event for trace in traces for event in trace.engine_events]
+            print("\n".join(map(str, events)) or "nothing was done to the engines of this run between their steps")
             return 0
         part = {"scope": args.scope, "label": args.label, "warmup": args.warmup}
         summaries = [trace.summary(**part) for trace in traces]

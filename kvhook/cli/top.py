@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from typing import TYPE_CHECKING
@@ -64,6 +65,8 @@ class TopCommand:
 
 
 def _show(watch: Watch, ascii_only: bool) -> int:
+    if os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
+        os.environ.setdefault("NO_COLOR", "1")  # textual looks at it when it is imported
     try:
         from kvhook.top.app import Top
     except ImportError as error:
@@ -75,6 +78,6 @@ def _show(watch: Watch, ascii_only: bool) -> int:
 
     Top(look, ascii_only=ascii_only).run()
     for view in watch.views(10.0):
-        if view.state != "alive":
+        if view.state in ("closed", "dead"):
             print(f"process {view.pid}, engine {view.engine}: {view.state} after {view.steps:,} steps")
     return 0

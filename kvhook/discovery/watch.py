@@ -111,7 +111,7 @@ class Watch:
     def _take(self, reader: RingReader, live: Live, *, final: bool) -> None:
         while True:
             batch = reader.poll(_MOST, final=final)
-            live.lost = reader.lost
+            live.lost, live.event, live.rest = reader.lost, reader.last_event, reader.rest
             if len(batch.slots):
                 trace = from_slots(batch.slots, reader.header, str(reader.path))
                 live.take(trace.steps(), {series: _single(trace.latencies(series)) for series in VALUE_SERIES})

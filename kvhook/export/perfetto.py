@@ -1,6 +1,7 @@
 """Trace events in JSON, which https://ui.perfetto.dev and Chrome's tracing page open.
 
-Each engine is a process. Its steps are slices of one thread; usage, queue and tokens are counters; each request is an
+Each engine is a process. Its steps are slices of one thread, what was done to it between steps (`Run.engine_events`)
+those of another; usage, queue and tokens are counters; each request is an
 asynchronous slice, with one more for each of its phases, and with flows to the steps in which it was scheduled, had its
 first token and ended. What an engine core recorded is a process of its own: when it scheduled, when the model ran.
 
@@ -31,6 +32,7 @@ from kvhook.schema import STEP
 #: Numbers of processes: of engines from 1 on (0 is the kernel's idle process), of engine cores from 1001 on.
 _ENGINE, _CORE = 1, 1001
 _STEPS, _MODEL = 1, 2
+_DONE = 3
 #: Counter -> its series: name and column.
 _COUNTERS = {
     "KV cache usage (%)": (("used", "kv_cache_usage"),),
@@ -104,7 +106,13 @@ def events(records: Records, cores: CoreRecords | None) -> Iterator[Event]:
     for facts in records.meta["engines"]:
         number = facts["engine"]
         model = str(facts.get("model") or "").rstrip("/").rsplit("/", 1)[-1]
-        yield from _names(_ENGINE + number, f"engine {number}: {model or 'vLLM'}", {_STEPS: "steps"})
+        done = [e for e in records.engine_events if number in e.engines or not e.engines]
+        threads = {_STEPS: "steps"} | ({_DONE: "engine events"} if done else {})
+        yield from _names(_ENGINE + number, f"engine {number}: {model or 'vLLM'}", threads)
+        for event in done:
+            about = {"kind": event.kind, "outcome": event.outcome, "calls": event.calls}
+            end = max(event.ended_ns, event.began_ns)
+            yield _slice(_ENGINE + number, _DONE, event.text, event.began_ns, end, about)
     yield from _steps(records)
     front = timeline(records.steps(columns=["engine", "step", "t_end_ns"]), records.requests())
     ends = records.steps(columns=["engine", "step", "t_start_ns", "t_end_ns"])

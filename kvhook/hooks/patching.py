@@ -18,6 +18,7 @@ from kvhook.adapters.settings import Settings
 from kvhook.adapters.table import Adapter, Target, lookup, release, vllm_version
 from kvhook.faults import USERS
 from kvhook.hooks.calls import patch_calls
+from kvhook.hooks.engine_events import patch_engine_events
 from kvhook.hooks.engines import forget
 from kvhook.hooks.registry import Owner, Patch, PatchedAdapter, registry
 from kvhook.hooks.wrappers import stoppable, stoppable_step
@@ -146,6 +147,7 @@ def _patch(adapter: Adapter, found: tuple[Target, ...]) -> None:
         raise
     registry.patches.extend(new)
     registry.patched[adapter.name] = PatchedAdapter(adapter, engine, found)
+    patch_engine_events(engine)
     if release(vllm_version()) > release(NEWEST):
         registry.warn_once(
             "kvhook: vLLM %s is newer than this kvhook knows (%s). It is recorded as far as it is like that one; what "

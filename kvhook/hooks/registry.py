@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from kvhook import forks
 from kvhook.adapters.calls import Call
+from kvhook.adapters.engine_events import Told
 from kvhook.adapters.step_functions import PublishStep, Record, StepFunctions
 from kvhook.adapters.table import Adapter, Target
 from kvhook.faults import USERS
@@ -55,6 +56,9 @@ class Owner(Protocol):
 
     def begin_call(self, engine: Any, call: Call) -> Callable[[], None]:
         """A method of ``LLM`` is about to be called. Returns what is to be called when it has returned or raised."""
+
+    def begin_engine_event(self, engine: Any, told: Told) -> Callable[[str], None]:
+        """A call that changes an engine is about to be made. Returns what is to be called with its outcome."""
 
     def close_engine(self, engine_id: int) -> None:
         """The engine is gone. Called from finalizers, so it must not wait for a lock."""

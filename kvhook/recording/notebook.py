@@ -1,4 +1,4 @@
-"""What a session writes down beside the steps: scopes that begin and end, labels, labelled requests.
+"""What a session writes down beside the steps: scopes, labels, labelled requests, and what was done to engines.
 
 Nothing of it happens in a step. A scope is written to the trace when it begins and when it ends, so that it is in the
 file if the process is killed; labelled requests are written with the next records.
@@ -20,6 +20,8 @@ from kvhook.adapters.calls import Call
 from kvhook.errors import KvhookError
 from kvhook.labels import LONGEST, current_label
 from kvhook.options import LabelOf
+from kvhook.recording.engine_events import EventsBook
+from kvhook.records.engine_events import DONE
 from kvhook.records.events import Scope, scope_events
 from kvhook.records.part import FOREVER, Interval
 from kvhook.schema import NAMES
@@ -66,6 +68,8 @@ class Notebook:
         self._requests: deque[list[Any]] = deque(maxlen=MOST_KEPT)
         self._codes: dict[str, dict[str, int]] = {column: {} for column in NAMES}
         self._warmups: dict[int, Interval] = {}
+        #: what was done to engines
+        self.engine_events = EventsBook(clock, written)
         self._lock = threading.Lock()
         self.closed = False
 
@@ -139,7 +143,10 @@ class Notebook:
         label = current_label() if own is None or own == "" else str(own)[:LONGEST]
         if not label and not lora_name:
             return -1, -1
-        codes = self._code("label", label), self._code("lora_name", lora_name[:LONGEST])
+        lora_name = lora_name[:LONGEST]
+        if lora_name and lora_name not in self._codes["lora_name"]:
+            self.engine_events.begin("lora_first_used", [engine] if engine >= 0 else [], lora_name)(DONE)
+        codes = self._code("label", label), self._code("lora_name", lora_name)
         # as text: a reader believes no number in a file that has more than 62 bits
         key = format(self._request_key(str(request_id)), "x")
         event = ["request", engine, self._clock(), key, *codes]
@@ -170,7 +177,7 @@ class Notebook:
                 out.append(self._pending.popleft())
             except IndexError:  # another thread was quicker
                 break
-        return out
+        return out + self.engine_events.take()
 
     def put_back(self, events: Sequence[list[Any]]) -> None:
         """Events that could not be written; they come first next time."""
@@ -179,7 +186,7 @@ class Notebook:
     @property
     def due(self) -> bool:
         """Whether something waits to be written."""
-        return bool(self._pending)
+        return bool(self._pending) or self.engine_events.due
 
     def everything(self) -> list[list[Any]]:
         """What a new file begins with: all names, and the scopes that are open or ended lately."""
@@ -187,7 +194,7 @@ class Notebook:
             out = [["name", c, code, text] for c, codes in self._codes.items() for text, code in codes.items()]
             for scope in sorted([*self._ended, *self._open.values()]):
                 out += scope_events(scope)
-            return out + [list(event) for event in self._requests]
+            return out + self.engine_events.everything() + [list(event) for event in self._requests]
 
 
 def _label_function(label_of: LabelOf) -> Callable[[Any], Any] | None:

@@ -23,9 +23,11 @@ from kvhook.recording.overhead import call_overhead_ns
 from kvhook.recording.plan import plan_engine
 from kvhook.recording.readings import Readings
 from kvhook.recording.recorder import Recorder
+from kvhook.records.engine_events import CODES, DONE, ENDS_REST, IN_PIECES, RESTS
 
 if TYPE_CHECKING:
     from kvhook.adapters.calls import Call
+    from kvhook.adapters.engine_events import Told
     from kvhook.adapters.step_functions import Counters, StepFunctions
     from kvhook.adapters.table import Adapter
     from kvhook.options import Options
@@ -184,6 +186,22 @@ class Owner(Readings):
     def begin_call(self, engine: Any, call: Call) -> Callable[[], None]:
         """A method of ``LLM`` is about to be called; see `kvhook.hooks.Owner`."""
         return self._notebook.begin_call(self.engine_numbers(engine), call)
+
+    def begin_engine_event(self, engine: Any, told: Told) -> Callable[[str], None]:
+        """A call that changes an engine is about to be made; see `kvhook.hooks.Owner`."""
+        recorders = list(self._recorders_of.get(id(engine), ()))
+        numbers = [r.number for r in recorders]
+        recorded = sum(r.ring.head for r in recorders) if told.kind in IN_PIECES else -1
+        end = self._notebook.engine_events.begin(told.kind, numbers, told.detail, recorded)
+        rest = True if told.kind in RESTS else False if told.kind in ENDS_REST else None
+
+        def ended(outcome: str) -> None:
+            end(outcome)
+            if outcome == DONE:
+                for recorder in recorders:
+                    recorder.ring.note_event(CODES[told.kind], rest)
+
+        return ended
 
     def close_engine(self, engine_id: int) -> None:
         """An engine was deleted; see `kvhook.hooks.Owner`. Finalizers call it, so it must not wait for a lock."""

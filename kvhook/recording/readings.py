@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvhook.recording.running import Opened, Running, SoFar
     from kvhook.recording.spool import Spool
     from kvhook.records.core import CoreRecords
+    from kvhook.records.engine_events import EngineEvent
     from kvhook.records.events import Scope
     from kvhook.records.part import Interval
     from kvhook.text.summary import PrintedSummary
@@ -122,6 +123,12 @@ class Readings(abc.ABC):
         trace = open_files(paths, self.name, more, counts, opened)
         trace.of_session = self.cores
         return trace
+
+    @property
+    def engine_events(self) -> list[EngineEvent]:
+        """What was done to the engines so far: sleep, new weights, an emptied prefix cache, LoRA adapters; see
+        `kvhook.Trace.engine_events`."""
+        return self.trace().engine_events
 
     def summary(
         self,

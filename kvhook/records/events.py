@@ -8,6 +8,8 @@ A trace holds them in its META records, under the fact ``events``, a list of lis
     ["request", engine, t_ns, request_key, label, lora_name]     a request with a label or an adapter was added (codes;
                                                                  the key in hexadecimal)
     ["clock", monotonic_ns, realtime_ns]                         both clocks at one moment
+    ["engine_event", number, kind, engines, began_ns, ended_ns, detail, outcome, calls]    see `records.engine_events`;
+                                                                 one with the same number that comes later is what holds
 
 The same event may stand in several files of a run: events are told apart by their numbers and codes.
 """
@@ -18,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvhook.facts import printable
+from kvhook.records.engine_events import EngineEvent, as_cells, from_cells
 from kvhook.schema import NAMES
 
 _MOST = 1 << 62
@@ -79,6 +82,7 @@ class Events:
         names: column of `kvhook.schema.NAMES` -> code -> text.
         requests: those that have a label or an adapter, as they were added.
         clocks: monotonic -> realtime, in nanoseconds, of the same moments.
+        engine_events: number -> what was done to an engine; the clock since 1970 is not filled in.
     """
 
     def __init__(self) -> None:
@@ -86,6 +90,7 @@ class Events:
         self.names: dict[str, dict[int, str]] = {column: {} for column in NAMES}
         self.requests: dict[Request, None] = {}
         self.clocks: dict[int, int] = {}
+        self.engine_events: dict[int, EngineEvent] = {}
         self._ends: dict[int, int] = {}
         self._shared = False
 
@@ -113,15 +118,18 @@ class Events:
             self.names[column].update(names)
         self.requests.update(later.requests)
         self.clocks.update(later.clocks)
+        for event in later.engine_events.values():
+            self._later(event)
         for number, ended in (*later._ends.items(), *((s.number, s.ended_ns) for s in later.scopes.values())):
             if ended >= 0:
                 self._end(number, ended)
 
-    def moved(self, scopes: int, engines: range, codes: Mapping[str, int]) -> Events:
+    def moved(self, scopes: int, engines: range, codes: Mapping[str, int], engine_events: int = 0) -> Events:
         """The same among the events of other runs.
 
         Args:
             scopes: what is added to the numbers of scopes.
+            engine_events: what is added to the numbers of what was done to engines.
             engines: the numbers that its engines have there.
             codes: column of names -> what is added to its codes.
         """
@@ -135,10 +143,13 @@ class Events:
         for one in self.requests:
             label, lora = (c + codes[n] if c >= 0 else -1 for c, n in zip(one[3:], NAMES, strict=True))
             out.requests[one._replace(engine=first + one.engine, label=label, lora_name=lora)] = None
+        for event in self.engine_events.values():
+            mine = tuple(first + e for e in event.engines) or tuple(engines)
+            out._later(event._replace(number=event.number + engine_events, engines=mine))
         return out
 
     def __bool__(self) -> bool:
-        return bool(self.scopes or self.requests or self.clocks or self._ends or any(self.names.values()))
+        return any(getattr(self, name) for name in _PARTS if name != "names") or any(self.names.values())
 
     def as_list(self) -> list[list[Any]]:
         """All of them, as a file holds them."""
@@ -146,14 +157,16 @@ class Events:
         out += [["name", c, code, text] for c, names in self.names.items() for code, text in names.items()]
         for scope in self.scopes.values():
             out += scope_events(scope)
+        out += [as_cells(event) for event in self.engine_events.values()]
         return out + [["request", r.engine, r.t_ns, format(r.request_key, "x"), *r[3:]] for r in self.requests]
 
     def _own(self) -> None:
         """Copy what belongs to others before it is changed."""
         if self._shared:
             self.names = {column: dict(names) for column, names in self.names.items()}
-            for name in ("scopes", "requests", "clocks", "_ends"):
-                setattr(self, name, dict(getattr(self, name)))
+            for name in _PARTS:
+                if name != "names":
+                    setattr(self, name, dict(getattr(self, name)))
             self._shared = False
 
     def _scope(self, cells: Sequence[Any]) -> None:
@@ -188,12 +201,23 @@ class Events:
             if -1 <= number < 1 << 63:
                 self.requests[Request(engine, t_ns, number, label, lora_name)] = None
 
+    def _engine_event(self, *cells: Any) -> None:
+        event = from_cells(cells)
+        if event is not None:
+            self._later(event)
+
+    def _later(self, event: EngineEvent) -> None:
+        """Of what is told several times of one event, what was told last holds."""
+        known = self.engine_events.get(event.number)
+        if known is None or event.ended_ns >= known.ended_ns:
+            self.engine_events[event.number] = event
+
     def _clock(self, monotonic: Any, realtime: Any) -> None:
         if _is_number(monotonic) and _is_number(realtime):
             self.clocks[monotonic] = realtime
 
 
-_PARTS = ("scopes", "names", "requests", "clocks", "_ends")
+_PARTS = ("scopes", "names", "requests", "clocks", "engine_events", "_ends")
 
 
 def _forgiving(method: Any) -> Any:
@@ -213,6 +237,7 @@ _TAKE = {
     "name": _forgiving(Events._name),  # noqa: SLF001
     "request": _forgiving(Events._request),  # noqa: SLF001
     "clock": _forgiving(Events._clock),  # noqa: SLF001
+    "engine_event": _forgiving(Events._engine_event),  # noqa: SLF001
 }
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from kvhook.errors import TraceFormatError
 from kvhook.facts import NEEDED_COLUMNS, clean_facts
+from kvhook.records import engine_events
 from kvhook.records.clock import readings_in
 from kvhook.records.engines import Engines
 from kvhook.records.events import from_meta, scope_events
@@ -83,7 +84,8 @@ def as_source(exported: Exported, name: str) -> tuple[SlotSource, Engines, dict[
             engines.add_facts(number, facts)
     scopes = [event for scope in from_meta(exported.meta.get("scopes")) for event in scope_events(scope)]
     names = [["name", column, code, text] for column, texts in codes.items() for text, code in texts.items()]
-    engines.events.take([*scopes, *names, *_clock_events(exported.meta)])
+    done = [engine_events.as_cells(event) for event in engine_events.from_meta(exported.meta.get("engine_events"))]
+    engines.events.take([*scopes, *names, *_clock_events(exported.meta), *done])
     source = SlotsInMemory(layout, slots)
     engines.begin(source)
     engines.take(slots)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from kvhook.errors import TraceFormatError
 from kvhook.facts import NEEDED_COLUMNS
 from kvhook.records.clock import Clock, Ints, readings_in
+from kvhook.records.engine_events import EngineEvent
 from kvhook.records.engines import Engines
 from kvhook.records.events import Events, Scope, described
 from kvhook.records.sources import SlotSource
 from kvhook.ring.layout import Column, Header, make_layout
 
-_BEGAN_AND_ENDED = (Scope._fields.index("began_ns"), Scope._fields.index("ended_ns"))
+E = TypeVar("E", Scope, EngineEvent)
 
 
 class Run:
@@ -61,6 +62,7 @@ class Run:
         self._engines: Engines | None = None
         self._meta: dict[str, Any] = {}
         self._scopes: list[Scope] | None = None
+        self._engine_events: list[EngineEvent] | None = None
         self._clock: Clock | None = None
         self._clocks: dict[int, Clock] | None = None
         self._more_events = events
@@ -108,15 +110,24 @@ class Run:
         """The scopes of the run, in the order in which they began: ``with session.scope(...)`` blocks, and the calls of
         ``LLM.generate`` and the like."""
         if self._scopes is None:
-            scopes = described(self.engines.events.scopes.values())
-            engines = np.array([s.engines[0] if s.engines else -1 for s in scopes], np.int64)
-            began, ended = (
-                self.unix(engines, np.array([s[at] for s in scopes], np.int64)).tolist() for at in _BEGAN_AND_ENDED
-            )
-            self._scopes = [
-                s._replace(began_unix_ns=b, ended_unix_ns=e) for s, b, e in zip(scopes, began, ended, strict=True)
-            ]
+            self._scopes = self._with_unix(described(self.engines.events.scopes.values()))
         return self._scopes
+
+    @property
+    def engine_events(self) -> list[EngineEvent]:
+        """What was done to the engines between their steps, in the order in which it began: sleep and wake-up, new
+        weights, a prefix cache that was reset, LoRA adapters that came and went."""
+        if self._engine_events is None:
+            found = self.engines.events.engine_events
+            self._engine_events = self._with_unix([found[number] for number in sorted(found)])
+        return self._engine_events
+
+    def _with_unix(self, found: list[E]) -> list[E]:
+        """The same with their times since 1970."""
+        engines = np.array([one.engines[0] if one.engines else -1 for one in found], np.int64)
+        times = (np.array([(one.began_ns, one.ended_ns) for one in found], np.int64).reshape(-1, 2)).T
+        began, ended = (self.unix(engines, ns).tolist() for ns in times)
+        return [one._replace(began_unix_ns=b, ended_unix_ns=e) for one, b, e in zip(found, began, ended, strict=True)]
 
     def unix(self, engines: Ints, ns: Ints) -> Ints:
         """Monotonic nanoseconds of these engines as nanoseconds since 1970; -1 where they are not known."""
@@ -181,6 +192,7 @@ class Run:
             "clocks": self.clock.readings,
             "clock_drift_ns": self.clock.drift_ns,
             "scopes": [scope._asdict() for scope in self.scopes],
+            "engine_events": [event._asdict() for event in self.engine_events],
             "labels": list(self.names("label").values()),
             "part": "",
             **({"faults": faults} if faults else {}),

@@ -30,6 +30,8 @@ _NUMBERS = (
     "first_step",
     "last_step",
 )
+#: So many engine events of a run are marked in the charts.
+_MOST_MARKS = 1000
 #: The page may load nothing: neither a script, nor a picture, nor data.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 
@@ -67,6 +69,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         Section("other-caches", "Other caches", other_caches.section(runs)),
         Section("requests", "Requests", ""),
         Section("scopes", "Scopes and calls", tables.scopes(runs)),
+        Section("events", "What was done to the engines", tables.engine_events(runs)),
         Section("settings", "Settings of the engines", tables.settings(runs)),
         Section("kvhook", "What kvhook cost", tables.cost(runs)),
     ]
@@ -169,6 +172,7 @@ def _run(run: Run, blob: Blob) -> dict[str, Any]:
             key: [blob.add(share.bounds, "f8"), blob.add(share.shares, "f4")] for key, share in run.shares.items()
         },
         "requests": _requests(run.requests, begin, blob),
+        "marks": [[e.began_ns / 1e9 - begin, e.text] for e in run.engine_events[:_MOST_MARKS]],
     }
 
 

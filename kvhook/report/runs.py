@@ -15,6 +15,7 @@ from kvhook.analysis.timeline import timeline_of_cores
 from kvhook.analysis.totals import Totals
 from kvhook.analysis.values import Values
 from kvhook.records.core import CoreRecords
+from kvhook.records.engine_events import EngineEvent
 from kvhook.records.events import Scope
 from kvhook.records.tables import Records, reason_texts
 from kvhook.report.buckets import Floats
@@ -67,6 +68,7 @@ class Run:
     why_no_core: str
     core_facts: list[dict[str, Any]]
     scopes: list[Scope] = dataclasses.field(default_factory=list)
+    engine_events: list[EngineEvent] = dataclasses.field(default_factory=list)
     #: what other KV caches would have found; or why that is not known
     other_caches: WhatIf | str = "it was not computed"
 
@@ -113,6 +115,7 @@ def read(records: Records, cores: CoreRecords, name: str) -> Run:
         cores.why_none,
         cores.facts,
         records.scopes,
+        records.engine_events,
     )
 
 

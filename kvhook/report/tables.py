@@ -9,6 +9,7 @@ from typing import Any
 from kvhook.analysis.compare import side_by_side
 from kvhook.analysis.diagnosis.finding import INFERRED
 from kvhook.analysis.settings import settings_of
+from kvhook.records.engine_events import KINDS, EngineEvent
 from kvhook.records.events import Scope
 from kvhook.report.runs import Run
 from kvhook.text.compare import cell
@@ -127,8 +128,8 @@ def misses(run: Run) -> str:
     return f"<h4>{escape(run.name)}: why look-ups found no more</h4>{wide(table(['', 'look-ups', 'tokens'], rows))}"
 
 
-#: Scopes that are listed of each run.
-_SCOPES = 100
+#: Scopes, and engine events, that are listed of each run.
+_SCOPES = _EVENTS = 100
 
 
 def scopes(runs: Sequence[Run]) -> str:
@@ -150,6 +151,27 @@ def _scope(run: Run, scope: Scope) -> Sequence[str]:
     prompts = f"{scope.num_prompts:,}" if scope.num_prompts >= 0 else ""
     began = f"{scope.began_ns / 1e9 - run.begin:.3f} s"
     return scope.path or scope.name, began, took, prompts, "yes" if scope.warmup else "", scope.params
+
+
+def engine_events(runs: Sequence[Run]) -> str:
+    """What was done to the engines between their steps."""
+    heads = ["", "began", "took", "engines", "calls", "outcome"]
+    found = []
+    for run in runs:
+        if not run.engine_events:
+            continue
+        events = run.engine_events[:_EVENTS]
+        more = f" (the first {_EVENTS} of {len(run.engine_events):,})" if len(run.engine_events) > _EVENTS else ""
+        rows = [_event(run, event) for event in events]
+        found.append(f"<h4>{escape(run.name)}{more}</h4>{wide(table(heads, rows))}")
+    return "".join(found) or "<p class=absent>Nothing: no sleep, no new weights, no cache that was reset.</p>"
+
+
+def _event(run: Run, event: EngineEvent) -> Sequence[str]:
+    what = f"{KINDS.get(event.kind, event.kind)}{f' ({event.detail})' if event.detail else ''}"
+    took = seconds(event.took) if event.took is not None else "has not ended"
+    engines = ", ".join(map(str, event.engines)) or "all"
+    return what, f"{event.began_ns / 1e9 - run.begin:.3f} s", took, engines, f"{event.calls:,}", event.outcome
 
 
 def cost(runs: Sequence[Run]) -> str:

@@ -12,6 +12,10 @@
        96  u64 state: 1 live, 2 closed                 104  u64 header bytes, a multiple of 4096
       112  u64 crc32 of the words above, without the state
       128  u64 head: records published so far, alone in its cache line
+      192  u64 what was last done to the engine: engine events so far << 8 | code of its kind
+      200  u64 monotonic ns of that
+      208  u64 code of the kind that the engine rests by (sleep, pause); 0 if it does not
+      216  u64 monotonic ns since when
       256  schema: JSON that names every field with its offset, and the facts about the engine
     slots, from `header bytes` on, each `slot bytes` long (a multiple of 64)
         0  u64 stamp: 2n+1 while record n is being written, 2n+2 when it is whole
@@ -60,6 +64,7 @@ SEAL_AT = FIXED.size - 8
 #: Offsets of the words that change later, as indices into ``memoryview.cast("Q")``.
 STATE_WORD = 96 // 8
 HEAD_WORD = 128 // 8
+EVENT_WORD, EVENT_TIME_WORD, REST_WORD, REST_TIME_WORD = 192 // 8, 200 // 8, 208 // 8, 216 // 8
 
 #: Slot offsets in bytes.
 STAMP_AT, CRC_AT, BODY_AT, FIELDS_AT = 0, 8, 16, 32

@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvhook.errors import TraceFormatError
-from kvhook.ring.layout import CLOSED, HEAD_WORD, MAX_RECORDS, SCHEMA_AT, STATE_WORD, Header
+from kvhook.ring.layout import (
+    CLOSED,
+    EVENT_TIME_WORD,
+    EVENT_WORD,
+    HEAD_WORD,
+    MAX_RECORDS,
+    REST_TIME_WORD,
+    REST_WORD,
+    SCHEMA_AT,
+    STATE_WORD,
+    Header,
+)
 from kvhook.ring.place import is_alive, pid_namespace
 from kvhook.ring.slots import CHUNK_BYTES, refute_by_crc, slot_head, whole
 from kvhook.ring.trace_file import read_header
@@ -77,6 +88,18 @@ class RingReader:
     def head(self) -> int:
         """Records published so far."""
         return self._words[HEAD_WORD]
+
+    @property
+    def last_event(self) -> tuple[int, int] | None:
+        """The code of the kind of what was last done to the engine, and when (monotonic ns); None if nothing was."""
+        code = self._words[EVENT_WORD] & 0xFF
+        return (code, self._words[EVENT_TIME_WORD]) if code else None
+
+    @property
+    def rest(self) -> tuple[int, int] | None:
+        """The code of what the engine rests by, and since when (monotonic ns); None if it does not."""
+        code = self._words[REST_WORD]
+        return (code, self._words[REST_TIME_WORD]) if code else None
 
     @property
     def closed(self) -> bool:

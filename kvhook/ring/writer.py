@@ -14,8 +14,12 @@ from kvhook import _step, forks
 from kvhook.ring.layout import (
     BODY_AT,
     CLOSED,
+    EVENT_TIME_WORD,
+    EVENT_WORD,
     HEAD_WORD,
     MAX_CAPACITY,
+    REST_TIME_WORD,
+    REST_WORD,
     STATE_WORD,
     Layout,
     pack_header,
@@ -84,6 +88,22 @@ class RingWriter:
     def head(self) -> int:
         """Records published so far."""
         return self._last_head if self.closed else self.words[HEAD_WORD]
+
+    def note_event(self, code: int, rest: bool | None = None) -> None:
+        """Something was done to the engine, see `kvhook.records.engine_events`: readers see the last such event. Any
+        thread may call it.
+
+        Args:
+            code: of its kind, from 1 to 255.
+            rest: whether the engine rests from now on; None if that does not change.
+        """
+        if not self.closed and self._generation == _generation:
+            words = self.words
+            words[EVENT_TIME_WORD] = now = time.monotonic_ns()
+            if rest is not None:
+                words[REST_TIME_WORD] = now
+                words[REST_WORD] = code if rest else 0
+            words[EVENT_WORD] = (words[EVENT_WORD] >> 8) + 1 << 8 | code
 
     def close(self) -> None:
         """Mark the ring closed. The file stays: its records can still be read. Closing twice is fine.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from kvhook.analysis.live import View
+from kvhook.records.engine_events import KINDS
 from kvhook.text.core_report import LIMITS
 from kvhook.text.numbers import count, percent, seconds
 
@@ -102,8 +103,9 @@ def _detail(v: View, width: int, ascii_only: bool) -> Iterator[str]:
     yield f"latency     TTFT {_two(v.ttft)}; ITL {_two(v.itl)} (p50, p99)"
     yield f"steps       {v.steps:,}; {_rate(v.steps_rate)}/s, {_two(v.step_time)} (p50, p99)"
     often = [(LIMITS.get(why, why), share) for why, share in v.limits if share >= 0.01]
+    done = f"{KINDS[v.last_event[0]]}, {seconds(v.last_event[1])} ago" if v.last_event else ""
     yield f"limited by  {', '.join(f'{why} {share:.0%}' for why, share in often) or '-'}"
-    yield f"            {advice(v)}"
+    yield f"            {advice(v) or done}"
     cost = (
         "not measured yet" if v.cost is None else f"{seconds(v.cost)} a step, {percent(v.cost_share, 2)} of their time"
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kvhook.analysis.accounts import Account
 from kvhook.analysis.distribution import Distribution
+from kvhook.analysis.engine_events import EventTotal
 from kvhook.analysis.summary import LeftOut, Summary
+from kvhook.records.engine_events import KINDS
 from kvhook.records.levels import tokens_are_known
 from kvhook.text.cache import cache_lines, group_lines
 from kvhook.text.core_report import LIMITS, again
@@ -15,6 +17,8 @@ from kvhook.text.diagnosis import finding_lines
 from kvhook.text.numbers import count, percent, rate, seconds
 
 _WIDTH = 16
+#: The longest text of a row that is wrapped.
+_LONGEST = 80
 _NO_STEP = "on an event loop (AsyncLLM) there is no step that could be timed"
 
 
@@ -89,6 +93,8 @@ def _lines(s: Summary) -> Iterator[str]:
         yield _row("speculative", _drafts(s))
     if s.max_loras and not s.by_lora_name:
         yield _row("LoRA", f"on, at most {s.max_loras} adapters in a batch; no finished request had one")
+    if s.engine_events:
+        yield from rows_of("engine events", map(_event, s.engine_events))
     yield ""
     yield from _queue(s)
     yield ""
@@ -120,6 +126,25 @@ def _lines(s: Summary) -> Iterator[str]:
         if not i:
             yield ""
         yield _row("" if i else "diagnosis", line)
+
+
+def rows_of(name: str, texts: Iterable[str]) -> Iterator[str]:
+    """Rows that hold these texts with commas between them, each row as many as fit."""
+    line = ""
+    for text in texts:
+        if line and len(line) + len(text) > _LONGEST:
+            yield _row(name, f"{line},")
+            name, line = "", text
+        else:
+            line = f"{line}, {text}" if line else text
+    yield _row(name, line)
+
+
+def _event(total: EventTotal) -> str:
+    times = "once" if total.calls == 1 else f"{total.calls:,} times"
+    bad = [f"{n:,} {what}" for what, n in (("refused", total.refused), ("failed", total.failed)) if n]
+    more = ", ".join([seconds(total.seconds), *bad] if total.seconds >= 0.0005 else bad)
+    return f"{KINDS.get(total.kind, total.kind)} {times}{f' ({more})' if more else ''}"
 
 
 def _left_out(left: LeftOut) -> str:

@@ -85,14 +85,14 @@ def _assigned(cls: ast.ClassDef) -> Iterator[str]:
                     yield node.attr
 
 
-def _folders(place: Path) -> Iterator[Path]:
+def folders(place: Path) -> Iterator[Path]:
     if place.name == "vllm" and (place / "v1").is_dir():
         yield place
     else:
         yield from (path.parent for path in place.glob("lib/python*/site-packages/vllm/_version.py"))
 
 
-def _release_of(folder: Path) -> str:
+def release_of(folder: Path) -> str:
     text = (folder / "_version.py").read_text(encoding="utf-8")
     (release,) = re.findall(r"^__version__ = version = '(\d+\.\d+\.\d+(?:\.post\d+)?)", text, re.MULTILINE)
     return str(release)
@@ -103,8 +103,8 @@ def main() -> None:
     known = json.loads(FACTS.read_text()) if FACTS.exists() else {}
     for place in sys.argv[1:]:
         named, _, where = place.rpartition("=")
-        for folder in _folders(Path(where)):
-            release = named or _release_of(folder)
+        for folder in folders(Path(where)):
+            release = named or release_of(folder)
             known[release] = read(folder)
             print(release, folder)
     known = {release: found for release, found in known.items() if found}  # some have no V1

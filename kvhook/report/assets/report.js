@@ -1,6 +1,6 @@
 // Puts the page together.
 
-const page = { lines: [], requests: [], charts: [] };
+const page = { lines: [], requests: [], charts: [], marks: [] };
 
 function says(place, text, run) {
   const name = model.runs.length > 1 ? `${model.runs[run].name}: ` : "";
@@ -50,7 +50,9 @@ async function start() {
   model.runs.forEach((run, r) => {
     page.lines.push(...run.lines.map((line) => unpackLine(r, line)));
     page.requests.push(unpackRequests(r, run.requests));
+    page.marks.push(...run.marks);
   });
+  page.marks.sort((a, b) => a[0] - b[0]);
   setLimits(page.lines, page.requests);
   model.charts.forEach(draw);
   const timeline = document.getElementById("timeline");

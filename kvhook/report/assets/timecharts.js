@@ -54,7 +54,7 @@ class TimeChart {
           sync: { key: "time", scales: ["x", null], setSeries: false },
           bind: { dblclick: () => () => setView(view.first, view.last) },
         },
-        hooks: { setSelect: [(u) => this.selected(u)] },
+        hooks: { setSelect: [(u) => this.selected(u)], draw: [drawMarks] },
       },
       [[], ...series.slice(1).map(() => [])],
       this.plot,
@@ -132,6 +132,31 @@ class TimeChart {
   repaint() {
     this.u.redraw(false, true);
   }
+}
+
+// What was done to the engines, as upright lines; its text where there is room for it.
+function drawMarks(u) {
+  const c = u.ctx, ratio = devicePixelRatio || 1, { left, top, width, height } = u.bbox;
+  c.save();
+  c.strokeStyle = c.fillStyle = style("--quiet");
+  c.lineWidth = ratio;
+  c.setLineDash([3 * ratio, 3 * ratio]);
+  c.font = `${10 * ratio}px system-ui, sans-serif`;
+  c.textBaseline = "top";
+  let free = left;
+  for (const [time, text] of page.marks) {
+    if (time < view.from || time > view.to) continue;
+    const x = Math.round(u.valToPos(time, "x", true)) + 0.5;
+    c.beginPath();
+    c.moveTo(x, top);
+    c.lineTo(x, top + height);
+    c.stroke();
+    const wide = c.measureText(text).width + 4 * ratio;
+    if (x < free || x + wide > left + width) continue;
+    c.fillText(text, x + 3 * ratio, top + 2 * ratio);
+    free = x + wide;
+  }
+  c.restore();
 }
 
 function fade(hex, alpha) {
