@@ -82,6 +82,9 @@ def _rules(sched: Any, found: Mapping[str, Any]) -> dict[str, Any]:
         "max_model_len": _plain(getattr(sched, "max_model_len", None)),
         # from 0.19: a request is admitted only if its whole prompt finds room
         "whole_prompt_must_fit": bool(getattr(sched, "scheduler_reserve_full_isl", False)),
+        # 0.19 and 0.20: whether it does is asked before blocks are asked for
+        "room_is_asked_first": bool(getattr(sched, "scheduler_reserve_full_isl", False))
+        and hasattr(found["manager"], "can_fit_full_sequence"),
         "empty_blocks_first": _empty_blocks_first(sched, found),
         # 0 for models that are given text only
         "encoder_budget": int(getattr(sched, "max_num_encoder_input_tokens", 0) or 0),
