@@ -6,7 +6,9 @@ imports vLLM: it patches modules that are loaded, and waits with wrapt's post-im
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import wrapt
@@ -120,6 +122,18 @@ def _patch_family(adapters: list[Adapter]) -> None:
             _patch(adapter, found)
 
 
+def _maker(role: str) -> Callable[[Any], tuple[Any, Callable[[], None]]]:
+    """What makes the wrapper for a role, and what stops it."""
+    if role == "settings":
+        return _settings
+    return stoppable_step if role == "engine_step" else functools.partial(stoppable, role)
+
+
+def _settings(envs: Any) -> tuple[Any, Callable[[], None]]:
+    made = Settings(envs)
+    return made, made.forget
+
+
 def _patch(adapter: Adapter, found: tuple[Target, ...]) -> None:
     """Patch every target, or none. What is patched already, for another engine, stays."""
     new: list[Patch] = []
@@ -130,17 +144,11 @@ def _patch(adapter: Adapter, found: tuple[Target, ...]) -> None:
             parent, attribute, original = wrapt.resolve_path(sys.modules[module], name)
             if not target.role or any(p.parent is parent and p.attribute == attribute for p in registry.patches):
                 continue
-            wrapper: Any
-            if target.role == "settings":
-                wrapper = Settings(original)
-                stop = wrapper.forget
-            elif target.role == "engine_step":
-                wrapper, stop = stoppable_step(original)
-            else:
-                wrapper, stop = stoppable(target.role, original)
+            make = _maker(target.role)
+            wrapper, stop = make(original)
             inherited = attribute not in vars(parent)
             setattr(parent, attribute, wrapper)
-            new.append(Patch(parent, attribute, original, wrapper, inherited, stop))
+            new.append(Patch(parent, attribute, original, wrapper, inherited, stop, make))
     except BaseException:
         for patch in reversed(new):
             restore(patch)

@@ -24,6 +24,7 @@ from kvhook.adapters.table import Adapter, Target
 from kvhook.faults import USERS
 from kvhook.hooks.own_step import OutputCounts
 from kvhook.hooks.quiet import do_nothing
+from kvhook.hooks.reach import is_of, reaches
 
 log = logging.getLogger("kvhook")
 
@@ -72,7 +73,8 @@ class Owner(Protocol):
 
 class Patch(NamedTuple):
     """A name that was replaced: ``vars(parent)[attribute]`` was `original`, or it was inherited. ``stop`` makes the
-    wrapper do nothing any more, for the case that somebody else holds on to it."""
+    wrapper do nothing any more, for the case that somebody else holds on to it. ``make`` makes another, and its
+    ``stop``."""
 
     parent: Any
     attribute: str
@@ -80,6 +82,7 @@ class Patch(NamedTuple):
     wrapper: Any
     inherited: bool
     stop: Callable[[], None] = do_nothing
+    make: Callable[[Any], tuple[Any, Callable[[], None]]] | None = None
 
 
 class PatchedAdapter(NamedTuple):
@@ -200,17 +203,24 @@ class Registry:
             self.fault("taking kvhook out of an engine", error, "what is left there does nothing")
 
     def put_again(self) -> None:
-        """Put in place those of our wrappers in whose place somebody has put what was there before: whoever takes out a
-        wrapper that is below ours often does it so, and takes ours out as well."""
-        for patch in self.patches:
+        """Patch again where somebody has put back what was there before our wrapper: whoever takes out a wrapper that
+        is below ours often takes ours out with it. The old one does nothing from then on, wherever it is."""
+        for at, patch in enumerate(self.patches):
             now = vars(patch.parent).get(patch.attribute)
-            if now is None if patch.inherited else now is patch.original:
-                setattr(patch.parent, patch.attribute, patch.wrapper)
-                self.warn_once(
-                    "kvhook: somebody has put back %s as it was before kvhook.install(), and has taken kvhook's wrapper"
-                    " out with theirs. It is in place again",
-                    f"{getattr(patch.parent, '__name__', 'vLLM')}.{patch.attribute}",
-                )
+            if patch.make is None or now is patch.wrapper:
+                continue
+            if now is not None and (reaches(now, patch.wrapper) or not is_of(now, patch.original)):
+                continue  # somebody's wrapper over ours; or a step of somebody's own, which is recorded otherwise
+            patch.stop()
+            below = getattr(patch.parent, patch.attribute, patch.original) if now is None else now
+            wrapper, stop = patch.make(below)
+            setattr(patch.parent, patch.attribute, wrapper)
+            self.patches[at] = Patch(patch.parent, patch.attribute, below, wrapper, now is None, stop, patch.make)
+            self.warn_once(
+                "kvhook: somebody has put back %s as it was before kvhook.install(), and has taken kvhook's wrapper out"
+                " with theirs. kvhook has put a new one there",
+                f"{getattr(patch.parent, '__name__', 'vLLM')}.{patch.attribute}",
+            )
 
     def flush(self) -> None:
         """Publish what waits for the next step of an engine, of those that this thread runs.

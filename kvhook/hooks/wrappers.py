@@ -175,9 +175,10 @@ def on_engine_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     try:
         signature = inspect.signature(wrapped)
         arguments = signature.bind(*args, **kwargs)
-        stats_were_on = bool(arguments.arguments["log_stats"])
+        named = where_named(arguments, "log_stats")
+        stats_were_on = bool(named["log_stats"])
         if adapter.level == "full":
-            arguments.arguments["log_stats"] = True
+            named["log_stats"] = True
         if not stats_were_on:
             arguments.arguments |= {n: make() for n, make in adapter.quiet.items() if n in signature.parameters}
         args, kwargs = arguments.args, arguments.kwargs
@@ -199,6 +200,15 @@ def on_engine_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         if not stats_were_on and adapter.timed and adapter.tap == "manager":
             make_no_stats(instance, "")
     return result
+
+
+def where_named(arguments: inspect.BoundArguments, name: str) -> dict[str, Any]:
+    """Where an argument is among those of a call: among the ``**kwargs``, if somebody's wrapper takes it so."""
+    parameters = arguments.signature.parameters
+    rest = next((p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD), "")
+    if name in parameters or not rest:
+        return arguments.arguments
+    return arguments.arguments.setdefault(rest, {})  # type: ignore[no-any-return]
 
 
 def on_manager(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -231,7 +241,7 @@ def on_core(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if owner is not None and building.get() is not None:
         try:
             arguments = inspect.signature(wrapped).bind(*args, **kwargs)
-            arguments.arguments["log_stats"] = True
+            where_named(arguments, "log_stats")["log_stats"] = True
             args, kwargs = arguments.args, arguments.kwargs
         except USERS:
             raise
