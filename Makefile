@@ -10,7 +10,7 @@ RUNNER := $(shell command -v python3 || command -v python3.11 || command -v pyth
 SETUP = $(RUNNER) -IS tests/engines/setup_env.py $(if $(PYTHON),--python "$(PYTHON)")
 PY := .venv/bin/python
 
-.PHONY: help setup demo test lint types docs docs-outputs package clean-env matrix surroundings torture
+.PHONY: help setup demo test lint types docs docs-outputs package clean-env matrix surroundings torture soak
 
 help:
 	@echo "make demo       run kvhook on a real vLLM engine (CPU) and show what it saw"
@@ -24,6 +24,7 @@ help:
 	@echo "make matrix     run the truth tests on ten vLLM releases, 0.6.6 to 0.32.0; one: make matrix VLLM=0.9.2"
 	@echo "make surroundings  the tests that need no engine, as background job, from cron, in other locales ..."
 	@echo "make torture    the step path in C under ASan and UBSan, its reference counts, and its ring; half an hour"
+	@echo "make soak       an engine that plays 2,000 steps a second, with readers that are killed; half an hour"
 	@echo "make clean-env  remove .venv"
 	@echo
 	@echo "PYTHON=/path/to/python3.11 chooses the Python for .venv."
@@ -67,6 +68,10 @@ surroundings: setup
 # See tests/step/torture.py. Needs gcc with its sanitizers.
 torture: setup
 	$(PY) tests/step/torture.py $(ARGS)
+
+# See tests/faults/soak.py. KVHOOK_SOAK_SECONDS says how long; half an hour if it is not set.
+soak: setup
+	KVHOOK_SOAK_SECONDS=$${KVHOOK_SOAK_SECONDS:-1800} $(PY) -m tests.faults.soak $(ARGS)
 
 clean-env:
 	rm -rf .venv

@@ -25,7 +25,7 @@ with contextlib.suppress(ImportError):  # some environments of the matrix do wit
     settings.load_profile("kvhook")
 
 #: Variables of the tests' own, which the user may set.
-FOR_THE_TESTS = ("KVHOOK_KILLS", "KVHOOK_PURE", "KVHOOK_SEEDS")
+FOR_THE_TESTS = ("KVHOOK_ALL_FAULTS", "KVHOOK_KILLS", "KVHOOK_PURE", "KVHOOK_SEEDS", "KVHOOK_SOAK_SECONDS")
 #: A terminal sends these to all that it has started. Whoever starts the tests in the background of a script has them
 #: ignored, and means it; a test that sends one to a program of its own sees to it that this program minds it.
 OF_THE_TERMINAL = {signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}

@@ -103,6 +103,8 @@ class Recorder:
             self.ring.close()
             # the session keeps its recorders; these functions would keep the ring mapped as long
             self.functions = StepFunctions.none()
+            # some 10 KB that are not needed any more
+            self.compiled = self.compiled._replace(source="", names={})
 
 
 def process_facts() -> dict[str, Any]:

@@ -1,0 +1,176 @@
+"""A long run of an engine that plays its steps, 2,000 a second: spool, `kvhook top --once`, `kvhook tail` and readers
+that are killed at random. Nothing may be lost, and nothing may grow.
+
+    python -m tests.faults.soak            # 8 seconds
+    KVHOOK_SOAK_SECONDS=1800 make soak     # the long form
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import kvhook
+from tests.standin import fake_vllm, step_stats
+
+RATE = 2000
+#: Bytes of history that are kept: the long form goes over it many times, and the oldest part is dropped.
+HISTORY = 64 << 20
+READERS = (["top", "--once"], ["ls"], ["tail"])
+
+
+class Soaked(NamedTuple):
+    """What came of it."""
+
+    seconds: float
+    steps: int
+    #: steps that are there, the number of the last one, and records of all kinds
+    recorded: int
+    last: int
+    published: int
+    there: int
+    #: records that fell out of the bounded history, and those that are lost
+    dropped: int
+    lost: int
+    faults: int
+    readers: int
+    killed: int
+    grown_kb: int
+    descriptors: int
+    threads: int
+    disk_bytes: int
+    #: steps that were not given in time, because the machine did something else
+    late: int
+
+    def complaints(self) -> list[str]:
+        """What is not as it must be."""
+        wrong = []
+        if self.lost or self.there + self.dropped != self.published:
+            wrong.append(f"{self.lost} records are lost")
+        if self.last != self.steps - 1 or (self.recorded != self.steps and not self.dropped):
+            wrong.append(f"{self.recorded} of {self.steps} steps are there, the last is number {self.last}")
+        if self.faults:
+            wrong.append(f"{self.faults} faults in kvhook")
+        if self.grown_kb > 48 << 10:
+            wrong.append(f"the process has grown by {self.grown_kb} KB")
+        if self.descriptors > 2 or self.threads > 0:
+            wrong.append(f"{self.descriptors} descriptors and {self.threads} threads more than after the first second")
+        if self.disk_bytes > HISTORY + (16 << 20):
+            wrong.append(f"{self.disk_bytes} bytes on disk")
+        return wrong
+
+
+def memory_kb() -> int:
+    """Resident memory of this process, without files that are mapped."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+class Readers:
+    """Other processes that look at the ring, of which some are killed while they do."""
+
+    def __init__(self, seed: int) -> None:
+        self.random, self.running, self.begun, self.killed = random.Random(seed), list[subprocess.Popen[bytes]](), 0, 0
+
+    def look_after(self) -> None:
+        """Begin one if there is none; kill it perhaps."""
+        self.running = [each for each in self.running if each.poll() is None]
+        if not self.running:
+            verb = self.random.choice(READERS)
+            quiet = subprocess.DEVNULL
+            self.running.append(
+                subprocess.Popen([sys.executable, "-m", "kvhook", *verb], stdin=quiet, stdout=quiet, stderr=quiet)
+            )
+            self.begun += 1
+        elif self.random.random() < 0.2:
+            self.running[0].kill()
+            self.running[0].wait()
+            self.killed += 1
+
+    def end(self) -> None:
+        for each in self.running:
+            each.kill()
+            each.wait()
+
+
+def soak(seconds: float, seed: int = 1) -> Soaked:
+    """Let it run."""
+    readers = Readers(seed)
+    with fake_vllm() as vllm, kvhook.install(history=HISTORY, core="off") as session:
+        engine = vllm.engine()
+        stats = step_stats(num_running_reqs=8, kv_cache_usage=0.5, generated=8, itl=[0.01, 0.02, 0.03])
+        start = time.monotonic()
+        steps = late = 0
+        before = (0, 0, 0)
+        tick = 0.0
+        while (elapsed := time.monotonic() - start) < seconds:
+            due = min(int(elapsed * RATE), steps + RATE)
+            late += due - steps > RATE // 4
+            engine.plan += [stats] * (due - steps)
+            while engine.plan:
+                engine.step()
+            steps = max(steps, due)
+            if elapsed - tick > 0.5:
+                readers.look_after()
+                session.summary()
+                tick = elapsed
+                if elapsed > seconds / 8 and not before[0]:
+                    before = memory_kb(), len(os.listdir("/proc/self/fd")), threads()
+            time.sleep(0.001)
+        readers.end()
+        grown, descriptors = memory_kb() - before[0], len(os.listdir("/proc/self/fd")) - before[1]
+        health, trace = session.health(), session.trace()
+        meta, numbers = trace.meta, trace.steps(columns=["step"])["step"]
+        files = {os.fstat(fd).st_ino: os.fstat(fd) for fd in map(int, os.listdir("/proc/self/fd")) if _is_trace(fd)}
+        return Soaked(
+            time.monotonic() - start,
+            steps,
+            len(numbers),
+            int(numbers[-1]),
+            health.records,
+            meta["records"],
+            meta["records_dropped"],
+            meta["records_lost"],
+            len(health.seams),
+            readers.begun,
+            readers.killed,
+            grown,
+            descriptors,
+            threads() - before[2],
+            sum(each.st_size for each in files.values()),
+            late,
+        )
+
+
+def _is_trace(fd: int) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}").endswith(".kvh")
+    except OSError:
+        return False
+
+
+def main() -> int:
+    """Prints what came of it; 1 if something is wrong."""
+    seconds = float(os.environ.get("KVHOOK_SOAK_SECONDS") or 8)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["KVHOOK_DIR"] = folder
+        found = soak(seconds)
+    for name, value in found._asdict().items():
+        print(f"{name:12} {value:,.0f}")
+    for complaint in found.complaints():
+        print(f"WRONG: {complaint}")
+    return 1 if found.complaints() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
