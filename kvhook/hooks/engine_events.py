@@ -13,6 +13,7 @@ from typing import Any
 import wrapt
 
 from kvhook.adapters.engine_events import ANY, METHODS, Told, describe
+from kvhook.faults import USERS
 from kvhook.hooks.registry import Patch, registry
 from kvhook.records.engine_events import DONE, REFUSED
 
@@ -83,7 +84,9 @@ def _begin(method: str, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> 
         if told is None or told.kind in _inside.get():
             return None
         return told, owner.begin_engine_event(instance, told)
-    except Exception as error:
+    except USERS:
+        raise
+    except BaseException as error:
         registry.fault(f"noting a call of {method}", error, "this event is not in the trace")
         return None
 
@@ -91,5 +94,7 @@ def _begin(method: str, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> 
 def _end(end: End, outcome: str) -> None:
     try:
         end(outcome)
-    except Exception as error:
+    except USERS:
+        raise
+    except BaseException as error:
         registry.fault("noting the end of an engine event", error, "the trace does not say when it ended")
