@@ -25,6 +25,7 @@ from kvhook.records.imported_core import as_cores
 from kvhook.records.selection import places_of
 from kvhook.records.sources import ArraySlots, FileSlots, RenumberedSlots, SlotSource
 from kvhook.ring.layout import Header
+from kvhook.ring.notes import read_notes
 from kvhook.ring.reader import RingReader
 from kvhook.ring.trace_file import TRACE_SUFFIX, header_of
 from kvhook.schema import NAMES, STEP_FIELDS, unix_columns
@@ -268,7 +269,7 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
         if not header_of(place).capacity:
             return open_files([place], str(place))
         with RingReader(place) as reader:
-            return from_slots(reader.now(), reader.header, str(place))
+            return from_slots(reader.now(), reader.header, str(place), read_notes(place))
     except OSError as error:
         raise KvhookError(f"cannot open {place}: {error.strerror or error}{_siblings(place)}") from None
     except ValueError as error:  # a NUL in the name
@@ -385,6 +386,8 @@ def _unpickled(sources: Any, name: str, more: dict[str, Any], engines: Engines) 
     return Trace(there, name, more, engines=engines)
 
 
-def from_slots(slots: Slots, header: Header, name: str) -> Trace:
-    """Slots that came out of a ring as a trace."""
-    return Trace([ArraySlots(slots, header)], name)
+def from_slots(slots: Slots, header: Header, name: str, notes: Sequence[list[Any]] = ()) -> Trace:
+    """Slots that came out of a ring as a trace, with what is noted beside it."""
+    events = Events()
+    events.take(list(notes))
+    return Trace([ArraySlots(slots, header)], name, events=events)

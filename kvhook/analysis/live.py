@@ -72,6 +72,8 @@ class View:
     recomputed: int | None = None
     evicted: int | None = None
 
+    #: the innermost scope that goes on: its path; "" if there is none, or it is not known
+    scope: str = ""
     lost: int = 0
     #: kvhook's own time per step in seconds, and its share of the time in steps
     cost: float | None = None
@@ -144,7 +146,10 @@ class Live:
         self._history: dict[int, float] = {}
         self._last_ns = 0
         self._number = -1
+        self.engine = _int(facts.get("engine")) or 0
         self.state = "alive"
+        #: the scope that goes on, see `View.scope`
+        self.scope = ""
         self.lost = 0
         #: the code of what was last done to the engine, and when; of what it rests by (sleep, pause), and since when
         self.event: tuple[int, int] | None = None
@@ -183,7 +188,7 @@ class Live:
         begin = now_ns - int(window * 1e9)
         view = View(
             pid=self.pid,
-            engine=_int(facts.get("engine")) or 0,
+            engine=self.engine,
             model=str(facts.get("model") or ""),
             program=str(facts.get("program") or ""),
             state=self._rest_or_state(),
@@ -194,6 +199,7 @@ class Live:
             num_kv_blocks=_int(facts.get("num_kv_blocks")),
             block_size=_int(facts.get("block_size")),
             history=[self._history[second] for second in sorted(self._history)],
+            scope=self.scope if self.state == "alive" else "",
             lost=self.lost,
         )
         steps = self._steps.since(begin)

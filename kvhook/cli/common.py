@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvhook.trace import Trace
 
 
 def add_dir(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +15,27 @@ def add_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dir", type=Path, metavar="DIR", help="look for rings here only (default: KVHOOK_DIR and the usual places)"
     )
+
+
+def open_run(text: str) -> Trace:
+    """A run by what a user types: a file, a folder, a pattern, or the number of a process, whose rings are read.
+
+    Raises:
+        KvhookError: there is no such thing.
+    """
+    from kvhook.trace import open_trace
+
+    if not (text.isascii() and text.isdecimal() and len(text) < 11) or Path(text).exists():
+        return open_trace(text)
+    from kvhook.discovery.rings import ALIVE, choose, directories, find_rings
+
+    rings = find_rings(directories())
+    newest = choose(rings, int(text))
+    # several engines that work at the same time, or the one that ended last
+    alive = [
+        ring.path for ring in reversed(rings) if ring.pid == newest.pid and ring.state == ALIVE and not ring.problem
+    ]
+    return open_trace(*(alive or [newest.path]))
 
 
 def positive(text: str) -> int:

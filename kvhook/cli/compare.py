@@ -8,6 +8,7 @@ import string
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from kvhook.cli.common import open_run
 from kvhook.cli.conditions import CONDITION_HOLDS, add_fail_if, failed
 from kvhook.errors import KvhookError
 
@@ -39,7 +40,9 @@ class CompareCommand:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
-        parser.add_argument("sides", metavar="SIDE", nargs="+", help="a .kvh trace or a ring; repeats with commas")
+        parser.add_argument(
+            "sides", metavar="SIDE", nargs="+", help="a .kvh trace, an export, or a PID; repeats with commas"
+        )
         parser.add_argument(
             "--scope", metavar="NAME", help="only this scope of each run: its name or path, or a kind of call"
         )
@@ -79,7 +82,6 @@ def _side(letter: str, text: str, part: dict[str, Any]) -> Side:
     from kvhook.analysis.compare import Side
     from kvhook.analysis.series import measure
     from kvhook.analysis.settings import settings_of
-    from kvhook.trace import open_trace
 
     # a name may have a comma in it
     paths = [text] if Path(text).exists() else [part for part in text.split(",") if part]
@@ -87,7 +89,7 @@ def _side(letter: str, text: str, part: dict[str, Any]) -> Side:
         raise KvhookError(f"{text!r} names no file")
     runs, facts = [], []
     for path in paths:
-        trace = open_trace(path).select(**part)
+        trace = open_run(path).select(**part)
         cores = trace.cores()
         runs.append(measure(trace, cores))
         facts += [*trace.meta["engines"], *cores.facts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from kvhook.cli.common import open_run
 from kvhook.cli.pages import say
 from kvhook.errors import KvhookError
 
@@ -32,7 +33,7 @@ class ExportCommand:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
-        parser.add_argument("file", metavar="FILE", help="a .kvh trace or a ring")
+        parser.add_argument("file", metavar="FILE", help="a .kvh trace, an export, or a PID")
         parser.add_argument("out", metavar="OUT", help="the file to write, or a folder of many runs")
         parser.add_argument("--run", metavar="NAME", help="the run's name in a folder of many (default: FILE's name)")
         parser.add_argument("--format", choices=["mooncake"], help="what OUT holds, where its suffix does not say it")
@@ -45,9 +46,7 @@ class ExportCommand:
 
     def run(self, args: argparse.Namespace) -> int:
         """Write it, and say what was written."""
-        from kvhook.trace import open_trace
-
-        trace = open_trace(args.file)
+        trace = open_run(args.file)
         try:
             if args.format == "mooncake":
                 from kvhook.export.mooncake import write

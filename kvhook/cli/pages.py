@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvhook.cli.common import open_run
 from kvhook.errors import KvhookError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def add_pages(parser: argparse.ArgumentParser, default: str, what: str) -> None:
     """``TRACE...``, ``--out`` and ``--force``."""
-    parser.add_argument("traces", metavar="TRACE", nargs="+", help="a .kvh trace, a ring, or what was exported")
+    parser.add_argument("traces", metavar="TRACE", nargs="+", help="a .kvh trace, an export, or a PID")
     parser.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path(default), help=what)
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
 
@@ -31,12 +32,11 @@ def read_runs(args: argparse.Namespace, *, other_caches: bool = False) -> list[R
     from kvhook.report import other_caches as caches
     from kvhook.report.runs import read
     from kvhook.report.write import check, names_of
-    from kvhook.trace import open_trace
 
     check(args.out, args.force)
     runs = []
     for path, name in zip(args.traces, names_of(args.traces), strict=True):
-        trace = open_trace(path)
+        trace = open_run(path)
         cores = trace.cores()
         run = read(trace, cores, name)
         # the summary leaves warm-up out, the charts show it

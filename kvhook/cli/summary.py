@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 
-from kvhook.cli.common import positive
+from kvhook.cli.common import open_run, positive
 from kvhook.cli.conditions import CONDITION_HOLDS, add_fail_if, failed
 
 
 class SummaryCommand:
     """Print the summary of a recorded run, or of several side by side.
 
-    FILE is a .kvh trace, or the ring of a process (kvhook ls names them). With more than one FILE there is a column
-    for each; they may be of different vLLM versions. Which differences are more than chance says kvhook compare.
+    FILE is a .kvh trace, what was exported from one, or the number of a process: then its ring is read, which holds
+    the last steps (kvhook ls). With more than one FILE there is a column for each; they may be of different vLLM
+    versions. Which differences are more than chance says kvhook compare.
 
     What a program marked as warm-up is left out unless --warmup is given; --scope and --label choose a part of a run.
     The exit code is 3 if a condition of --fail-if is true for one of the files, 1 if one of its numbers is not known.
@@ -32,7 +33,7 @@ class SummaryCommand:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
-        parser.add_argument("files", metavar="FILE", nargs="+", help="a .kvh trace or a ring")
+        parser.add_argument("files", metavar="FILE", nargs="+", help="a .kvh trace, an export, or a PID")
         add_fail_if(parser, "prefix_cache_hit_rate < 0.8")
         parser.add_argument(
             "--windows", type=positive, default=0, metavar="N", help="show also how it went, in N windows of equal time"
@@ -51,9 +52,8 @@ class SummaryCommand:
     def run(self, args: argparse.Namespace) -> int:
         """Print it."""
         from kvhook.text.compare import table_of
-        from kvhook.trace import open_trace
 
-        traces = [open_trace(file) for file in args.files]
+        traces = [open_run(file) for file in args.files]
         if args.scopes:
             print("\n".join(str(scope) for trace in traces for scope in trace.scopes) or "this run has no scopes")
             return 0

@@ -7,6 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from kvhook.ring.notes import notes_of
+from kvhook.ring.place import RING_SUFFIX
+
 
 def entries(place: Path) -> list[Path]:
     """What is in a directory, sorted; nothing if it cannot be read."""
@@ -37,6 +40,8 @@ def remove_path(path: Path) -> bool:
             shutil.rmtree(path)
         else:
             path.unlink()
+            if path.suffix == RING_SUFFIX:
+                notes_of(path).unlink(missing_ok=True)
     except OSError:
         return False
     return True

@@ -11,7 +11,9 @@ from kvhook.analysis.live import Live, View
 from kvhook.discovery.rings import ALIVE, glance, ring_files
 from kvhook.errors import KvhookError
 from kvhook.records.core import CoreRecords
+from kvhook.records.events import open_scope
 from kvhook.records.sources import ArraySlots
+from kvhook.ring.notes import read_notes
 from kvhook.ring.reader import RingReader
 from kvhook.schema import VALUE_SERIES
 from kvhook.trace import from_slots
@@ -59,6 +61,8 @@ class Watch:
             self._find()
         for path, (reader, live) in list(self._engines.items()):
             end = "closed" if reader.closed else "dead" if look and not reader.writer_alive else ""
+            if look:
+                live.scope = open_scope(read_notes(path), live.engine)
             try:
                 self._take(reader, live, final=end == "dead")
             except KvhookError:

@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from kvhook.adapters.calls import Call
@@ -24,6 +25,7 @@ from kvhook.recording.engine_events import EventsBook
 from kvhook.records.engine_events import DONE
 from kvhook.records.events import Scope, scope_events
 from kvhook.records.part import FOREVER, Interval
+from kvhook.ring.notes import RingNotes
 from kvhook.schema import NAMES
 
 log = logging.getLogger("kvhook")
@@ -71,6 +73,7 @@ class Notebook:
         #: what was done to engines
         self.engine_events = EventsBook(clock, written)
         self._lock = threading.Lock()
+        self._beside_rings = RingNotes()
         self.closed = False
 
     # ---- scopes ----------------------------------------------------------------------------------------------------
@@ -177,7 +180,13 @@ class Notebook:
                 out.append(self._pending.popleft())
             except IndexError:  # another thread was quicker
                 break
+        if out:
+            self._beside_rings.take(out, self.everything)
         return out + self.engine_events.take()
+
+    def begin_ring(self, ring: Path) -> None:
+        """A ring was made: scopes and labels are noted beside it as well, for those who have nothing but the ring."""
+        self._beside_rings.begin(ring, self.everything())
 
     def put_back(self, events: Sequence[list[Any]]) -> None:
         """Events that could not be written; they come first next time."""

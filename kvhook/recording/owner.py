@@ -102,6 +102,7 @@ class Owner(Readings):
                 log.warning("kvhook: %s", warning)
             self._next_number += 1
             self._recorders[number] = recorder
+            self._notebook.begin_ring(recorder.ring.path)
             self._recorders_of.setdefault(id(engine), []).append(recorder)
             self._adding_up()  # imports what the spool's thread would have to import while the engine works
             self._spool.add(recorder)

@@ -261,6 +261,16 @@ def described(scopes: Iterable[Scope]) -> list[Scope]:
     return list(known.values())
 
 
+def open_scope(raw: Any, engine: int) -> str:
+    """The path of the innermost scope of an engine that has begun and not ended, out of raw events; "" without any."""
+    events = Events()
+    events.take(raw)
+    going_on = [
+        s for s in described(events.scopes.values()) if s.ended_ns < 0 and (not s.engines or engine in s.engines)
+    ]
+    return going_on[-1].path if going_on else ""
+
+
 def from_meta(raw: Any) -> list[Scope]:
     """The scopes of ``meta["scopes"]``, as an export holds them; what is none is left out."""
     out = []

@@ -95,7 +95,7 @@ def _detail(v: View, width: int, ascii_only: bool) -> Iterator[str]:
     yield f"history     {history(v.history, min(60, width - 13), ascii_only=ascii_only)}"
     yield f"requests    {_n(v.running)} running, {_n(v.waiting)} waiting, {_n(v.preempted)} preempted"
     finished = f"{_n(v.finished_run)} finished, {_n(v.aborted_run)} aborted, {_n(v.preempted_run)} preempted"
-    yield f"this run    {finished}"
+    yield f"this run    {finished}{f'; in scope {v.scope}' if v.scope else ''}"
     yield (
         f"tokens/s    {_rate(v.prefill_rate)} prefill, {_rate(v.decode_rate)} decode;"
         f" hit rate {percent(v.hit_rate)}, run {percent(v.hit_rate_run)}"

@@ -18,6 +18,7 @@ import kvhook
 from kvhook.cli import main
 from kvhook.report.charts import PARTS
 from kvhook.report.runs import read
+from tests.conftest import ROOT
 from tests.ring.synthetic import Recording
 from tests.standin import fake_vllm, step_stats
 
@@ -291,3 +292,26 @@ def test_scopes_are_listed_and_the_summary_leaves_warm_up_out(fresh: Path):
     assert "<measured>" not in page.text
     assert "<dt>steps</dt><dd>5</dd>" in page.text
     assert len(page.curve("kv_cache_usage")) == 10
+
+
+def test_what_other_caches_would_have_found_is_drawn(tmp_path: Path):
+    trace = ROOT / "tests" / "data" / "whole" / "run.kvh"
+    out = tmp_path / "report.html"
+    assert main(["report", str(trace), "-o", str(out)]) == 0
+    text = out.read_text()
+    found = kvhook.open(trace).what_if()
+    section = text[text.index('<section id="other-caches">') :].partition("</section>")[0]
+    assert section.count("<circle") == len(found.sizes)
+    for size in found.sizes:
+        assert f"{size.blocks:,} blocks: {'' if size.exact else 'about '}{100 * size.hit_rate:.1f} % found" in section
+    assert f"this run: {found.blocks:,}" in section
+    assert section.count("<circle class=exact") == sum(size.exact for size in found.sizes)
+
+
+def test_without_blocks_the_report_says_why_other_caches_are_not_known(recording: Recording, tmp_path: Path):
+    recording.step()
+    out = tmp_path / "report.html"
+    assert main(["report", str(recording.path), "-o", str(out)]) == 0
+    section = out.read_text().partition('<section id="other-caches">')[2].partition("</section>")[0]
+    assert "class=absent" in section
+    assert "<svg" not in section
