@@ -102,7 +102,7 @@ CORE_STEP_FIELDS: tuple[Field, ...] = (
 
 CORE_REQUEST_FIELDS: tuple[Field, ...] = (
     Field("request", "i8", ID, "", "number of the request in its engine core, from 0, in the order of arrival"),
-    Field("request_id", "i8", ID, "", "the number in vLLM's request id (LLM counts its prompts); -1 if there is none"),
+    Field("request_id", "i8", ID, "", "the number in vLLM's request id, as in requests"),
     Field("sample", "i8", ID, "", "which of n samples of one prompt it is; -1 for a request of its own"),
     Field("request_key", "i8", ID, "", "keyed digest of the request id, see Session.request_key"),
     Field("finish_reason", "enum", ID, "", "stop, length, abort, error or repetition"),

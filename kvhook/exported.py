@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.export.contents import TABLES, beside
 from kvhook.export.csv import facts_beside
 from kvhook.export.latencies import TYPES
+from kvhook.facts import printable
 from kvhook.records.imported import Columns, Exported
 from kvhook.schema import KINDS
 
@@ -27,6 +29,13 @@ _FLOATS = {
     kind: {f.name for f in fields if f.type == "f8"} for kind, (_, fields) in {**KINDS, **CORE_KINDS}.items()
 } | {"latency": {name for name, dtype in TYPES if dtype == "<f8"}}
 _UNSIGNED = {name for name, dtype, _ in BLOCK_EVENT_FIELDS if dtype == "<u8"}
+#: The columns that are looked at.
+_KNOWN = frozenset(
+    {f.name for _, fields in (*KINDS.values(), *CORE_KINDS.values()) for f in fields}
+    | {name for name, *_ in (*TYPES, *BLOCK_EVENT_FIELDS)}
+    | {"engine", "core"}
+)
+_FEW_ROWS = 1 << 16
 
 
 def is_beside(path: Path) -> bool:
@@ -42,7 +51,15 @@ def _read_arrow(path: Path) -> Any:
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
+        reader = pa.ipc.open_file(file)
+        known = [i for i, name in enumerate(reader.schema.names) if name in _KNOWN]
+        reader = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=known))
+        rows, batches = 0, []
+        for number in range(min(reader.num_record_batches, path.stat().st_size)):
+            batches.append(reader.get_batch(number))
+            rows += batches[-1].num_rows
+            _check_rows(path, rows)
+        return pa.Table.from_batches(batches, reader.schema)
 
 
 def _read_parquet(path: Path) -> Any:
@@ -50,7 +67,14 @@ def _read_parquet(path: Path) -> Any:
 
     # a ParquetFile and not read_table: the name of a folder above is no column of it
     with pq.ParquetFile(path) as file:
-        return file.read()
+        _check_rows(path, file.metadata.num_rows)
+        return file.read(columns=[name for name in file.schema_arrow.names if name in _KNOWN])
+
+
+def _check_rows(path: Path, rows: int) -> None:
+    """No allocation follows a count in a file further than its length: each row has clock readings of its own."""
+    if rows > max(_FEW_ROWS, path.stat().st_size):
+        raise TraceFormatError(f"{path} says that it holds {rows:,} rows, which do not fit into it")
 
 
 def read_tables(files: Mapping[str, Path], read: Callable[[Path], Any]) -> tuple[Exported, dict[str, str]]:
@@ -69,10 +93,13 @@ def read_tables(files: Mapping[str, Path], read: Callable[[Path], Any]) -> tuple
     for kind, file in files.items():
         try:
             tables[kind] = read(file)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
-            raise TraceFormatError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+            if isinstance(error, PermissionError):
+                raise
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise TraceFormatError(f"{file} cannot be read: {printable(why)[:300]}") from None
     told = {key.decode(): text.decode() for key, text in (tables["step"].schema.metadata or {}).items()}
     if "kvhook" not in told:
         raise TraceFormatError(f"{first} was not written by kvhook: its schema has no metadata 'kvhook'")
@@ -93,6 +120,20 @@ def _columnar(path: Path, read: Callable[[Path], Any]) -> Exported:
     # a file of a folder of many runs: its engine is in the name of its folder
     steps = exported.tables["step"]
     return exported._replace(tables={"step": with_number(steps, "engine", _number(told["kvhook.engine"]))})
+
+
+@contextlib.contextmanager
+def exported_by_kvhook(path: Path) -> Iterator[None]:
+    """What a file makes fail that kvhook has not written, or that was changed since, is an error of that file.
+
+    Raises:
+        TraceFormatError: something failed.
+    """
+    try:
+        yield
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError, MemoryError) as error:
+        why = printable(f"{type(error).__name__}: {error}")[:300]
+        raise TraceFormatError(f"{path} is not as kvhook exports it: {why}") from None
 
 
 def _values(column: Any) -> Any:

@@ -7,9 +7,11 @@ nothing in here raises.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from typing import Any
 
-from kvhook.schema import FACT_FIELDS
+from kvhook.schema import FACT_FIELDS, RUN_FIELDS
 
 #: Columns that readers count on in each kind of record: no file is read without them, none can call them absent.
 NEEDED_COLUMNS: dict[str, frozenset[str]] = {
@@ -23,6 +25,7 @@ _MOST_DEPTH = 6
 _MOST_NUMBER = 1 << 62
 
 _TYPES = {field.name: field.type for field in FACT_FIELDS}
+_RUN_TYPES = {field.name: field.type for field in RUN_FIELDS}
 
 
 def clean_facts(raw: Any) -> dict[str, Any]:
@@ -39,10 +42,54 @@ def clean_facts(raw: Any) -> dict[str, Any]:
     return facts
 
 
+def clean_run(raw: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Facts about a run out of a file: those of `kvhook.schema.RUN_FIELDS` with these names that are what they should
+    be."""
+    facts = {name: raw[name] for name in names if name in raw and _fits(_RUN_TYPES[name], raw[name])}
+    return {
+        name: printable(value)
+        if isinstance(value, str)
+        else {key: printable(text) for key, text in value.items()}
+        if _RUN_TYPES[name] == "texts"
+        else value
+        for name, value in facts.items()
+    }
+
+
 def printable(text: str) -> str:
     """Text that cannot move a terminal's cursor."""
     text = text[:_MOST_TEXT]
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+#: The fact that a recording leaves out what could name somebody: ``kvhook.install(anonymous=True)``.
+ANONYMOUS = "anonymous"
+#: The facts that are left out then. Paths are cut out of all other facts.
+_NAMING = frozenset({"model", "program"})
+_PATH = re.compile(r"(?<=')[/~][^'\n]*/[^'\n]*(?=')|(?<![\w.~])[/~][\w.+@~-]*(?:/[\w.+@-]+)+/?")
+
+
+def without_names(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of an anonymous recording without what could name somebody; others as they are."""
+    if not facts.get(ANONYMOUS):
+        return facts
+    kept = {name: value for name, value in facts.items() if name not in _NAMING}
+    if "ring" in kept:  # readers look for it in the directories of rings
+        kept["ring"] = str(kept["ring"]).rpartition("/")[2]
+    return {name: _without_paths(value) for name, value in kept.items()}
+
+
+def without_paths(text: str) -> str:
+    """Text in which each absolute path has become ``(path)``."""
+    return _PATH.sub("(path)", text)
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_paths(value)
+    if isinstance(value, dict):
+        return {name: _without_paths(each) for name, each in value.items()}
+    return [_without_paths(each) for each in value] if isinstance(value, list) else value
 
 
 def _fits(kind: str, value: Any) -> bool:

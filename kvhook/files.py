@@ -31,8 +31,9 @@ def written_beside(*, private: bool = False) -> Iterator[tuple[Opener, list[Path
     opened: list[tuple[IO[bytes], Path, Path]] = []
 
     def open_beside(path: Path) -> IO[bytes]:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        file = open(temporary, "xb", opener=_private) if private else open(temporary, "wb")  # noqa: SIM115
+        # a new file under a name that nobody can guess: what somebody has planted there is not written through
+        temporary = path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.part")
+        file = open(temporary, "xb", opener=_private if private else _usual)  # noqa: SIM115
         opened.append((file, temporary, path))
         return file
 
@@ -52,6 +53,10 @@ def written_beside(*, private: bool = False) -> Iterator[tuple[Opener, list[Path
                 file.close()
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _usual(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _private(path: str, flags: int) -> int:

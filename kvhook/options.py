@@ -18,6 +18,8 @@ RING_SLOTS = 8192
 HISTORY = "1GiB"
 #: How much is recorded inside the engine core.
 CORE_LEVELS = ("off", "steps", "blocks")
+#: How request ids are recorded: short numbers as they are, or a keyed digest of every id.
+REQUEST_IDS = ("numbers", "hashed")
 #: The levels that can be asked for.
 LEVELS = ("full", "light")
 
@@ -38,6 +40,8 @@ class Options:
         max_overhead: the most that kvhook may take, as a share of the time inside steps.
         core: how much is recorded inside the engine core, a value of `CORE_LEVELS`.
         labels: what labels requests by their ids.
+        request_ids: how request ids are recorded, a value of `REQUEST_IDS`.
+        anonymous: whether the facts that could name somebody are left out.
     """
 
     trace: str | os.PathLike[str] | None = None
@@ -48,6 +52,8 @@ class Options:
     max_overhead: float | None = None
     core: str = "steps"
     labels: LabelOf = None
+    request_ids: str = "numbers"
+    anonymous: bool = False
 
     def check(self) -> None:
         """Look at every option before anything is made.
@@ -64,6 +70,10 @@ class Options:
             raise KvhookError(
                 f"labels={self.labels!r}: a separator in request ids, such as '/', or a function that is given one"
             )
+        if self.request_ids not in REQUEST_IDS:
+            raise KvhookError(f"request_ids={self.request_ids!r}: there are {', '.join(map(repr, REQUEST_IDS))}")
+        if not isinstance(self.anonymous, bool):
+            raise KvhookError(f"anonymous is True or False, not {self.anonymous!r}")
         _check_share(self.max_overhead)
         _check_slots(self.ring_slots)
         if self.trace_path is not None:
@@ -74,6 +84,11 @@ class Options:
     def trace_path(self) -> Path | None:
         """The file that the run is streamed to, if there is to be one."""
         return Path(self.trace) if self.trace is not None else None
+
+    @property
+    def hashes_ids(self) -> bool:
+        """Whether request ids that are numbers are recorded as digests too."""
+        return self.anonymous or self.request_ids == "hashed"
 
     @property
     def history_bytes(self) -> int | None:

@@ -123,7 +123,14 @@ STEP_FIELDS: tuple[Field, ...] = (
 
 REQUEST_FIELDS: tuple[Field, ...] = (
     Field("request", "i8", ID, "", "number of the finished request, from 0, in the order of finishing, per engine"),
-    Field("request_id", "i8", ID, "", "vLLM's request id where it is a number (LLM counts its prompts), else -1"),
+    Field(
+        "request_id",
+        "i8",
+        ID,
+        "",
+        "vLLM's request id where it is a number of up to nine digits (LLM counts its prompts), else -1; with "
+        "kvhook.install(request_ids='hashed') a keyed digest of any id: Session.request_key(id) >> 11",
+    ),
     Field(
         "sample_index",
         "i8",
@@ -201,6 +208,7 @@ FACT_FIELDS: tuple[FactField, ...] = (
         "pid_namespace", "i8", "", "the namespace in which that id counts (each container has its own), 0 if unknown"
     ),
     FactField("program", "text", "", "file name of the program that ran"),
+    FactField("anonymous", "flag", "", "true where kvhook.install(anonymous=True) left out what could name somebody"),
     # the recording
     FactField("engine", "count", "", "number of the engine in its process, from 0"),
     FactField("adapter", "text", "", "kvhook's adapter that read this vLLM"),

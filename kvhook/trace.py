@@ -15,7 +15,7 @@ from kvhook.analysis.windows import windows_of
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.export import export, export_to_folder
 from kvhook.export.hive import is_folder
-from kvhook.exported import READERS, is_beside, read_run, runs_in
+from kvhook.exported import READERS, exported_by_kvhook, is_beside, read_run, runs_in
 from kvhook.parts import Parts
 from kvhook.records.core import CoreRecords, core_files, is_of_core, open_cores
 from kvhook.records.engines import Engines
@@ -250,7 +250,8 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
     place = Path(path)
     try:
         if place.is_dir() and (runs := runs_in(place)):
-            exports = [_of_export(*read_run(run)) for run in runs]
+            with exported_by_kvhook(place):
+                exports = [_of_export(*read_run(run)) for run in runs]
             return exports[0] if len(exports) == 1 else _side_by_side(exports)
     except OSError as error:
         raise KvhookError(f"cannot open {place}: {error.strerror or error}") from None
@@ -265,7 +266,8 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
         if place.suffix in REQUEST_SUFFIXES and looks_like_requests(place):
             return _of_requests(place)
         if place.suffix in READERS:
-            return _of_export(READERS[place.suffix](place), str(place))
+            with exported_by_kvhook(place):
+                return _of_export(READERS[place.suffix](place), str(place))
         if not header_of(place).capacity:
             return open_files([place], str(place))
         with RingReader(place) as reader:

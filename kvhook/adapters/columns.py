@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kvhook.adapters.ids import id_number
 from kvhook.adapters.table import Adapter, Read, attributes, has_field, lookup, names
 from kvhook.schema import REQUEST_FIELDS, STEP_FIELDS, VALUE_SERIES, Field, blank, stored
 
@@ -52,7 +53,7 @@ PREFIXES = dict(zip(VALUE_SERIES, ("ttft", "itl"), strict=True))
 
 
 def number(value: Any) -> int:
-    """A request id or a limit as an integer; -1 where it is none. vLLM's LLM counts its requests from "0"."""
+    """A limit as an integer; -1 where it is none."""
     if type(value) is int:
         return value
     return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 19 else -1
@@ -64,7 +65,7 @@ def fit(values: Any, size: int, missing: float) -> Any:
 
 
 #: What expressions may call, besides Python's own and `Adapter.helpers`.
-HELPERS: Mapping[str, Any] = {"nan": float("nan"), "number": number, "fit": fit}
+HELPERS: Mapping[str, Any] = {"nan": float("nan"), "number": number, "id_number": id_number, "fit": fit}
 
 
 class ColumnPlan:

@@ -10,6 +10,7 @@ import time
 from typing import Any, NamedTuple
 
 from kvhook.adapters.columns import number
+from kvhook.adapters.ids import id_number
 from kvhook.adapters.table import read_path
 from kvhook.schema import FINISH_REASONS
 
@@ -74,7 +75,7 @@ def aborted_v0(group: Any) -> AbortedRequest:
     arrival = read_path(group, "metrics.arrival_time") or 0.0
     first = read_path(group, "metrics.first_token_time") or 0.0
     return AbortedRequest(
-        request_id=number(getattr(group, "request_id", None)),
+        request_id=id_number(getattr(group, "request_id", None)),
         num_prompt_tokens=sequences[0].get_prompt_len() if sequences else -1,
         num_generation_tokens=sum(s.get_output_len() for s in sequences) if sequences else -1,
         max_tokens=number(read_path(group, "sampling_params.max_tokens")),
@@ -84,8 +85,9 @@ def aborted_v0(group: Any) -> AbortedRequest:
 
 
 def request_id_of(state: Any) -> int:
-    """The id that the user gave or that ``LLM`` counted, if it is a number, else -1. Samples of a prompt share it."""
-    return number(users_id_of(state))
+    """The id that the user gave or that ``LLM`` counted, as a number: see `kvhook.adapters.ids`. Samples of a prompt
+    share it."""
+    return id_number(users_id_of(state))
 
 
 def users_id_of(state: Any) -> Any:

@@ -117,7 +117,7 @@ V1 = Adapter(
         # before 0.20 vLLM does not say which request finished: it is noted when the request finishes, as is the sample
         Read(
             "request_id",
-            ("number(request.request_id)", "getattr(request, 'kvhook_request_id', -1)"),
+            ("id_number(request.request_id)", "getattr(request, 'kvhook_request_id', -1)"),
             fallback_needs=SEES_REQUESTS,
             unmet="this vLLM does not say which request finished",
         ),

@@ -7,6 +7,7 @@ work and gives the exit code. A user's mistake is a `KvhookError`: one line on s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import os
@@ -16,6 +17,12 @@ from typing import Protocol, cast
 
 from kvhook import __version__
 from kvhook.errors import KvhookError
+from kvhook.facts import printable
+
+#: Set, it lets an error of kvhook's own show where it happened.
+ENV_DEBUG = "KVHOOK_DEBUG"
+#: What such an error is called otherwise.
+INTERNAL = "an error in kvhook"
 
 #: Purpose -> verbs that serve it -> where their class is. The one list of verbs, in the order of the help.
 VERBS: dict[str, dict[str, str]] = {
@@ -109,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code: 2 for wrong usage, 1 for a mistake or a finding, 3 for a condition of
     ``--fail-if`` that holds, 130 for Ctrl-C."""
     args = make_parser().parse_args(argv)
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        # a name in a file, or of one, may hold what this terminal's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = load(args.verb).run(args)
         sys.stdout.flush()
@@ -123,6 +133,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the program that reads our output (head, less) has ended. Keep Python from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        return _failed(args.verb, f"{named}{error.strerror or error}")
+    except MemoryError:
+        return _failed(args.verb, "there is not enough memory for this")
+    except Exception as error:
+        if os.environ.get(ENV_DEBUG):
+            raise
+        why = printable(f"{type(error).__name__}: {error}")[:300]
+        return _failed(args.verb, f"{INTERNAL}: {why} ({ENV_DEBUG}=1 shows where; please report it)")
+
+
+def _failed(verb: str, why: str) -> int:
+    print(f"kvhook {verb}: {why}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

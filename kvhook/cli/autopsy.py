@@ -56,7 +56,10 @@ class AutopsyCommand:
         path = self._path(args)
         trace = open_trace(path)
         header = trace.header
-        assert header is not None
+        if header is None:
+            raise KvhookError(
+                f"{path} was exported: it does not say how its process ended. kvhook summary {path} reads it"
+            )
         ended = "closed" if header.state == CLOSED else "alive" if writer_alive(header) else "killed"
         result = examine(trace, ended, args.steps, args.engine, _cores(trace, header))
         if args.json:

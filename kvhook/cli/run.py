@@ -50,6 +50,11 @@ class RunCommand:
         )
         parser.add_argument("--label", metavar="NAME", help="label every request, for summaries of several runs")
         parser.add_argument(
+            "--anonymous",
+            action="store_true",
+            help="leave out what could name somebody: model, program, paths; request ids are hashed",
+        )
+        parser.add_argument(
             "--textfile",
             metavar="FILE",
             type=Path,
@@ -69,7 +74,7 @@ class RunCommand:
         if not words:
             raise KvhookError("say what to run: kvhook run -- python script.py")
         command = command_of(words)
-        trace = _trace_of(args.trace, command)
+        trace = _trace_of(args.trace, command, args.anonymous)
         environment = _environment(args, trace)
         if is_kept_out(environment):
             _say(f"kvhook run: {PLUGIN_OFF}: VLLM_PLUGINS={environment['VLLM_PLUGINS']},kvhook")
@@ -90,7 +95,7 @@ class RunCommand:
         return end_like(code)
 
 
-def _trace_of(asked: str | None, command: list[str]) -> Path:
+def _trace_of(asked: str | None, command: list[str], anonymous: bool) -> Path:
     """The file or folder that is recorded into, as an absolute path: the program may go elsewhere."""
     from kvhook.options import Options
     from kvhook.recording.from_environment import is_folder
@@ -98,7 +103,8 @@ def _trace_of(asked: str | None, command: list[str]) -> Path:
     if asked is None:
         script = next((word for word in command[1:] if word.endswith(".py")), command[0])
         here = Path.cwd() if os.access(Path.cwd(), os.W_OK) else Path("/var/tmp")
-        return here / f"kvhook-{Path(script).stem}-{os.getpid()}.kvh"
+        program = "" if anonymous else f"{Path(script).stem}-"
+        return here / f"kvhook-{program}{os.getpid()}.kvh"
     path = Path(os.path.abspath(asked))
     if not is_folder(asked):
         Options(trace=path).check()
@@ -121,7 +127,7 @@ def _textfile(path: Path | None) -> Textfile | None:
 
 
 def _environment(args: argparse.Namespace, trace: Path) -> dict[str, str]:
-    from kvhook.recording.from_environment import ENV_LABEL, ENV_ON, ENV_OPTIONS, ENV_RUN
+    from kvhook.recording.from_environment import ENV_ANONYMOUS, ENV_LABEL, ENV_ON, ENV_OPTIONS, ENV_RUN
 
     folder = trace.suffix != ".kvh"
     chosen = {"trace": f"{trace}{os.sep * folder}", "level": args.level, "core": args.core}
@@ -130,6 +136,7 @@ def _environment(args: argparse.Namespace, trace: Path) -> dict[str, str]:
         ENV_ON: "1",
         ENV_RUN: str(os.getpid()),
         **({ENV_LABEL: args.label} if args.label else {}),
+        **({ENV_ANONYMOUS: "1"} if args.anonymous else {}),
         **{ENV_OPTIONS[name]: value for name, value in chosen.items()},
     }
 

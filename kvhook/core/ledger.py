@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvhook.core import native
 from kvhook.core_schema import BLOCK_EVENT_BYTES, BLOCK_EVENTS, BLOCKS, BLOCKS_KINDS
+from kvhook.facts import without_names
 from kvhook.faults import contained
 from kvhook.recording.recorder import NEEDS_CRC, process_facts
 from kvhook.ring.layout import FIELDS_AT, Layout, make_layout
@@ -58,7 +59,8 @@ class LedgerRing:
         self.number = number
         pid = os.getpid()
         path = directory / f"{pid}-{process_start(pid)}-{facts['serial']}{RING_SUFFIXES[STREAM]}"
-        self.meta: dict[str, Any] = {"engine": number, "stream": STREAM, "ring": str(path), **process_facts(), **facts}
+        meta = {"engine": number, "stream": STREAM, "ring": str(path), **process_facts(), **facts}
+        self.meta: dict[str, Any] = without_names(meta)
         self.ring = RingWriter(path, ledger_layout(), slots, self.meta, crc=NEEDS_CRC)
 
     def close(self) -> None:

@@ -43,6 +43,8 @@ class CorePlan:
         pid: process that made the plan. It is carried out there and in its children, nowhere else.
         mark: a file that is empty for as long as the plan is to be carried out: an engine core in another process
             cannot be told otherwise that its session has been closed. "" for none.
+        hash_ids: whether request ids that are numbers are recorded as digests too.
+        anonymous: whether the facts that could name somebody are left out.
     """
 
     level: str
@@ -54,6 +56,8 @@ class CorePlan:
     key: str
     pid: int
     mark: str = ""
+    hash_ids: bool = False
+    anonymous: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -116,6 +120,17 @@ def read_plan() -> CorePlan | None:
     if not text:
         return None
     try:
-        return CorePlan(**json.loads(text))
-    except (ValueError, TypeError):
+        plan = CorePlan(**json.loads(text))
+        bytes.fromhex(plan.key)
+    except (ValueError, TypeError, RecursionError):
         return None
+    return plan if all(isinstance(getattr(plan, name), kind) for name, kind in _TYPES.items()) else None
+
+
+#: What a plan in the environment has to consist of: somebody else may have set the variable.
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("level", "ring_dir", "stem", "session", "key", "mark"), str),
+    **dict.fromkeys(("ring_slots", "pid"), int),
+    **dict.fromkeys(("hash_ids", "anonymous"), bool),
+    "limit": (int, type(None)),
+}

@@ -26,6 +26,7 @@ from kvhook.core.ledger import LedgerRing
 from kvhook.core.plan import CorePlan
 from kvhook.core.recorder import CoreRecorder
 from kvhook.discovery.cleaning import prune
+from kvhook.facts import ANONYMOUS, without_names
 from kvhook.faults import USERS, Faults
 from kvhook.recording.spool import Spool
 
@@ -159,7 +160,8 @@ class CoreProcess:
         directory, number = Path(plan.ring_dir), self._next
         with contextlib.suppress(Exception):
             prune(directory, MOST_RINGS, streams=("core", "blocks"))
-        facts = {"session": plan.session, "key": plan.key, "core_level": plan.level, "parent": plan.pid}
+        facts = {"session": plan.session, "key": plan.key, "hash_ids": plan.hash_ids, "parent": plan.pid}
+        facts |= {"core_level": plan.level, **({ANONYMOUS: True} if plan.anonymous else {})}
         recorder = CoreRecorder(number, core, directory, plan.ring_slots, facts)
         try:
             pid = os.getpid()
@@ -185,6 +187,7 @@ class CoreProcess:
             return None
         number, pid = recorder.number, os.getpid()
         facts = {"serial": recorder.serial, "session": plan.session}
+        facts |= {ANONYMOUS: True} if plan.anonymous else {}
         ledger = LedgerRing(number, Path(plan.ring_dir), LEDGER_SLOTS, facts)
         spool = Spool(lambda part: iter([plan.path(pid, number, part, "blocks")]), plan.limit, self._fault)
         spool.add(ledger)
@@ -200,7 +203,7 @@ class CoreProcess:
         self.faults.fault("counting inside the engine core", error, "this engine core is not recorded any further")
         recorder, spool = self._recorders.get(number), self._spools.get(number)
         if recorder is not None and spool is not None:
-            recorder.meta["failed"] = f"{type(error).__name__}: {error}"
+            recorder.meta |= without_names(recorder.meta | {"failed": f"{type(error).__name__}: {error}"})
             spool.write_meta_again(number)
 
     def end(self, number: int) -> None:

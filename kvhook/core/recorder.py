@@ -17,6 +17,7 @@ from kvhook.core.pool import PoolAccount
 from kvhook.core.steps import StepAccount
 from kvhook.core.taps import Taps
 from kvhook.core.writer import Writer, core_layout
+from kvhook.facts import without_names
 from kvhook.recording.recorder import NEEDS_CRC, process_facts
 from kvhook.ring.place import RING_SUFFIXES, process_start
 from kvhook.ring.writer import RingWriter
@@ -50,7 +51,8 @@ class CoreRecorder:
     def __init__(self, number: int, core: Core, directory: Path, slots: int, facts: dict[str, Any]) -> None:
         self.number = number
         self.key = bytes.fromhex(facts.pop("key", "")) or secrets.token_bytes(16)
-        self.meta: dict[str, Any] = {
+        self._hash_ids = bool(facts.pop("hash_ids", False))
+        meta: dict[str, Any] = {
             "engine": number,
             "stream": STREAM,
             **process_facts(),
@@ -62,7 +64,7 @@ class CoreRecorder:
         for serial in _serials:
             self.serial = serial
             path = directory / f"{pid}-{process_start(pid)}-{serial}{RING_SUFFIXES[STREAM]}"
-            self.meta["ring"] = str(path)
+            self.meta = without_names({**meta, "ring": str(path)})
             with contextlib.suppress(FileExistsError):
                 self.ring = RingWriter(path, core_layout(), slots, self.meta, crc=NEEDS_CRC)
                 break
@@ -106,7 +108,7 @@ class CoreRecorder:
         taps = Taps()
         state = make_state(core)
         client_of = core.reads.get("client_index", lambda request: -1)
-        writer = Writer(self.ring.layout, publish, self.number, self.key, state, client_of)
+        writer = Writer(self.ring.layout, publish, self.number, self.key, state, client_of, self._hash_ids)
         account = StepAccount(core, PoolAccount(core, give_up, state), writer, taps, give_up)
         account.is_over = is_over
         if ledger is not None:

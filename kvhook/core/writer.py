@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from kvhook.adapters.ids import SHORTER, plain_number
 from kvhook.core.lives import Life, read_id, request_key
 from kvhook.core.state import CoreState
 from kvhook.core_schema import CORE_KINDS, CORE_REQUEST, CORE_STEP, LOOKUP, PREEMPTION
@@ -30,9 +31,11 @@ class Writer:
         key: bytes,
         state: CoreState | None = None,
         client_of: Callable[[Any], int] = lambda request: -1,
+        hash_ids: bool = False,
     ) -> None:
         self.state = state or CoreState()
         self._publish, self._engine, self._key, self._client_of = publish, engine, key, client_of
+        self._hash_ids = hash_ids
         self._pack_step = layout.struct_of("core_step").pack
         self._pack_request = layout.struct_of("core_request").pack
         self._pack_preemption = layout.struct_of("preemption").pack
@@ -53,7 +56,7 @@ class Writer:
             CORE_REQUEST,
             self._engine,
             life.number,
-            _number(name),
+            self._number(name),
             sample,
             request_key(self._key, name),
             reason,
@@ -86,7 +89,7 @@ class Writer:
             self._engine,
             step,
             life.number,
-            _number(name),
+            self._number(name),
             life.preempted_at,
             life.preemptions,
             lost,
@@ -105,7 +108,7 @@ class Writer:
             self._engine,
             step,
             life.number,
-            _number(name),
+            self._number(name),
             life.t_looked_up,
             resumed,
             life.tries,
@@ -116,6 +119,6 @@ class Writer:
         )
         self.state.n = self._publish(n, record)
 
-
-def _number(name: str) -> int:
-    return int(name) if name.isdecimal() and len(name) < 19 else -1
+    def _number(self, name: str) -> int:
+        """What ``request_id`` holds for an id: as in the front end, see `kvhook.adapters.ids`."""
+        return request_key(self._key, name) >> SHORTER if self._hash_ids else plain_number(name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,7 @@ from kvhook.core_schema import CORE_STEP
 from kvhook.discovery.directory import entries, info_of, is_ours
 from kvhook.errors import KvhookError
 from kvhook.ring.layout import CLOSED, Header
-from kvhook.ring.place import ENV_DIR, RING_SUFFIXES, default_directories, is_alive
+from kvhook.ring.place import ENV_DIR, RING_NAME, RING_SUFFIXES, default_directories, is_alive
 from kvhook.ring.reader import RingReader, writer_alive
 from kvhook.ring.slots import fields_of, slot_head
 from kvhook.ring.trace_file import header_of
@@ -36,8 +35,6 @@ FRONT_ENDS = ("",)
 #: Those, and what was recorded inside the engine core.
 ALL_STREAMS = tuple(RING_SUFFIXES)
 
-_SUFFIXES = "|".join(map(re.escape, RING_SUFFIXES.values()))
-_RING_NAME = re.compile(rf"(\d{{1,10}})-(\d{{1,19}})-(\d{{1,9}})(?:-\d{{1,3}})?({_SUFFIXES})")
 #: What is recorded -> the records by which a ring's progress is told: their kind, their columns, their last time.
 _PROGRESS = {"": (STEP, "step", "t_end_ns"), "core": (CORE_STEP, "core_step", "t_end_ns")}
 #: Slots at the end of a ring that are looked at for its last step.
@@ -180,7 +177,7 @@ def ring_files(places: Iterable[Path], streams: Iterable[str] = FRONT_ENDS) -> I
     suffixes = {RING_SUFFIXES[stream] for stream in streams}
     for place in places:
         for path in entries(place):
-            if path.suffix in suffixes and _RING_NAME.fullmatch(path.name) and is_ours(path, stat.S_ISREG):
+            if path.suffix in suffixes and RING_NAME.fullmatch(path.name) and is_ours(path, stat.S_ISREG):
                 yield path
 
 
@@ -216,7 +213,7 @@ def glance(path: Path) -> tuple[Ring, Header | None]:
 
 def _unreadable(path: Path, size: int, changed: float, problem: str) -> Ring:
     """A ring that cannot be read. Its name still tells whose it is: it may be one that is just being made."""
-    match = _RING_NAME.fullmatch(path.name)
+    match = RING_NAME.fullmatch(path.name)
     pid, start, engine = (int(g) for g in match.groups()[:3]) if match else (0, 0, 0)
     state = ALIVE if is_alive(pid, start) else DAMAGED
     return Ring(path, state, pid, engine, size, changed, changed, problem=problem, stream=_stream_of(path))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvhook import forks
+from kvhook.adapters.ids import SHORTER, hash_ids
 from kvhook.core.lives import request_key
 from kvhook.core.plan import CorePlan
 from kvhook.core.process import process
@@ -88,6 +89,8 @@ class CoreSide:
             key=self._key.hex(),
             pid=os.getpid(),
             mark=str(history_root() / f"{MARK_PREFIX}{pid}-{process_start(pid)}-{self._session}"),
+            hash_ids=options.hashes_ids,
+            anonymous=options.anonymous,
         )
         self._plan = plan.publish()
         process.arm(self._plan)
@@ -147,6 +150,10 @@ class CoreSide:
     def request_key(self, request_id: str) -> int:
         """The ``request_key`` of a request id in this session."""
         return request_key(self._key, request_id)
+
+    def hash_ids(self) -> None:
+        """Have the front end record request ids as the options say, as the engine core does."""
+        hash_ids((lambda text: self.request_key(text) >> SHORTER) if self._options.hashes_ids else None)
 
     def remove_history(self) -> None:
         """Delete the temporary files."""

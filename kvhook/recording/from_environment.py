@@ -6,6 +6,7 @@
 ``KVHOOK_LEVEL``         ``full`` or ``light``
 ``KVHOOK_CORE``          ``steps``, ``blocks`` or ``off``
 ``KVHOOK_LABEL``         a label for every request
+``KVHOOK_ANONYMOUS=1``   leave out what could name somebody
 ======================== ===============================================================================
 
 They are the arguments of `kvhook.install` of these names. A program that calls ``install`` itself gets them too, for
@@ -30,6 +31,7 @@ ENV_ON = "KVHOOK"
 #: Argument of `kvhook.install` -> its variable.
 ENV_OPTIONS = {"trace": "KVHOOK_TRACE", "level": "KVHOOK_LEVEL", "core": "KVHOOK_CORE"}
 ENV_LABEL = "KVHOOK_LABEL"
+ENV_ANONYMOUS = "KVHOOK_ANONYMOUS"
 #: Set by ``kvhook run``, which prints the summary itself.
 ENV_RUN = "KVHOOK_RUN"
 
@@ -38,11 +40,22 @@ _OFF = frozenset({"", "0", "false", "no", "off"})
 
 def is_on(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment asks for recording."""
-    return environment.get(ENV_ON, "").strip().lower() not in _OFF
+    return _is_set(ENV_ON, environment)
+
+
+def is_anonymous(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment asks for leaving out what could name somebody."""
+    return _is_set(ENV_ANONYMOUS, environment)
+
+
+def _is_set(name: str, environment: Mapping[str, str]) -> bool:
+    return environment.get(name, "").strip().lower() not in _OFF
 
 
 def completed(options: Options, environment: Mapping[str, str] = os.environ) -> Options:
     """The options, with those that were left out as the environment says, if it asks for recording."""
+    if is_anonymous(environment):  # whoever sets it wants it of every run
+        options = dataclasses.replace(options, anonymous=True)
     if not is_on(environment):
         return options
     usual = {field.name: field.default for field in dataclasses.fields(Options)}
@@ -52,7 +65,7 @@ def completed(options: Options, environment: Mapping[str, str] = os.environ) -> 
         if environment.get(variable) and getattr(options, name) == usual[name]
     }
     if "trace" in asked:
-        asked["trace"] = str(file_in(asked["trace"]))
+        asked["trace"] = str(file_in(asked["trace"], anonymous=options.anonymous))
     if (label := environment.get(ENV_LABEL)) and options.labels is None:
         asked["labels"] = lambda _: label
     return dataclasses.replace(options, **asked)
@@ -63,7 +76,7 @@ def is_folder(trace: str) -> bool:
     return trace.endswith(os.sep) or os.path.isdir(trace) or not trace.endswith(TRACE_SUFFIX)
 
 
-def file_in(trace: str) -> Path:
+def file_in(trace: str, *, anonymous: bool = False) -> Path:
     """The trace file of this process: what ``KVHOOK_TRACE`` says, or a file of its own in that folder.
 
     Raises:
@@ -71,7 +84,8 @@ def file_in(trace: str) -> Path:
     """
     if not is_folder(trace):
         return Path(trace)
-    program = re.sub(r"[^\w.-]+", "-", Path(sys.argv[0] if sys.argv else "").stem).strip("-.") or "python"
+    stem = "run" if anonymous else Path(sys.argv[0] if sys.argv else "").stem
+    program = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "python"
     try:
         os.makedirs(trace, exist_ok=True)
     except OSError as error:

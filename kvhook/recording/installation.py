@@ -10,7 +10,7 @@ from typing import Any
 from kvhook import forks, hooks
 from kvhook.errors import KvhookError, StatsOffError
 from kvhook.options import HISTORY, RING_SLOTS, LabelOf, Options
-from kvhook.recording.from_environment import completed
+from kvhook.recording.from_environment import completed, is_anonymous
 from kvhook.recording.owner import lock
 from kvhook.recording.session import Session
 from kvhook.recording.subscription import EVERY, Callback, Subscription
@@ -41,6 +41,8 @@ def install(
     max_overhead: float | None = None,
     core: str = "steps",
     labels: LabelOf = None,
+    request_ids: str = "numbers",
+    anonymous: bool = False,
 ) -> Session:
     """Record every vLLM engine that is made from now on.
 
@@ -67,9 +69,17 @@ def install(
         labels: how a request's id tells its label: a separator (``"/"``: the label of ``"agent-7/12"`` is
             ``"agent-7"``), or a function that is given the id and returns a label, or None for none. Requests that get
             none by this have that of `kvhook.label`.
+        request_ids: ``"numbers"``: an id that is a number of up to nine digits is recorded as it is, because ``LLM``
+            counts its prompts so. Of any other id there is only a keyed digest, in `Session.core_requests`.
+            ``"hashed"``: the column ``request_id`` is a keyed digest of every id (see `Session.request_key`). The key
+            is made anew for each run, and is in no file.
+        anonymous: leave out what could name somebody: the model's name or path, the program's name, absolute paths,
+            the names of LoRA adapters, and labels that a separator finds in request ids (both are numbered instead);
+            and ``request_ids="hashed"``. Labels and scopes that the program names itself stay.
+            ``KVHOOK_ANONYMOUS=1`` does the same, also for programs that call ``install`` themselves.
 
-    With ``KVHOOK=1`` in the environment, ``KVHOOK_TRACE``, ``KVHOOK_LEVEL``, ``KVHOOK_CORE`` and ``KVHOOK_LABEL`` stand
-    for the arguments that are left out (`kvhook.recording.from_environment`).
+    With ``KVHOOK=1`` in the environment, ``KVHOOK_TRACE``, ``KVHOOK_LEVEL``, ``KVHOOK_CORE``, ``KVHOOK_LABEL``
+    stand for the arguments that are left out (`kvhook.recording.from_environment`).
 
     Raises:
         RingDirectoryError: there is no place for the ring; the message gives each place that was tried.
@@ -85,6 +95,8 @@ def install(
         max_overhead=max_overhead,
         core=core,
         labels=labels,
+        request_ids=request_ids,
+        anonymous=anonymous,
     )
     options = completed(options)
     with lock:
@@ -112,7 +124,7 @@ def install(
 def for_logger() -> Session:
     """The session that a `kvhook.StatLogger` records into: the one that is there, or a new one that patches nothing."""
     with lock:
-        return _reusable_session() or _new_session(Options())
+        return _reusable_session() or _new_session(Options(anonymous=is_anonymous()))
 
 
 def uninstall() -> None:
@@ -212,6 +224,9 @@ def _warn_of_ignored(options: Options, session: Session) -> None:
         ignored["core"] = options.core
     if options.labels not in (None, session.options.labels):
         ignored["labels"] = options.labels
+    for name in ("request_ids", "anonymous"):
+        if getattr(options, name) not in (getattr(Options, name), getattr(session.options, name)):
+            ignored[name] = getattr(options, name)
     if options.max_overhead not in (None, session.options.max_overhead):
         ignored["max_overhead"] = options.max_overhead
     for name, value in ignored.items():

@@ -49,6 +49,7 @@ class Notebook:
     Args:
         written: is called when something is to be written soon: a scope has begun or ended.
         clock: monotonic nanoseconds.
+        nameless: LoRA adapters and the labels that a separator finds in request ids are numbered instead of named.
         label_of: what `kvhook.install(labels=...)` was given.
         request_key: gives the digest by which the engine core knows a request id.
     """
@@ -59,9 +60,13 @@ class Notebook:
         label_of: LabelOf = None,
         request_key: Callable[[str], int] = lambda _: -1,
         clock: Callable[[], int] = time.monotonic_ns,
+        nameless: bool = False,
     ) -> None:
         self._written, self._clock, self._request_key = written, clock, request_key
         self._label_of = _label_function(label_of)
+        self._number_labels, self._number_adapters = nameless and isinstance(label_of, str), nameless
+        #: a text that is not to be recorded -> what stands for it
+        self._stand_ins: dict[tuple[str, str], str] = {}
         self._numbers = itertools.count()
         self._calls: Counter[str] = Counter()
         self._pending: deque[list[Any]] = deque()
@@ -144,6 +149,10 @@ class Notebook:
         """The codes of the label and of the LoRA adapter of a request that was added; -1 where it has none."""
         own = self._label_of(request_id) if self._label_of is not None else None
         label = current_label() if own is None or own == "" else str(own)[:LONGEST]
+        if self._number_labels and own:
+            label = self._stand_in("label", label)
+        if self._number_adapters and lora_name:
+            lora_name = self._stand_in("adapter", lora_name)
         if not label and not lora_name:
             return -1, -1
         lora_name = lora_name[:LONGEST]
@@ -156,6 +165,13 @@ class Notebook:
         self._pending.append(event)
         self._requests.append(event)
         return codes
+
+    def _stand_in(self, what: str, text: str) -> str:
+        """``label-0``, ``label-1`` and so on, the same for the same text."""
+        known = self._stand_ins
+        if (what, text) not in known and len(known) >= 2 * MOST_NAMES:
+            return _OTHERS
+        return known.setdefault((what, text), f"{what}-{sum(kind == what for kind, _ in known)}")
 
     def _code(self, column: str, text: str) -> int:
         if not text:

@@ -29,7 +29,7 @@ def rank_of(environment: Mapping[str, str]) -> int | None:
     """The rank of this process, if its launcher started several; None if it is the only one or that is not known."""
     for rank, size in RANKS:
         number, total = environment.get(rank, ""), environment.get(size, "")
-        if number.isdecimal() and total.isdecimal() and int(total) > 1:
+        if all(text.isdecimal() and len(text) < 10 for text in (number, total)) and int(total) > 1:
             return int(number)
     return None
 

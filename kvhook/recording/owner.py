@@ -17,6 +17,7 @@ from kvhook import hooks
 from kvhook.adapters.columns import STATS_FOR_KVHOOK
 from kvhook.adapters.config import engine_facts
 from kvhook.adapters.publisher import no_sample
+from kvhook.facts import ANONYMOUS, without_paths
 from kvhook.faults import USERS, Faults
 from kvhook.recording.budget import OverheadMonitor, probe_of
 from kvhook.recording.overhead import call_overhead_ns
@@ -78,6 +79,7 @@ class Owner(Readings):
                 self._call_overhead_ns = call_overhead_ns()
             facts = engine_facts(adapter, engine) | facts
             facts |= {"hook_call_ns": self._call_overhead_ns, "engine_class": type(engine).__qualname__}
+            facts |= {ANONYMOUS: True} if self.options.anonymous else {}
             plan = plan_engine(adapter, facts, self.options)
             probe = probe_of(engine, adapter, self._probe_failed) if plan.measure_stats else None
             number = self._next_number
@@ -209,12 +211,17 @@ class Owner(Readings):
         for recorder in self._recorders_of.pop(engine_id, []):
             self._spool.retire(recorder.number)
 
+    def _first_errors(self) -> dict[str, str]:
+        """What failed first at each place, as files say it."""
+        errors = dict(self._faults.first_errors)
+        return {where: without_paths(error) for where, error in errors.items()} if self.options.anonymous else errors
+
     def fault(self, where: str, error: BaseException, then: str) -> None:
         """Something in kvhook failed; see `kvhook.hooks.Owner`."""
         if self._faults.fault(where, error, then):
             # the first of its kind: the trace says so too, also if the process is killed
             for number, recorder in list(self._recorders.items()):
-                recorder.meta["faults"] = dict(self._faults.first_errors)
+                recorder.meta["faults"] = self._first_errors()
                 self._spool.write_meta_again(number)
 
     def is_off(self, where: str) -> bool:

@@ -17,6 +17,7 @@ from kvhook.adapters.publisher import Compiled, OnSample, compile_publisher, no_
 from kvhook.adapters.step_functions import Counters, StepFunctions
 from kvhook.adapters.table import Adapter, vllm_version
 from kvhook.discovery.cleaning import prune
+from kvhook.facts import without_names
 from kvhook.hooks.quiet import do_nothing
 from kvhook.recording.own_files import rank_of
 from kvhook.ring.place import RING_SUFFIX, pid_namespace, process_start
@@ -61,14 +62,16 @@ class Recorder:
         self.number = number
         self._facts, self._clock, self._on_sample = facts, clock, on_sample
         self.compiled: Compiled = compile_publisher(adapter, facts)
-        self.meta: dict[str, Any] = {
-            "engine": number,
-            "adapter": adapter.name,
-            **process_facts(),
-            **facts,
-            "absent": self.compiled.absent,
-            "levels": [{"step": 0, "level": adapter.level}],
-        }
+        self.meta: dict[str, Any] = without_names(
+            {
+                "engine": number,
+                "adapter": adapter.name,
+                **process_facts(),
+                **facts,
+                "absent": self.compiled.absent,
+                "levels": [{"step": 0, "level": adapter.level}],
+            }
+        )
         with contextlib.suppress(Exception):  # a directory that cannot be tidied is no reason not to record
             prune(directory)
         pid = os.getpid()

@@ -84,9 +84,12 @@ class Session(Owner):
         self._closed = False
         self._history_dir: Path | None = None
         self._core_side = CoreSide(options, self._ring_dir)
+        self._core_side.hash_ids()
         #: what adds the run up, as soon as somebody needs it
         self._running: dict[str, Running] = {}
-        self._notebook = Notebook(self._write_events, options.labels, self._core_side.request_key)
+        self._notebook = Notebook(
+            self._write_events, options.labels, self._core_side.request_key, nameless=options.anonymous
+        )
         self._spool = Spool(self._next_files, options.history_bytes, self.fault, self._keep_up, self._notebook)
         self._own_steps = OwnSteps(self._spool.write_meta_again)
         self._call_overhead_ns = 0
@@ -100,7 +103,7 @@ class Session(Owner):
             hooks.flush()
             self._spool.drain()
         more: dict[str, Any] = {
-            "faults": dict(self._faults.first_errors),
+            "faults": self._first_errors(),
             "hook_call_ns": self._call_overhead_ns,
         }
         if not any(self._spool.published.values()):

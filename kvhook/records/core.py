@@ -26,7 +26,7 @@ from kvhook.core_schema import (
     CORE_KINDS,
     CORE_UNIX,
 )
-from kvhook.errors import KvhookError, TraceFormatError
+from kvhook.errors import KvhookError
 from kvhook.records.block_lives import block_lives, prefixes
 from kvhook.records.clock import Clock, readings_in
 from kvhook.records.columns import Table
@@ -34,6 +34,7 @@ from kvhook.records.engines import Engines
 from kvhook.records.part import Interval, inside
 from kvhook.records.sources import ArraySlots, FileSlots, LaterSlots, SlotSource, usable
 from kvhook.ring.layout import FIELDS_AT
+from kvhook.ring.place import ring_named
 from kvhook.ring.reader import RingReader
 from kvhook.ring.slots import fields_of, slot_head
 from kvhook.ring.trace_file import TRACE_SUFFIX
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 #: What the files of engine cores are called by.
 STREAMS_OF_CORES = ("core", "blocks")
+#: What a trace and its ring have in common.
+_WHOSE = ("session", "pid", "engine")
 _NAME = re.compile(r"\.(?:core|blocks)(\d{1,9})-(\d{1,10})(?:-(\d{1,9}))?\.kvh$")
 
 #: Why a run has no engine core's records, where nothing better is known.
@@ -376,10 +379,15 @@ def rest_in_ring(engines: Engines) -> list[SlotSource]:
     facts = next(iter(engines.facts()), {})
     engine = int(facts.get("engine", 0))
     last = engines.last_record(engine)
+    path = ring_named(str(facts.get("ring", "")))
+    if path is None:
+        return []
     try:
-        with RingReader(Path(str(facts["ring"]))) as reader:
+        with RingReader(path) as reader:
+            if any(reader.header.meta.get(name) != facts.get(name) for name in _WHOSE):
+                return []
             return [LaterSlots(ArraySlots(reader.now(), reader.header), {engine: last})]
-    except (KvhookError, TraceFormatError, OSError, KeyError):
+    except (KvhookError, OSError):
         return []
 
 

@@ -24,6 +24,7 @@ from kvhook.records.engine_events import EngineEvent, as_cells, from_cells
 from kvhook.schema import NAMES
 
 _MOST = 1 << 62
+_LONGEST_PATH = 4096
 
 
 class Scope(NamedTuple):
@@ -257,6 +258,8 @@ def described(scopes: Iterable[Scope]) -> list[Scope]:
     for scope in sorted(scopes, key=lambda s: s.number):
         around = known.get(scope.parent)
         path = f"{around.path}/{scope.name}" if around is not None else scope.name
+        if len(path) > _LONGEST_PATH:  # scopes of a forged file may lie in each other without end
+            path = f".../{scope.name}"[:_LONGEST_PATH]
         known[scope.number] = scope._replace(path=path, warmup=scope.warmup or (around is not None and around.warmup))
     return list(known.values())
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvhook.errors import TraceFormatError
-from kvhook.facts import NEEDED_COLUMNS, clean_facts
+from kvhook.facts import NEEDED_COLUMNS, clean_facts, clean_run
 from kvhook.records import engine_events
 from kvhook.records.clock import readings_in
 from kvhook.records.engines import Engines
@@ -26,6 +26,9 @@ Ints = npt.NDArray[np.int64]
 #: Column -> its values, None (or a mask) where one is not known.
 Columns = Mapping[str, Any]
 
+#: A file may hold so many single latencies, or so many for each of its rows: no allocation follows a number in it
+#: further than this.
+_FEWEST_VALUES, _VALUES_PER_ROW = 1 << 20, 256
 #: Facts of ``meta`` that follow from the slots, and that are wrong for slots that were made anew.
 _COUNTED = ("records_published", "records_overrun", "records_unwritten")
 #: Facts of ``meta`` that are taken over as they are.
@@ -89,7 +92,7 @@ def as_source(exported: Exported, name: str) -> tuple[SlotSource, Engines, dict[
     source = SlotsInMemory(layout, slots)
     engines.begin(source)
     engines.take(slots)
-    return source, engines, {key: exported.meta[key] for key in _KEPT if key in exported.meta}
+    return source, engines, clean_run(exported.meta, _KEPT)
 
 
 def _clock_events(meta: Mapping[str, Any]) -> list[list[Any]]:
@@ -170,8 +173,12 @@ def _values(layout: Layout, steps: Columns, latencies: Columns) -> Slots | None:
     rows = zip(
         *(np.asarray(latencies[c]).tolist() for c in ("engine", "step", "series", "value", "count")), strict=True
     )
+    room_left = max(_FEWEST_VALUES, _VALUES_PER_ROW * len(latencies["series"]))
     for engine, step, series, value, count in rows:
         if series in VALUE_SERIES:
+            room_left -= count
+            if count < 0 or room_left < 0:
+                raise ValueError(f"{count} equal latencies in one row")
             groups.setdefault((engine, step, VALUE_SERIES.index(series)), []).extend([value] * count)
     out = []
     for (engine, step, series), values in groups.items():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from kvhook.errors import TraceFormatError
-from kvhook.facts import NEEDED_COLUMNS
+from kvhook.facts import ANONYMOUS, NEEDED_COLUMNS
 from kvhook.records.clock import Clock, Ints, readings_in
 from kvhook.records.engine_events import EngineEvent
 from kvhook.records.engines import Engines
@@ -94,7 +95,17 @@ class Run:
         """The facts about the run, see `kvhook.Trace`."""
         if not self._meta:
             self._meta = self._describe() | self._more
+            if any(facts.get(ANONYMOUS) for facts in self._meta["engines"]):
+                self._leave_out_folders()
         return self._meta
+
+    def _leave_out_folders(self) -> None:
+        """Where the files are that an anonymous recording was read from is in no export of it either."""
+        self._meta["name"] = ", ".join(os.path.basename(name) for name in self._meta["name"].split(", "))
+        self._meta["engines"] = [
+            facts | {"trace": os.path.basename(facts["trace"])} if facts.get("trace") else facts
+            for facts in self._meta["engines"]
+        ]
 
     @property
     def clock(self) -> Clock:

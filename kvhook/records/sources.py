@@ -13,6 +13,7 @@ import numpy as np
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.ring.frames import Frame, frames_of, read_frame
 from kvhook.ring.layout import Header, Kinds, Layout
+from kvhook.ring.place import open_regular
 from kvhook.ring.slots import CHUNK_BYTES, slot_head, whole
 from kvhook.ring.trace_file import read_header
 from kvhook.schema import KINDS, META, REQUEST
@@ -70,7 +71,7 @@ class FileSlots(SlotSource):
     """
 
     def __init__(self, path: Path, fd: int | None = None) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if fd is None else fd
+        self._fd = open_regular(path) if fd is None else fd
         # a descriptor rather than a file object: that would complain that it is closed by nobody but the collector
         close = weakref.finalize(self, os.close, self._fd)
         try:

@@ -50,6 +50,9 @@ _CHECKED = _HEAD.size - 8
 SLOTS = 8192
 #: No frame is larger: no allocation follows a number in a file further than this.
 _MOST_SLOTS, _MOST_BYTES = 1 << 16, 1 << 28
+#: Nor does one hold more than so many times its own bytes, beyond a small one: a file of this kvhook's is ten times as
+#: long when it is unpacked.
+_MOST_TIMES, _SMALL = 1024, 1 << 18
 ZLIB, ZSTD = 1, 2
 #: How a word is written, see above.
 _SLOT_BEFORE, _WORD_BEFORE = 1 << 8, 1 << 9
@@ -113,6 +116,8 @@ def read_frame(fd: int, frame: Frame, slot_bytes: int, name: str) -> Slots:
     if len(payload) < frame.nbytes or zlib.crc32(payload) != frame.crc:
         raise damaged
     most = slot_bytes + slot_bytes * frame.slots
+    if most > max(_SMALL, _MOST_TIMES * frame.nbytes):
+        raise damaged
     try:
         data = _decompressor(frame.method, most, name)(payload)
         return _slots(data, frame.slots, slot_bytes)
@@ -136,7 +141,14 @@ def _decompressor(method: int, most: int, name: str) -> Callable[[bytes], bytes]
     if zstandard is None:
         raise TraceFormatError(f'{name} was compressed with zstd: pip install "kvhook[fast]"')
     decompressor: Any = zstandard.ZstdDecompressor()
-    return lambda data: bytes(decompressor.decompress(data, max_output_size=most))
+
+    def decompress(data: bytes) -> bytes:
+        # where the payload says how long it is, zstandard believes that rather than max_output_size
+        if zstandard.frame_content_size(data) > most:
+            raise ValueError("a frame holds more than its slots")
+        return bytes(decompressor.decompress(data, max_output_size=most))
+
+    return decompress
 
 
 def _planes(slots: Slots) -> bytes:

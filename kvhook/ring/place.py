@@ -7,7 +7,9 @@ or belongs to somebody else: its name can be guessed, so anybody could have plan
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import stat
 import tempfile
 from pathlib import Path
@@ -18,6 +20,9 @@ ENV_DIR = "KVHOOK_DIR"
 RING_SUFFIX = ".ring"
 #: What is recorded -> how its rings are called: of the front end, inside the engine core, and the ledger of blocks.
 RING_SUFFIXES = {"": RING_SUFFIX, "core": ".core", "blocks": ".blocks"}
+_SUFFIXES = "|".join(map(re.escape, RING_SUFFIXES.values()))
+#: The name of a ring: process, its start time, number in the process.
+RING_NAME = re.compile(rf"(\d{{1,10}})-(\d{{1,19}})-(\d{{1,9}})(?:-\d{{1,3}})?({_SUFFIXES})")
 
 
 def default_directories() -> list[Path]:
@@ -80,6 +85,44 @@ def prepare_directory(place: Path, *, strict: bool) -> None:
         raise PermissionError(0, f"it belongs to user {info.st_uid}; refused")
     if strict and stat.S_IMODE(info.st_mode) & 0o077:
         os.chmod(place, 0o700)
+
+
+def ring_named(text: str) -> Path | None:
+    """The ring that a trace names, if a ring can be called so and it is a file of this user; else None.
+
+    A trace may be somebody else's, and name what it wants.
+
+    Args:
+        text: a path, or the name alone, which is then looked for where rings are.
+    """
+    named = Path(text[:4096].replace("\0", ""))
+    if not RING_NAME.fullmatch(named.name):
+        return None
+    asked = os.environ.get(ENV_DIR)
+    places = [Path(asked)] if asked else []
+    for path in [named] if named.is_absolute() else [place / named.name for place in [*places, *default_directories()]]:
+        try:
+            info = os.lstat(path)
+        except OSError:
+            continue
+        if stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid():
+            return path
+    return None
+
+
+def open_regular(path: Path | str, *, follow_links: bool = True) -> int:
+    """Open a file for reading, if it is one: opening a pipe would wait for somebody who writes to it.
+
+    Raises:
+        OSError: it cannot be opened, or it is a pipe, a device or a directory.
+    """
+    # O_NONBLOCK does nothing to files
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow_links else os.O_NOFOLLOW)
+    fd = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    return fd
 
 
 def create_file(path: Path, size: int = 0) -> int:

@@ -20,7 +20,7 @@ from kvhook.ring.layout import (
     STATE_WORD,
     Header,
 )
-from kvhook.ring.place import is_alive, pid_namespace
+from kvhook.ring.place import is_alive, open_regular, pid_namespace
 from kvhook.ring.slots import CHUNK_BYTES, refute_by_crc, slot_head, whole
 from kvhook.ring.trace_file import read_header
 
@@ -69,7 +69,7 @@ class RingReader:
         import numpy as np
 
         self.path = path
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_regular(path, follow_links=False)
         try:
             self.header: Header = read_header(fd, str(path))
             if not self.header.capacity:

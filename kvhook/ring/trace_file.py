@@ -24,7 +24,7 @@ from kvhook.ring.layout import (
     pack_header,
     parse_header,
 )
-from kvhook.ring.place import create_file, process_start
+from kvhook.ring.place import create_file, open_regular, process_start
 from kvhook.schema import META
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def header_of(path: Path, *, follow_links: bool = True) -> Header:
         TraceFormatError: it is neither a ring nor a trace, or its header is damaged.
         OSError: it cannot be opened or read.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW))
+    fd = open_regular(path, follow_links=follow_links)
     try:
         return read_header(fd, str(path))
     finally:
@@ -122,7 +122,7 @@ class TraceWriter:
         Raises:
             OSError: it is closed, and no longer there.
         """
-        return os.dup(self._fd) if self._fd >= 0 else os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.dup(self._fd) if self._fd >= 0 else open_regular(self.path)
 
     def close(self) -> None:
         """Mark the file complete and close it. Closing twice is fine.

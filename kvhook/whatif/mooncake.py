@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kvhook.errors import TraceFormatError
+from kvhook.facts import printable
 from kvhook.whatif.requests import BlockRequests, requests_from
 
 try:
@@ -32,6 +33,8 @@ _ALIASES = {"input_tokens": "input_length", "output_tokens": "output_length", "c
 REQUEST_SUFFIXES = (".jsonl", ".json")
 #: Tokens of a block in the Mooncake project's own traces.
 BLOCK_SIZE = 512
+#: Milliseconds: in nanoseconds they are a number of 63 bits.
+_LONGEST_MS = 9e12
 
 
 def lines(requests: BlockRequests) -> Iterator[str]:
@@ -68,7 +71,7 @@ def looks_like_requests(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             first = _loads(file.readline(1 << 24) or b"null")
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(first, dict) and "hash_ids" in _named(first) and "input_length" in _named(first)
 
@@ -102,9 +105,11 @@ def _parse(file: Iterable[bytes], name: str, block_size: int | None) -> BlockReq
             inputs.append(int(row["input_length"]))
             outputs.append(int(row.get("output_length") or 1))
             times.append(float(row.get("timestamp") or 0))
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            if min(inputs[-1], outputs[-1]) < 0 or not abs(times[-1]) < _LONGEST_MS:
+                raise ValueError("a length or a time that cannot be")
+        except (ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError) as error:
             raise TraceFormatError(
-                f"{name}, line {number}: not a request with input_length and hash_ids: {error!r}"
+                f"{name}, line {number}: not a request with input_length and hash_ids: {printable(repr(error))[:300]}"
             ) from None
         for key, values in more.items():
             values.append(row.get(key))
