@@ -25,6 +25,7 @@ Python path records.
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING
 
@@ -41,10 +42,12 @@ def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get(ENV_PURE, "0") not in ("", "0"):
         return None, f"{ENV_PURE} is set"
     try:
-        from kvhook._step import native
+        native = importlib.import_module("kvhook._step.native")
+    except ModuleNotFoundError:
+        return None, "it was not built for this Python"
     except ImportError as error:
-        built = os.path.basename(str(error.path or ""))
-        return None, f"{built} cannot be loaded: {error}" if built else "it was not built for this Python"
+        # such as in a subinterpreter, or in a Python without the interpreter's lock: see module.c
+        return None, f"{os.path.basename(str(error.path or '')) or 'the extension'} cannot be loaded: {error}"
     # a forked child must not write into its parent's rings
     forks.call_in_child(native.forked)
     return native, ""

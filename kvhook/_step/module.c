@@ -56,18 +56,51 @@ static int fill(PyObject *module)
     return add_names(module, "REGISTERS", registers, NUM_STATE_REGISTERS);
 }
 
+/* What the files of this folder keep between calls (names, free memory, the rings of this process) there is once in a
+   process, and is protected by the one lock of the main interpreter. Where that does not hold, Python does the work. */
+static int execute(PyObject *module)
+{
+    const char *why = NULL;
+#ifdef Py_GIL_DISABLED
+    why = "it relies on the interpreter's lock, which this build of Python has not";
+#endif
+    if (PyInterpreterState_Get() != PyInterpreterState_Main())
+        why = "it works in the main interpreter only, and this is a subinterpreter";
+    if (why == NULL)
+        return fill(module);
+    PyObject *message = PyUnicode_FromString(why), *name = PyModule_GetNameObject(module);
+    PyObject *path = PyModule_GetFilenameObject(module);
+    if (path == NULL)
+        PyErr_Clear();
+    if (message != NULL && name != NULL)
+        PyErr_SetImportError(message, name, path);
+    Py_XDECREF(message);
+    Py_XDECREF(name);
+    Py_XDECREF(path);
+    return -1;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, execute},
+#ifdef Py_mod_multiple_interpreters
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
+#if defined(Py_GIL_DISABLED) && defined(Py_mod_gil)
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* it is refused above: without this the attempt would turn the lock on */
+#endif
+    {0, NULL},
+};
+
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "native",
     .m_doc = "The step path in C.",
-    .m_size = -1,
+    .m_size = 0,
     .m_methods = functions,
+    .m_slots = slots,
 };
 
 PyMODINIT_FUNC PyInit_native(void)
 {
-    PyObject *module = PyModule_Create(&definition);
-    if (module != NULL && fill(module) < 0)
-        Py_CLEAR(module);
-    return module;
+    return PyModuleDef_Init(&definition);
 }

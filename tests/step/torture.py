@@ -3,6 +3,7 @@
     python tests/step/torture.py                   everything; some minutes
     python tests/step/torture.py refcounts 10e6    ten million steps in this process, without a sanitizer
     python tests/step/torture.py differences 3000  so many scenarios of the differential test in this process
+    python tests/step/torture.py attacks 3000      so many scenarios with attributes that do harm
     python tests/step/torture.py ring 1e9          so many reads of a ring by one C process that another one writes
 
 With the sanitizers the extension is built anew, into a folder of its own, and loaded in the place of the usual one.
@@ -41,6 +42,15 @@ def differences(scenarios: int) -> int:
             return 1
     print(f"{scenarios} scenarios, alike on both paths")
     return 0
+
+
+def attacks(scenarios: int) -> int:
+    """Attributes that do harm; 1 if the publisher did not go on recording."""
+    from tests.step import attacks as module
+
+    problems = module.attacks(scenarios)
+    print(*problems, f"{scenarios} scenarios with attributes that do harm", sep="\n")
+    return 1 if problems else 0
 
 
 def refcounts(steps: int) -> int:
@@ -155,7 +165,7 @@ def sanitized(scenarios: int) -> int:
         if done.returncode:
             return done.returncode
         module = done.stdout.split()[-1]
-        for what in (["differences", str(scenarios)], ["refcounts", "2000"]):
+        for what in (["differences", str(scenarios)], ["attacks", str(scenarios)], ["refcounts", "2000"]):
             code = f"import runpy, sys; sys.argv = ['torture', *{what!r}]; sys.path.insert(0, {str(ROOT)!r}); "
             code += f"import tests.step.torture as t; t.load({module!r}); sys.exit(t.main())"
             ended = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=False)
@@ -179,13 +189,19 @@ def load(path: str) -> None:
 
 def main() -> int:
     """See the head of this file."""
-    parts = {"differences": differences, "refcounts": refcounts, "ring": ring, "sanitized": sanitized}
+    parts = {
+        "differences": differences,
+        "attacks": attacks,
+        "refcounts": refcounts,
+        "ring": ring,
+        "sanitized": sanitized,
+    }
     if len(sys.argv) == 3 and sys.argv[1] in parts:
         return parts[sys.argv[1]](int(float(sys.argv[2])))
     if len(sys.argv) > 1:
         print(__doc__)
         return 2
-    return sanitized(300) or differences(2000) or refcounts(10_000_000) or ring(1_000_000_000)
+    return sanitized(300) or differences(2000) or attacks(3000) or refcounts(10_000_000) or ring(1_000_000_000)
 
 
 if __name__ == "__main__":
