@@ -10,7 +10,7 @@ RUNNER := $(shell command -v python3 || command -v python3.11 || command -v pyth
 SETUP = $(RUNNER) -IS tests/engines/setup_env.py $(if $(PYTHON),--python "$(PYTHON)")
 PY := .venv/bin/python
 
-.PHONY: help setup demo test lint types docs docs-outputs package clean-env matrix surroundings torture soak
+.PHONY: help setup demo test lint types docs docs-outputs package clean-env matrix surroundings torture soak fuzz
 
 help:
 	@echo "make demo       run kvhook on a real vLLM engine (CPU) and show what it saw"
@@ -25,6 +25,7 @@ help:
 	@echo "make surroundings  the tests that need no engine, as background job, from cron, in other locales ..."
 	@echo "make torture    the step path in C under ASan and UBSan, its reference counts, and its ring; half an hour"
 	@echo "make soak       an engine that plays 2,000 steps a second, with readers that are killed; half an hour"
+	@echo "make fuzz       forged files of every kind, each given to a verb of the command line; ten minutes"
 	@echo "make clean-env  remove .venv"
 	@echo
 	@echo "PYTHON=/path/to/python3.11 chooses the Python for .venv."
@@ -72,6 +73,10 @@ torture: setup
 # See tests/faults/soak.py. KVHOOK_SOAK_SECONDS says how long; half an hour if it is not set.
 soak: setup
 	KVHOOK_SOAK_SECONDS=$${KVHOOK_SOAK_SECONDS:-1800} $(PY) -m tests.faults.soak $(ARGS)
+
+# See tests/hostile.py. More: make fuzz ARGS=100000; led by coverage, with atheris: make fuzz ARGS='--atheris 600'
+fuzz: setup
+	$(PY) tests/hostile.py $(or $(ARGS),5000)
 
 clean-env:
 	rm -rf .venv
