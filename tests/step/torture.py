@@ -1,4 +1,4 @@
-"""The extension under AddressSanitizer and UBSan, its reference counts, and its ring: ``make torture``.
+"""The extension under three sanitizers, its reference counts, and its ring: ``make torture``.
 
     python tests/step/torture.py                   everything; some minutes
     python tests/step/torture.py refcounts 10e6    ten million steps in this process, without a sanitizer
@@ -143,32 +143,57 @@ def ring(reads: int) -> int:
     return 0
 
 
+#: Sanitizer -> flags, its library, its environment.
+SANITIZERS = {
+    "address": (
+        "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1",
+        "libasan.so",
+        # CPython itself keeps what it has at the end; each object has a block of its own, so that none hides another
+        {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "PYTHONMALLOC": "malloc"},
+    ),
+    # it does not know fences, so that the ring's own order is tested by `ring` and `test_memory_model.py`
+    "thread": (
+        "-fsanitize=thread -Wno-tsan -fno-omit-frame-pointer -g -O1",
+        "libtsan.so",
+        {"TSAN_OPTIONS": "halt_on_error=1"},
+    ),
+}
+
+
 def sanitized(scenarios: int) -> int:
     """The differential test, and a short count of references, with the extension under ASan and UBSan."""
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
-    library = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    environment = {
+    more = ["refcounts", "2000"]
+    return _under("address", [["differences", str(scenarios)], ["attacks", str(scenarios)], more])
+
+
+def threads(scenarios: int) -> int:
+    """Attributes that do harm while another thread runs, with the extension under ThreadSanitizer."""
+    return _under("thread", [["attacks", str(scenarios)]], ["setarch", "-R"])
+
+
+def _under(sanitizer: str, parts: list[list[str]], launcher: list[str] | None = None) -> int:
+    """Parts of this program with an extension that was built with a sanitizer."""
+    flags, library, settings = SANITIZERS[sanitizer]
+    found = subprocess.run(["cc", f"-print-file-name={library}"], capture_output=True, text=True, check=True)
+    built = {
         **os.environ,
+        **settings,
         "KVHOOK_CFLAGS": flags,
-        "KVHOOK_LDFLAGS": "-fsanitize=address,undefined",
-        "LD_PRELOAD": str(Path(library.stdout.strip()).resolve()),
-        # CPython itself keeps what it has at the end; each object has a block of its own, so that none hides another
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONMALLOC": "malloc",
+        "KVHOOK_LDFLAGS": flags.split()[0],
     }
+    environment = {**built, "LD_PRELOAD": str(Path(found.stdout.strip()).resolve())}
     with tempfile.TemporaryDirectory() as folder:
-        built = {name: value for name, value in environment.items() if name != "LD_PRELOAD"}
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from hatch_build import *; "
         code += f"print(build(Path({str(ROOT)!r}), Path({folder!r})))"
         done = subprocess.run([sys.executable, "-c", code], env=built, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         if done.returncode:
             return done.returncode
         module = done.stdout.split()[-1]
-        for what in (["differences", str(scenarios)], ["attacks", str(scenarios)], ["refcounts", "2000"]):
+        for what in parts:
             code = f"import runpy, sys; sys.argv = ['torture', *{what!r}]; sys.path.insert(0, {str(ROOT)!r}); "
             code += f"import tests.step.torture as t; t.load({module!r}); sys.exit(t.main())"
-            ended = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=False)
+            command = [*(launcher or []), sys.executable, "-c", code]
+            ended = subprocess.run(command, env=environment, cwd=ROOT, check=False)
             if ended.returncode:
                 return ended.returncode
     return 0
@@ -201,7 +226,14 @@ def main() -> int:
     if len(sys.argv) > 1:
         print(__doc__)
         return 2
-    return sanitized(300) or differences(2000) or attacks(3000) or refcounts(10_000_000) or ring(1_000_000_000)
+    return (
+        sanitized(300)
+        or threads(100)
+        or differences(2000)
+        or attacks(3000)
+        or refcounts(10_000_000)
+        or ring(1_000_000_000)
+    )
 
 
 if __name__ == "__main__":
