@@ -220,6 +220,7 @@ def main() -> int:
         "refcounts": refcounts,
         "ring": ring,
         "sanitized": sanitized,
+        "threads": threads,
     }
     if len(sys.argv) == 3 and sys.argv[1] in parts:
         return parts[sys.argv[1]](int(float(sys.argv[2])))
