@@ -394,7 +394,7 @@ def run(first: int, count: int, seconds: float = float("inf")) -> Counter[str]:
 
 def led_by_coverage(seconds: float) -> None:
     """The same with `atheris`: what it makes of bytes decides what is forged."""
-    import atheris  # type: ignore[import-not-found, unused-ignore]
+    import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     with atheris.instrument_imports(include=["kvhook"]):
         import kvhook.cli

@@ -15,8 +15,8 @@ import kvhook
 from kvhook.adapters.ids import id_number
 from kvhook.errors import KvhookError
 from kvhook.facts import without_paths
+from kvhook.recording.installation import for_logger
 from kvhook.recording.notebook import Notebook
-from kvhook.stat_logger import for_logger
 from tests.conftest import ROOT
 from tests.leaks import leaks, text_patterns
 from tests.standin import fake_vllm, step_stats

@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from kvhook.records.events import Scope
 from kvhook.schema import FACT_FIELDS, KINDS, RUN_FIELDS
 
 LIST = Path(__file__).parent / "data/public_interface.json"
+API = Path(__file__).parents[1] / "docs/reference/api.md"
 #: Classes whose objects people are given, beside those in ``kvhook.__all__``.
 GIVEN = (CoreRecords, Distribution, Scope, Subscription, Summary)
 Interface = dict[str, Any]
@@ -41,12 +43,22 @@ def parameters(function: Any) -> dict[str, list[str]]:
     }
 
 
+def documented(kind: type) -> set[str]:
+    """The members of a class that the reference page lists."""
+    text = API.read_text(encoding="utf-8")
+    found = re.search(rf"autoclass:: \S*\b{kind.__name__}\b.*\n((?:   .*\n)*)", text)
+    listed = re.search(r":members:((?:.*\n)(?:      .*\n)*)", found[1]) if found else None
+    return set(re.findall(r"\w+", listed[1])) if listed else set()
+
+
 def members(kind: type) -> Interface:
-    """Public methods with their parameters, and the names of what else an object has."""
+    """Public methods with their parameters, and the names of what else an object has. Where the reference page lists
+    them, what it lists: other members are there for kvhook's own use."""
     found: Interface = {}
-    for name in dir(kind):
-        value = inspect.getattr_static(kind, name)
-        if name.startswith("_") or (inspect.getattr_static(object, name, None) is value):
+    promised = documented(kind) or dir(kind)
+    for name in sorted(promised):
+        value = inspect.getattr_static(kind, name, None)
+        if name.startswith("_") or any(vars(base).get(name) is value for base in (object, BaseException, Exception)):
             continue
         if isinstance(value, (classmethod, staticmethod)):
             value = value.__func__
