@@ -2,6 +2,7 @@
 
     python tests/step/torture.py                   everything; some minutes
     python tests/step/torture.py refcounts 10e6    ten million steps in this process, without a sanitizer
+    python tests/step/torture.py steps 100e6       so many steps of the front end only
     python tests/step/torture.py differences 3000  so many scenarios of the differential test in this process
     python tests/step/torture.py attacks 3000      so many scenarios with attributes that do harm
     python tests/step/torture.py ring 1e9          so many reads of a ring by one C process that another one writes
@@ -53,9 +54,8 @@ def attacks(scenarios: int) -> int:
     return 1 if problems else 0
 
 
-def refcounts(steps: int) -> int:
+def steps(count: int) -> int:
     """Steps of both levels: no object that was there before is referred to more often afterwards, no memory is lost."""
-    from kvhook import _step
     from kvhook.adapters.step_functions import Counters
     from tests.step import two_paths
 
@@ -77,8 +77,8 @@ def refcounts(steps: int) -> int:
             )
             watched = [None, 0, 1, 257, publish_record, *_every_object(stats)]
 
-            def play(count: int, functions: Any = functions, stats: Any = stats) -> None:
-                for i in range(count):
+            def play(times: int, functions: Any = functions, stats: Any = stats) -> None:
+                for i in range(times):
                     functions.record(**stats[i & 15])
                     functions.publish(1, 2)
 
@@ -86,7 +86,7 @@ def refcounts(steps: int) -> int:
             gc.collect()
             before, memory = [sys.getrefcount(each) for each in watched], _memory()
             start = time.monotonic()
-            play(steps)
+            play(count)
             seconds = time.monotonic() - start
             gc.collect()
             # a reference lost or kept at each step would show as some millions; a handful are the interpreter's own
@@ -96,18 +96,23 @@ def refcounts(steps: int) -> int:
                 if abs(sys.getrefcount(each) - count) > 50
             )
             grown = _memory() - memory
-            print(f"{where}: {steps:,} steps, {records[0]:,} records, {seconds:.0f} s, memory {grown:+,} KiB")
+            print(f"{where}: {count:,} steps, {records[0]:,} records, {seconds:.0f} s, memory {grown:+,} KiB")
             print(*(f"references to {kind} have moved, {count} objects" for kind, count in moved.items()), sep="\n")
             # a sanitizer keeps what is freed for a while
             if moved or (grown > 4096 and "ASAN_OPTIONS" not in os.environ):
                 problems.append(where)
-    assert _step.native is not None
+    return 1 if problems else 0
+
+
+def refcounts(count: int) -> int:
+    """The same, and inside the engine core."""
+    problems: list[Any] = [1] * steps(count)
     from tests.core.test_both_counts import moved_references
 
     with tempfile.TemporaryDirectory() as folder:
         for batch in (1, 64):
-            wrong = moved_references(batch, Path(folder), steps // (10 * batch))
-            print(f"inside the engine core, batch {batch}: {steps // (10 * batch):,} steps", *wrong, sep="\n")
+            wrong = moved_references(batch, Path(folder), count // (10 * batch))
+            print(f"inside the engine core, batch {batch}: {count // (10 * batch):,} steps", *wrong, sep="\n")
             problems += wrong
     return 1 if problems else 0
 
@@ -218,6 +223,7 @@ def main() -> int:
         "differences": differences,
         "attacks": attacks,
         "refcounts": refcounts,
+        "steps": steps,
         "ring": ring,
         "sanitized": sanitized,
         "threads": threads,
