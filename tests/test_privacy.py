@@ -153,6 +153,8 @@ def test_adapters_are_numbered_and_labels_that_the_program_chose_stay():
         assert book.label_request(0, "1", "customer-a") == (0, 0)
         assert book.label_request(0, "2", "customer-b") == (0, 1)
         assert book.label_request(0, "3", "customer-a") == (0, 0)
+    assert book.detail("lora_added", "customer-b") == "adapter-1"
+    assert book.detail("weights", "from /home/alice/new, level 1") == "from (path), level 1"
     named = {event[3] for event in book.take() if event[0] == "name"}
     assert named == {"batch", "adapter-0", "adapter-1"}
 

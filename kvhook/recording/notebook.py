@@ -19,6 +19,7 @@ from typing import Any
 
 from kvhook.adapters.calls import Call
 from kvhook.errors import KvhookError
+from kvhook.facts import without_paths
 from kvhook.labels import LONGEST, current_label
 from kvhook.options import LabelOf
 from kvhook.recording.engine_events import EventsBook
@@ -165,6 +166,12 @@ class Notebook:
         self._pending.append(event)
         self._requests.append(event)
         return codes
+
+    def detail(self, kind: str, text: str) -> str:
+        """What is recorded of the details of an engine event."""
+        if not self._number_adapters or not text:
+            return text
+        return self._stand_in("adapter", text) if kind.startswith("lora_") else without_paths(text)
 
     def _stand_in(self, what: str, text: str) -> str:
         """``label-0``, ``label-1`` and so on, the same for the same text."""

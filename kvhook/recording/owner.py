@@ -195,7 +195,9 @@ class Owner(Readings):
         recorders = list(self._recorders_of.get(id(engine), ()))
         numbers = [r.number for r in recorders]
         recorded = sum(r.ring.head for r in recorders) if told.kind in IN_PIECES else -1
-        end = self._notebook.engine_events.begin(told.kind, numbers, told.detail, recorded)
+        end = self._notebook.engine_events.begin(
+            told.kind, numbers, self._notebook.detail(told.kind, told.detail), recorded
+        )
         rest = True if told.kind in RESTS else False if told.kind in ENDS_REST else None
 
         def ended(outcome: str) -> None:
