@@ -112,7 +112,10 @@ def parse_size(size: int | str) -> int:
         raise KvhookError(f"{size!r} is not a size; say bytes, or text like '500MB' or '1GiB'")
     number, unit, rest = match.groups()
     factor = 1000 if rest.lower() == "b" else 1024
-    return int(float(number) * factor ** " kmgt".index(unit.lower() or " "))
+    size_in_bytes = float(number) * factor ** " kmgt".index(unit.lower() or " ")
+    if size_in_bytes >= 1 << 62:
+        raise KvhookError(f"{str(size)[:40]!r} is more than any disk has")
+    return int(size_in_bytes)
 
 
 def _check_share(share: object) -> None:
