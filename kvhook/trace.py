@@ -37,7 +37,7 @@ from kvhook.whatif.recorded import recorded_requests
 from kvhook.whatif.report import Run as WhatIfRun
 from kvhook.whatif.report import WhatIf, what_if
 from kvhook.whatif.requests import BlockRequests
-from kvhook.whatif.runs import run_of
+from kvhook.whatif.runs import run_of, with_names
 
 if TYPE_CHECKING:
     from kvhook.records.columns import Table
@@ -95,7 +95,10 @@ class Trace(Parts):
         Raises:
             NotKnown: the run does not tell; the message says why.
         """
-        return self.sent if self.sent is not None else recorded_requests(self.cores())
+        if self.sent is not None:
+            return self.sent
+        cores = self.cores()
+        return with_names(recorded_requests(cores), cores, self.core_labels)
 
     def what_if(self, *, blocks: Sequence[int] = (), reorder: bool = False, replicas: Sequence[int] = ()) -> WhatIf:
         """What another KV cache would have found: see ``docs/howto/whatif.md``.

@@ -71,9 +71,16 @@ def as_dict(found: WhatIf) -> dict[str, Any]:
     """For programs: the names are those of `kvhook.whatif.report.WhatIf`."""
     from kvhook.whatif.advice import findings
 
-    values = dataclasses.asdict(found)
+    values: dict[str, Any] = _plain(found)
     values["findings"] = [finding._asdict() for finding in findings(found)]
     return values
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dictionaries, and tuples as lists, all the way down."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return [_plain(one) for one in value] if isinstance(value, (tuple, list)) else value
 
 
 def _load(args: argparse.Namespace) -> tuple[BlockRequests, Run]:

@@ -91,6 +91,6 @@ def _stopped(core: Core, request: Any, left: int) -> str:
         return "encoder_budget"
     if not core.facts["enable_chunked_prefill"] and request.num_tokens > left:
         return "token_budget"
-    if core.facts["room_is_asked_first"]:
+    if core.facts.get("room_is_asked_first"):
         return "kv_blocks"
     return "deferred"

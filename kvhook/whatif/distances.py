@@ -12,7 +12,7 @@ else; what running requests take from it, and what is kept twice, `kvhook.whatif
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,10 @@ from kvhook.whatif.requests import BlockRequests, Ints
 
 #: From so many requests on numba is used, if it is installed: before, compiling takes longer than what it saves.
 COMPILE_FROM = 50_000
+#: Without numba, requests of fewer blocks than this are counted block by block, and longer ones with numpy.
+SHORT = 48
+#: So many requests are made lists of at a time.
+AT_A_TIME = 20_000
 #: Beyond so many look-ups a sample of the blocks is taken.
 SAMPLE_FROM = 100_000_000
 #: The sample is taken in so many parts, whose differences tell the error.
@@ -120,19 +124,19 @@ def _found(
     queried = np.add.reduceat(np.concatenate((counted, [False])), offsets[:-1]) if len(offsets) > 1 else np.empty(0)
     queried = np.where(np.diff(offsets) > 0, queried, 0).astype(np.int64)
     lives = requests.core * (int(requests.epoch.max(initial=0)) + 1) + requests.epoch
-    count = _counter(len(requests))
+    count = _counter(len(requests), len(ids) / max(len(requests), 1))
     for life in np.unique(lives).tolist():
         places = np.flatnonzero(lives == life)
         count(places, offsets, ids, queried, np.full(distinct, -1, np.int64), rises)
     return np.cumsum(np.cumsum(rises)[:-1]).astype(np.float64)
 
 
-def _counter(num_requests: int) -> Callable[..., None]:
+def _counter(num_requests: int, num_blocks: float) -> Callable[..., None]:
     if num_requests >= COMPILE_FROM:
         compiled = _compiled()
         if compiled is not None:
             return compiled
-    return _count_with_numpy
+    return _count_with_lists if num_blocks < SHORT else _count_with_numpy
 
 
 @functools.cache
@@ -192,6 +196,53 @@ def _count(places: Any, offsets: Any, ids: Any, queried: Any, last: Any, rises: 
         while place <= n:
             tree[place] += end - begin
             place += place & -place
+
+
+def _count_with_lists(places: Any, offsets: Any, ids: Any, queried: Any, last: Any, rises: Any) -> None:
+    """The same as `_count`, with lists: for requests so short that a call of numpy takes longer than their blocks."""
+    n = len(places)
+    tree, users, alive = [0] * (n + 1), last.tolist(), 0
+    for begin in range(0, n, AT_A_TIME):
+        up: list[int] = []
+        down: list[int] = []
+        some = places[begin : begin + AT_A_TIME]
+        for now, mine, asked in zip(range(begin, n), _lists(ids, offsets, some), queried[some].tolist(), strict=False):
+            at, end = 0, len(mine)
+            while at < end:
+                user = users[mine[at]]
+                if user < 0:
+                    break
+                first = at
+                at += 1
+                while at < end and users[mine[at]] == user:
+                    at += 1
+                older, place = 0, user + 1
+                while place > 0:
+                    older += tree[place]
+                    place &= place - 1
+                place, fewer = user + 1, at - first
+                while place <= n:
+                    tree[place] -= fewer
+                    place += place & -place
+                hits = min(at, asked) - first
+                if hits > 0:
+                    up.append(alive - older + 1)
+                    down.append(alive - older + 1 + hits)
+            alive += end - at
+            for block in mine:
+                users[block] = now
+            place = now + 1
+            while place <= n:
+                tree[place] += end
+                place += place & -place
+        np.add.at(rises, np.array(up, np.int64), 1)
+        np.add.at(rises, np.array(down, np.int64), -1)
+
+
+def _lists(ids: Any, offsets: Any, places: Any) -> Iterator[list[int]]:
+    """The blocks of some requests."""
+    for first, end in zip(offsets[places].tolist(), offsets[places + 1].tolist(), strict=True):
+        yield ids[first:end].tolist()
 
 
 def _count_with_numpy(places: Any, offsets: Any, ids: Any, queried: Any, last: Any, rises: Any) -> None:

@@ -29,6 +29,9 @@ else:
 
 #: Names that other writers have for the same.
 _ALIASES = {"input_tokens": "input_length", "output_tokens": "output_length", "created_time": "timestamp"}
+#: What else is written of a request where it is known. The name of a recording is not called ``session_id``: AIPerf
+#: takes requests with the same one for the turns of a conversation, and each for what comes on top of the turns before.
+NAMES = ("session", "label")
 #: How such files are called.
 REQUEST_SUFFIXES = (".jsonl", ".json")
 #: Tokens of a block in the Mooncake project's own traces.
@@ -93,7 +96,7 @@ def read(path: Path, block_size: int | None = None) -> BlockRequests:
 
 def _parse(file: Iterable[bytes], name: str, block_size: int | None) -> BlockRequests:
     flat, counts, inputs, outputs, times = array("q"), array("q"), array("q"), array("q"), array("d")
-    more: dict[str, list[Any]] = {"session_id": [], "label": []}
+    more: dict[str, list[Any]] = {name: [] for name in NAMES}
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue

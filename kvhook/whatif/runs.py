@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kvhook.records.columns import Table
 from kvhook.records.core import CoreRecords
 from kvhook.whatif.recorded import NotKnown, recorded_requests, rules_of, why_estimated
 from kvhook.whatif.report import Run, WhatIf, check_again, prefill_speed, what_if
@@ -30,6 +31,24 @@ def run_of(cores: CoreRecords, name: str = "") -> tuple[BlockRequests, Run]:
         why_estimated=tuple(why_estimated(cores, requests)),
         name=name,
     )
+
+
+def with_names(requests: BlockRequests, cores: CoreRecords, labels_of: Callable[[Table], Table]) -> BlockRequests:
+    """The requests with the name of the recording they are of, and the label that each was given.
+
+    Args:
+        requests: of these cores.
+        cores: the engine cores of a run.
+        labels_of: gives the labels of requests of an engine core.
+    """
+    names: dict[str, list[Any]] = {"session": [None] * len(requests), "label": [None] * len(requests)}
+    for core, facts in enumerate(cores.facts):
+        lives = cores.requests(core)
+        label_of = dict(zip(lives["request"].tolist(), labels_of(lives)["label"].tolist(), strict=True))
+        for place in (requests.core == core).nonzero()[0].tolist():
+            names["session"][place] = facts.get("session")
+            names["label"][place] = label_of.get(int(requests.arrival[place])) or None
+    return replace(requests, names={name: values for name, values in names.items() if any(values)})
 
 
 def with_block_size(requests: BlockRequests, run: Run, block_size: int) -> tuple[BlockRequests, Run]:

@@ -10,6 +10,7 @@ takes a second.
 
 from __future__ import annotations
 
+import inspect
 import random
 import sys
 import tempfile
@@ -121,9 +122,8 @@ def longest(told: Scenario) -> int:
 class Played(NamedTuple):
     """What vLLM's scheduler did."""
 
-    #: tokens that requests found when they were first admitted, and their prompts' tokens
+    #: tokens that requests found when they were first admitted
     hit_tokens: int
-    query_tokens: int
     preemptions: int
 
 
@@ -132,7 +132,6 @@ def play(recording: Any, told: Scenario) -> Played:
     driver, scheduler = recording.driver, recording.driver.scheduler
     answers: dict[str, list[int]] = {}
     found: dict[str, int] = {}
-    queries: dict[str, int] = {}
     original, look_up = driver.result_of, scheduler.kv_cache_manager.get_computed_blocks
 
     def result_of(output: Any) -> Any:
@@ -145,10 +144,11 @@ def play(recording: Any, told: Scenario) -> Played:
     def get_computed_blocks(request: Any) -> Any:
         result = look_up(request)
         if not request.num_preemptions:
-            found[request.request_id], queries[request.request_id] = int(result[1]), request.num_prompt_tokens
+            found[request.request_id] = int(result[1])
         return result
 
     driver.result_of, scheduler.kv_cache_manager.get_computed_blocks = result_of, get_computed_blocks
+    resets = "reset_running_requests" in inspect.signature(scheduler.reset_prefix_cache).parameters
     for number, call in enumerate(told.calls):
         if call.event == "reset":
             assert scheduler.reset_prefix_cache()
@@ -163,13 +163,13 @@ def play(recording: Any, told: Scenario) -> Played:
                 half = len(call.requests)
             if step == 2 and call.event == "abort":
                 driver.abort(*[n for n in rng.sample(names, min(2, len(names))) if n in scheduler.requests])
-            if step == 2 and call.event == "reset while it runs":
+            if step == 2 and call.event == "reset while it runs" and resets:
                 scheduler.reset_prefix_cache(reset_running_requests=True)
             driver.step()
         else:
             raise AssertionError("the scheduler does not come to an end")
     driver.result_of, scheduler.kv_cache_manager.get_computed_blocks = original, look_up
-    return Played(sum(found.values()), sum(queries.values()), len(recording.read().preemptions()))
+    return Played(sum(found.values()), len(recording.read().preemptions()))
 
 
 def _add(driver: Any, request: Request, answers: dict[str, list[int]]) -> str:
@@ -177,6 +177,14 @@ def _add(driver: Any, request: Request, answers: dict[str, list[int]]) -> str:
     answers[made.request_id] = request.answer
     name: str = made.request_id
     return name
+
+
+def _fitting(told: Scenario) -> Scenario:
+    """The same without settings that this vLLM does not have."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = inspect.signature(EngineArgs).parameters
+    return told._replace(settings={name: value for name, value in told.settings.items() if name in known})
 
 
 class Compared(NamedTuple):
@@ -193,7 +201,7 @@ def compare(make: Make, seed: int) -> Compared:
     from kvhook.whatif.report import what_if
     from kvhook.whatif.runs import run_of, with_block_size
 
-    told = scenario(seed)
+    told = _fitting(scenario(seed))
     least = -(-longest(told) // told.block_size) + 1
     recorded = least + told.recorded_more
     recording = make(ledger=True, blocks=recorded + 1, block_size=told.block_size, **told.settings)

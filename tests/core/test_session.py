@@ -102,6 +102,16 @@ def test_requests_of_two_front_ends_are_told_apart_and_counted_together(build: B
     assert session.core_steps()["num_finished_reqs"].sum() == 6
 
 
+def test_exported_requests_have_the_name_of_the_recording(build: Build, tmp_path: Path):
+    session = kvhook.install(trace=tmp_path / "run.kvh", core="blocks")
+    work(build(), 4)
+    kvhook.uninstall()
+    assert main(["export", str(tmp_path / "run.kvh"), str(tmp_path / "requests.jsonl"), "--format", "mooncake"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    assert {line["session"] for line in lines} == {session.cores().facts[0]["session"]}
+    assert not [line for line in lines if "label" in line or "session_id" in line]
+
+
 def test_off_means_that_nothing_is_done(build: Build):
     from vllm.v1.core.sched.scheduler import Scheduler
 

@@ -28,12 +28,13 @@ def tree_requests(paths: list[list[int]]) -> BlockRequests:
 PATHS = st.lists(st.lists(st.integers(0, 2), min_size=0, max_size=6), min_size=1, max_size=40)
 
 
-@pytest.fixture(params=["python", "numpy"], autouse=True)
+@pytest.fixture(params=["_count", "_count_with_lists", "_count_with_numpy"], autouse=True)
 def counter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of counting; numba compiles the first of them."""
-    if request.param == "python":
-        monkeypatch.setattr(distances, "_count_with_numpy", distances._count)
+    """All ways of counting; numba compiles the first of them."""
     name: str = request.param
+    count = getattr(distances, name)
+    monkeypatch.setattr(distances, "_counter", lambda *_: count)
+    monkeypatch.setattr(distances, "AT_A_TIME", 7)
     return name
 
 

@@ -13,6 +13,7 @@ from kvhook.errors import ExportError, KvhookError, TraceFormatError
 from kvhook.export.mooncake import write
 from kvhook.whatif.mooncake import read
 from kvhook.whatif.requests import make_requests
+from tests.whatif.mooncake_like import WORKLOADS, rows
 from tests.whatif.workloads import Sent
 
 
@@ -128,3 +129,26 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path):
     with pytest.raises(ExportError, match="exists"):
         write(requests, tmp_path / "requests.jsonl")
     write(requests, tmp_path / "requests.jsonl", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["conversation", "synthetic"])
+def test_a_trace_as_published_is_read_and_shares_as_much_as_its_paper_says(tmp_path: Path, name: str):
+    workload, file = WORKLOADS[name], tmp_path / "trace.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(name)))
+    requests = read(file)
+    assert (len(requests), requests.block_size) == (workload.requests, 512)
+    assert requests.num_prompt_tokens.mean() == pytest.approx(workload.input_length, rel=0.03)
+    assert requests.num_generation_tokens.mean() == pytest.approx(workload.output_length, rel=0.03)
+    found = kvhook.open(file).what_if(blocks=[1000, 10**7])
+    sizes = [size.hit_tokens for size in found.sizes]
+    assert 0 < sizes[0] < sizes[1] == found.ceiling_hit_tokens
+    assert found.ceiling_hit_tokens / found.query_tokens == pytest.approx(workload.found, abs=0.03)
+
+
+def test_what_is_known_of_single_requests_is_written_and_read_again(tmp_path: Path):
+    sent = Sent(3, 4, 4)
+    names = {"session": ["one"] * 4, "label": ["agent", None, "agent", "user"]}
+    lines = written(tmp_path, sent.requests(names=names))
+    assert [line.get("label") for line in lines] == names["label"]
+    assert {line["session"] for line in lines} == {"one"}
+    assert read(tmp_path / "requests.jsonl").names == names
