@@ -64,7 +64,7 @@ def facts_of(sched: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _empty_blocks_first(sched: Any, found: dict[str, Any]) -> bool:
+def _empty_blocks_first(sched: Any, found: Mapping[str, Any]) -> bool:
     """Whether blocks without content are handed out before all others: from 0.24 on. In 0.23 only those of sliding
     windows are, for which the pool is asked by an argument."""
     if not hasattr(found["queue"], "prepend_n"):
