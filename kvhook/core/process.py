@@ -27,7 +27,7 @@ from kvhook.core.plan import CorePlan
 from kvhook.core.recorder import CoreRecorder
 from kvhook.discovery.cleaning import prune
 from kvhook.facts import ANONYMOUS, without_names
-from kvhook.faults import USERS, Faults
+from kvhook.faults import USERS, Faults, contained
 from kvhook.recording.spool import Spool
 
 log = logging.getLogger("kvhook")
@@ -212,7 +212,7 @@ class CoreProcess:
         if recorder is None or spool is None:
             return
         self._numbers = {scheduler: n for scheduler, n in self._numbers.items() if n != number}
-        with contextlib.suppress(Exception):
+        with contained(self._not_ended):
             recorder.stop()
         recorded: list[tuple[CoreRecorder | LedgerRing, Spool]] = [(recorder, spool)]
         if number in self._ledgers:
@@ -223,6 +223,9 @@ class CoreProcess:
             if not its_spool.unwritten[number]:
                 with contextlib.suppress(OSError):
                     one.ring.path.unlink()  # everything is in the trace
+
+    def _not_ended(self, error: BaseException) -> None:
+        self.faults.fault("ending the recording of an engine core", error, "its trace may lack the end")
 
     def _gone(self, scheduler_id: int, number: int) -> None:
         """The scheduler was deleted. Finalizers call it, so it must not wait."""
