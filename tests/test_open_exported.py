@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_a_folder_of_many_runs_opens_as_a_run_of_several_engines(tmp_path: Path)
     assert [e["trace"] for e in again.meta["engines"]] == ["a, two engines"] * 2 + ["b/one"]
     for number, trace in enumerate((traces[TRACES[0]], traces[TRACES[1]], traces[TRACES[0]])):
         steps = again.steps(number)
-        for name in trace.steps().dtype.names[1:]:
+        for name in (trace.steps().dtype.names or ())[1:]:
             np.testing.assert_array_equal(steps[name], trace.steps()[name], err_msg=name)
     one = kvhook.open(f"{fleet}run=b%2Fone")
     same(one.steps(), traces[TRACES[0]].steps())
@@ -164,7 +165,8 @@ def test_what_engine_cores_recorded_is_the_same_again(suffix: str, tmp_path: Pat
     same(trace.requests(), again.requests())
     assert again.summary().as_dict() == trace.summary().as_dict()
     assert again.summary().as_dict() == trace.summary().as_dict()
-    for part in ({"scope": "samples"}, {"label": "cook"}, {"scope": "generate"}):
+    parts: list[dict[str, Any]] = [{"scope": "samples"}, {"label": "cook"}, {"scope": "generate"}]
+    for part in parts:
         same(trace.select(**part).steps(), again.select(**part).steps())
         same(trace.select(**part).cores().steps(), again.select(**part).cores().steps())
         assert again.summary(**part).as_dict() == trace.summary(**part).as_dict()
@@ -185,7 +187,7 @@ def test_every_time_of_every_table_is_told_on_the_wall_clock_too(tmp_path: Path)
     offset = trace.meta["realtime_ns"] - trace.meta["monotonic_ns"]
     tables = [trace.steps(), trace.requests(), cores.steps(), cores.requests(), cores.preemptions(), cores.lookups()]
     for table in [*tables, cores.blocks()]:
-        names = [name for name in table.dtype.names if name.startswith("t_") and not name.endswith("_unix_ns")]
+        names = [name for name in table.dtype.names or () if name.startswith("t_") and not name.endswith("_unix_ns")]
         assert names
         for name in names:
             known = table[name] >= 0

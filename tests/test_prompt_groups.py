@@ -65,7 +65,9 @@ def test_engines_have_prompts_of_their_own(tmp_path: Path):
     both = kvhook.open(*paths)
     alone = [kvhook.open(path).prompt_groups() for path in paths]
     assert len(both.prompt_groups()) == len(alone[0]) + len(alone[1])
-    assert both.summary().by_prompt.samples == sum(int(one["num_samples"].sum()) for one in alone)
+    by_prompt = both.summary().by_prompt
+    assert by_prompt is not None
+    assert by_prompt.samples == sum(int(one["num_samples"].sum()) for one in alone)
 
 
 def test_a_run_without_samples_tells_nothing_of_them(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_notes_that_have_become_long_begin_anew(tmp_path: Path, monkeypatch: pyt
     beside.begin(ring, [])
     for number in range(100):
         event = ["end", number, 5]
-        beside.take([event], lambda event=event: [event])
+        beside.take([event], functools.partial(list, [event]))
     assert notes_of(ring).stat().st_size < 500
     assert read_notes(ring)[-1] == ["end", 99, 5]
 
