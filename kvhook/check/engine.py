@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvhook.adapters.table import read_path
 from kvhook.demo import engine as demo
+from kvhook.discovery.directory import remove_path
 
 if TYPE_CHECKING:
     from kvhook.recording.session import Session
@@ -65,8 +66,7 @@ def recorded_engine(model: str | None) -> Iterator[tuple[Any, Session]]:
             if before is None:
                 kvhook.uninstall()
                 for ring in made:
-                    with contextlib.suppress(OSError):
-                        ring.unlink()
+                    remove_path(ring)
 
 
 def _make(model: str | None) -> Any:
