@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -95,5 +96,10 @@ def test_the_ring_of_a_running_session_opens_too(fresh: Path):
             engine.step()
         (ring,) = session.rings
         trace = kvhook.open(ring)
-        assert trace.steps().tobytes() == session.steps().tobytes()
+        there, here = trace.steps(), session.steps()
+        for name in here.dtype.names or ():
+            if name.endswith("_unix_ns"):  # a ring has one reading of the clocks, the session has several
+                assert abs(there[name] - here[name]).max() < 10_000_000
+            else:
+                np.testing.assert_array_equal(there[name], here[name], err_msg=name)
         assert trace.meta["engines"][0]["model"] == "stand-in"

@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import os
 import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,10 +154,9 @@ class CoreSide:
         """Have the front end record request ids as the options say, as the engine core does."""
         hash_ids((lambda text: self.request_key(text) >> SHORTER) if self._options.hashes_ids else None)
 
-    def remove_history(self) -> None:
-        """Delete the temporary files."""
-        if self._options.trace is None and self._made_in == forks.generation:
-            shutil.rmtree(self._folder(), ignore_errors=True)
+    def temporary(self) -> list[Path]:
+        """The folder of temporary files, if this process has one."""
+        return [self._folder()] if self._options.trace is None and self._made_in == forks.generation else []
 
     @property
     def _session(self) -> str:

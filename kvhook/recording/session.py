@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -192,6 +193,9 @@ class Session(Owner):
             for recorder in self._recorders.values():
                 recorder.close()
             self._closed = self._notebook.closed = True
+            # what is called at the end of the process stays alive until then: no more than what is still to be done
+            atexit.unregister(self.end)
+            atexit.register(_remove, self._temporary(), forks.generation)
 
     def stop_measuring(self) -> None:
         """Take out of the engines what waits for their next step in order to measure it."""
@@ -200,9 +204,10 @@ class Session(Owner):
 
     def remove_history(self) -> None:
         """Delete the temporary files. For the end of the interpreter: nothing can be read afterwards."""
-        if self._history_dir is not None and not self.belongs_to_parent:
-            shutil.rmtree(self._history_dir, ignore_errors=True)
-        self._core_side.remove_history()
+        _remove(self._temporary(), self._made_in)
+
+    def _temporary(self) -> list[Path]:
+        return [*self._core_side.temporary(), *([self._history_dir] if self._history_dir is not None else [])]
 
     def end(self) -> None:
         """The process ends: complete what was recorded, remove what was temporary."""
@@ -292,3 +297,10 @@ class Session(Owner):
             prune_histories(history_root())
             self._history_dir = Path(tempfile.mkdtemp(prefix=prefix, dir=history_root()))
         yield self._history_dir / f"{number:06}{TRACE_SUFFIX}"
+
+
+def _remove(folders: list[Path], generation: int) -> None:
+    """Delete temporary files, unless they are a parent process's."""
+    if generation == forks.generation:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,15 @@ def recovered(path: Path) -> int:
     return len(kvhook.open(path).steps())
 
 
+@pytest.fixture
+def minds_ctrl_c() -> Iterator[None]:
+    """A program that a script starts in the background ignores SIGINT, and so do the tests there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("minds_ctrl_c")
 def test_ctrl_c_in_the_middle_of_a_step_is_the_users_and_the_next_step_is_recorded():
     with fake_vllm() as vllm, kvhook.install(ring_slots=64, core="off") as session:
         engine = vllm.engine()
