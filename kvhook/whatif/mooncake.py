@@ -106,8 +106,9 @@ def _parse(file: Iterable[bytes], name: str, block_size: int | None) -> BlockReq
             flat.extend(chain)
             counts.append(len(chain))
             inputs.append(int(row["input_length"]))
-            outputs.append(int(row.get("output_length") or 1))
-            times.append(float(row.get("timestamp") or 0))
+            generated, at = row.get("output_length"), row.get("timestamp")
+            outputs.append(1 if generated is None else int(generated) or 1)
+            times.append(0.0 if at is None else float(at))
             if min(inputs[-1], outputs[-1]) < 0 or not abs(times[-1]) < _LONGEST_MS:
                 raise ValueError("a length or a time that cannot be")
         except (ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError) as error:
