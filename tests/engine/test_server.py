@@ -7,7 +7,9 @@ The long form, with 50 clients, readers that are killed and a server without kvh
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -51,9 +53,19 @@ def served(engine_environment: dict[str, str], model: str, tmp_path_factory: pyt
             if name.startswith("vllm:request_success_total{") and value
         }
         alive = this.process.poll() is None
+        # vLLM may kill a core that takes long to end, and without its ring what is not yet in the file is gone
+        wait_until_written(folder / "run.kvh", len(answers))
         code = this.stop()
     log = this.log.read_text(errors="replace")
     return Served(answers, generated, prompts, finished, alive, code, log, kvhook.open(folder / "run.kvh"))
+
+
+def wait_until_written(trace: Path, requests: int) -> None:
+    """Wait until the engine core's file has the end of each request."""
+    give_up = time.monotonic() + 60
+    while len(kvhook.open(trace).cores().requests()) < requests:
+        assert time.monotonic() < give_up, "the engine core's file does not grow"
+        time.sleep(0.05)
 
 
 async def conversation(this: Any) -> list[Answer]:
