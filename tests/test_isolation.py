@@ -186,7 +186,8 @@ def test_a_number_that_a_process_has_again_does_not_make_a_ring_live(tmp_path: P
     assert [r.state for r in find_rings([tmp_path / "earlier"])] == [DEAD]
 
 
-IN_CONTAINER = """
+#: Records three steps. What follows stands inside of its block.
+RECORDS = """
 import os, sys
 import kvhook
 from kvhook.cli import main
@@ -197,12 +198,17 @@ with fake_vllm() as vllm:
     engine.plan += [step_stats(kv_cache_usage=0.5) for _ in range(3)]
     for _ in range(3):
         engine.step()
+"""
+IN_CONTAINER = (
+    RECORDS
+    + """
     (ring,) = session.rings
     print(os.getpid(), ring, flush=True)
     if sys.argv[1:] == ["wait"]:
         sys.stdin.readline()
     print(main(["clean", "--all"]))
 """
+)
 
 
 def test_containers_that_share_memory_but_not_process_numbers_leave_each_other_s_rings_alone(tmp_path: Path):
@@ -228,17 +234,12 @@ def test_containers_that_share_memory_but_not_process_numbers_leave_each_other_s
     assert first.wait(300) == 0
 
 
-SMALL_MEMORY = """
-import kvhook
-from tests.standin import fake_vllm, step_stats
-with fake_vllm() as vllm:
-    session = kvhook.install()
-    engine = vllm.engine()
-    engine.plan += [step_stats(kv_cache_usage=0.5) for _ in range(3)]
-    for _ in range(3):
-        engine.step()
+SMALL_MEMORY = (
+    RECORDS
+    + """
     print(session.rings[0].parent, len(session.steps()), session.faults)
 """
+)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ None of them is made in a step. Each is noted when it begins and when it ends, a
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import wrapt
@@ -40,38 +41,41 @@ def _around(method: str) -> Callable[[Any, Any, Any, Any], Any]:
         begun = _begin(method, wrapped, instance, args, kwargs)
         if begun is None:
             return wrapped(*args, **kwargs)
-        told, end = begun
         if inspect.iscoroutinefunction(wrapped):
-            return _awaited(wrapped(*args, **kwargs), told, end)
-        token = _inside.set((*_inside.get(), told.kind))
-        outcome = DONE
-        try:
+            return _awaited(wrapped(*args, **kwargs), *begun)
+        with _noted(*begun) as answer:
             result = wrapped(*args, **kwargs)
-            outcome = REFUSED if result is False and told.refuses else DONE
-        except BaseException as error:
-            outcome = type(error).__name__
-            raise
-        finally:
-            _inside.reset(token)
-            _end(end, outcome)
+            answer(result)
         return result
 
     return on_call
 
 
 async def _awaited(coroutine: Any, told: Told, end: End) -> Any:
-    token = _inside.set((*_inside.get(), told.kind))
-    outcome = DONE
-    try:
+    with _noted(told, end) as answer:
         result = await coroutine
+        answer(result)
+    return result
+
+
+@contextlib.contextmanager
+def _noted(told: Told, end: End) -> Iterator[Callable[[Any], None]]:
+    """While a call is under way: notes how it ended. It is to be given what the call has returned."""
+    outcome = DONE
+
+    def answer(result: Any) -> None:
+        nonlocal outcome
         outcome = REFUSED if result is False and told.refuses else DONE
+
+    token = _inside.set((*_inside.get(), told.kind))
+    try:
+        yield answer
     except BaseException as error:
         outcome = type(error).__name__
         raise
     finally:
         _inside.reset(token)
         _end(end, outcome)
-    return result
 
 
 def _begin(method: str, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> tuple[Told, End] | None:

@@ -1,11 +1,18 @@
-"""What all tests of faults share."""
+"""What the tests of faults share."""
 
 from __future__ import annotations
 
 import pytest
 
+from kvhook import _step
 
-@pytest.fixture(autouse=True)
-def _quick_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each session measures what a call costs with cold caches, which takes longer than most of these tests."""
-    monkeypatch.setattr("kvhook.recording.owner.call_overhead_ns", lambda: 100)
+
+@pytest.fixture(params=["c", "python"])
+def both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The step path in C, and the one in Python."""
+    path: str = request.param
+    if path == "python":
+        monkeypatch.setattr(_step, "native", None)
+    elif _step.native is None:
+        pytest.skip(f"no extension here: {_step.why_not}")
+    return path

@@ -25,14 +25,6 @@ from tests.faults.odd import BEHAVIOURS, CONTAINED, PASSED_ON, odd_function
 STEPS = 60
 
 
-@pytest.fixture(params=["c", "python"])
-def both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "python":
-        monkeypatch.setattr(_step, "native", None)
-    elif _step.native is None:
-        pytest.skip(f"no extension here: {_step.why_not}")
-
-
 def scheduler() -> Scheduler:
     """A pool that is too small: requests are preempted, and blocks evicted."""
     sched = Scheduler(3, 14, 4, 4, 24)

@@ -212,17 +212,6 @@ def undisturbed(log_stats: bool) -> list[Any]:
 FUNCTIONS = [name for name in StepFunctions._fields if name not in ("record", "left")]
 
 
-@pytest.fixture(params=["c", "python"])
-def both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    from kvhook import _step
-
-    if request.param == "python":
-        monkeypatch.setattr(_step, "native", None)
-    elif _step.native is None:
-        pytest.skip(f"no extension here: {_step.why_not}")
-    return request.param
-
-
 @pytest.mark.parametrize("level", ["full", "light"])
 @pytest.mark.parametrize("log_stats", [False, True], ids=["off", "on"])
 def test_whatever_a_function_of_the_step_path_does_the_engine_gives_its_outputs(
