@@ -314,6 +314,17 @@ def test_what_limits_the_batch_is_inferred_from_the_queue(tmp_path: Path, runnin
     assert set(inferred(run)) == {name}
 
 
+@pytest.mark.parametrize("also", [None, preemptions, blocks_run_out])
+def test_more_requests_are_advised_without_reserve_only_where_blocks_do_not_run_out(tmp_path: Path, also: Any):
+    run = Run(tmp_path)
+    no_seats(run)
+    if also is not None:
+        also(run)
+    advice = run.findings()["limited_by_max_num_seqs"].setting
+    assert advice.startswith("a larger max_num_seqs")
+    assert ("only with more blocks" in advice) == (also is not None)
+
+
 def test_preemptions_are_inferred(tmp_path: Path):
     run = Run(tmp_path)
     for number in range(20):

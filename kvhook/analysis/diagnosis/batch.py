@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvhook.analysis.diagnosis import cache
 from kvhook.analysis.diagnosis.cache import FEW_STEPS, OFTEN
 from kvhook.analysis.diagnosis.finding import INFERRED, Finding, milliseconds, percent
 from kvhook.analysis.diagnosis.signs import Signs
@@ -21,6 +22,9 @@ def limited_by_seats(signs: Signs) -> Finding | None:
     """``max_num_seqs`` holds requests back although the cache has room."""
     core, seats = signs.core, signs.max_num_seqs
     setting = "a larger max_num_seqs"
+    if cache.too_small(signs) or cache.preemption_thrash(signs):
+        # the advice about these is the opposite, and they cost more
+        setting += ", but only with more blocks: with these, more requests would wait for blocks or be preempted"
     of = f"max_num_seqs ({seats})" if seats else "max_num_seqs"
     if core is not None:
         steps, free = core.limited_by.get("max_num_seqs", 0), core.free_when.get("max_num_seqs", 0.0)
