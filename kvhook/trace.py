@@ -17,7 +17,8 @@ from kvhook.export import export, export_to_folder
 from kvhook.export.hive import is_folder
 from kvhook.exported import READERS, exported_by_kvhook, is_beside, read_run, runs_in
 from kvhook.parts import Parts
-from kvhook.records.core import CoreRecords, core_files, is_of_core, open_cores
+from kvhook.records.core import CoreRecords
+from kvhook.records.core_files import core_files, is_of_core, open_cores
 from kvhook.records.engines import Engines
 from kvhook.records.events import Events
 from kvhook.records.imported import Exported, SlotsInMemory, as_source

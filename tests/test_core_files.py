@@ -14,7 +14,7 @@ import pytest
 from kvhook.cli import main
 from kvhook.core.plan import CorePlan
 from kvhook.discovery.cleaning import MARK_PREFIX, leftovers
-from kvhook.records.core import open_cores
+from kvhook.records.core_files import open_cores
 from kvhook.ring.place import process_start
 from tests.conftest import ROOT
 

@@ -16,7 +16,7 @@ import kvhook
 from kvhook.cli import main
 from kvhook.discovery.rings import ALIVE, DEAD, find_rings
 from kvhook.errors import KvhookError
-from kvhook.records.core import open_cores
+from kvhook.records.core_files import open_cores
 from kvhook.ring.place import ring_named
 from kvhook.ring.trace_file import header_of, pack_meta
 from tests.conftest import Python, give_away

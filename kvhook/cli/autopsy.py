@@ -91,7 +91,7 @@ def _cores(trace: Trace, header: Header) -> CoreRecords:
     what is left in the rings beside that ring."""
     from kvhook.discovery.cleaning import histories_of
     from kvhook.discovery.rings import ring_files
-    from kvhook.records.core import files_of, open_cores, open_rings
+    from kvhook.records.core_files import files_of, open_cores, open_rings
     from kvhook.ring.place import history_root
 
     found = trace.cores()

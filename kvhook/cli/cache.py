@@ -35,7 +35,7 @@ class CacheCommand:
         """Print it."""
         from kvhook.analysis.core_report import report
         from kvhook.errors import KvhookError
-        from kvhook.records.core import core_files, is_of_core, open_cores
+        from kvhook.records.core_files import core_files, is_of_core, open_cores
         from kvhook.text.core_report import as_text
 
         path = Path(args.trace)

@@ -35,7 +35,7 @@ class RecoverCommand:
         """Do it, and say what was added."""
         from kvhook.discovery.recovery import recover
         from kvhook.errors import KvhookError
-        from kvhook.records.core import core_files
+        from kvhook.records.core_files import core_files
 
         places = directories(args.dir)
         _say(args.trace, recover(args.trace, places, args.out))
@@ -48,7 +48,7 @@ class RecoverCommand:
 
 
 def _say(path: Path, done: Recovered) -> None:
-    from kvhook.records.core import is_of_core
+    from kvhook.records.core_files import is_of_core
 
     if done.reason:
         print(f"{path}: {done.reason}")

@@ -102,7 +102,7 @@ def _load(args: argparse.Namespace) -> tuple[BlockRequests, Run]:
 def _files(paths: list[Path]) -> list[Path]:
     """The traces themselves, for folders those in them."""
     from kvhook.errors import KvhookError
-    from kvhook.records.core import is_of_core
+    from kvhook.records.core_files import is_of_core
 
     found: list[Path] = []
     for path in paths:
@@ -116,7 +116,7 @@ def _files(paths: list[Path]) -> list[Path]:
 def _open(path: Path, block_size: int | None) -> tuple[BlockRequests, Run, int]:
     """The requests of a file, what is known of the run, and what to add to its times to have them since 1970."""
     from kvhook.errors import KvhookError
-    from kvhook.records.core import core_files, is_of_core, open_cores
+    from kvhook.records.core_files import core_files, is_of_core, open_cores
     from kvhook.ring.trace_file import header_of
     from kvhook.whatif.mooncake import looks_like_requests, read
     from kvhook.whatif.report import Run

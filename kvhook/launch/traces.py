@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kvhook.discovery.recovery import recover
 from kvhook.errors import KvhookError
-from kvhook.records.core import core_files, is_of_core
+from kvhook.records.core_files import core_files, is_of_core
 from kvhook.ring.layout import CLOSED
 from kvhook.ring.reader import writer_alive
 from kvhook.ring.trace_file import TRACE_SUFFIX, header_of

@@ -21,7 +21,8 @@ from kvhook.discovery.cleaning import HISTORY_PREFIX, MARK_PREFIX
 from kvhook.discovery.recovery import recover, rings_of
 from kvhook.errors import KvhookError
 from kvhook.faults import Faults
-from kvhook.records.core import CoreRecords, files_of, open_cores
+from kvhook.records.core import CoreRecords
+from kvhook.records.core_files import files_of, open_cores
 from kvhook.ring.layout import CLOSED
 from kvhook.ring.place import history_root, process_start
 from kvhook.ring.reader import writer_alive

@@ -14,7 +14,7 @@ from kvhook.analysis.core_totals import CoreTotals
 from kvhook.core_schema import CORE_KINDS
 from kvhook.errors import KvhookError
 from kvhook.recording.running import CHUNK_BYTES
-from kvhook.records.core import core_of, order_of, rest_in_ring
+from kvhook.records.core_files import core_of, order_of, rest_in_ring
 from kvhook.records.engines import Engines
 from kvhook.records.sources import FileSlots, usable
 

@@ -6,12 +6,8 @@ process. What its trace does not hold yet is read from the ring.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import glob
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,29 +22,19 @@ from kvhook.core_schema import (
     CORE_KINDS,
     CORE_UNIX,
 )
-from kvhook.errors import KvhookError
 from kvhook.records.block_lives import block_lives, prefixes
 from kvhook.records.clock import Clock, readings_in
 from kvhook.records.columns import Table
 from kvhook.records.engines import Engines
 from kvhook.records.part import Interval, inside
-from kvhook.records.sources import ArraySlots, FileSlots, LaterSlots, SlotSource, usable
+from kvhook.records.sources import SlotSource, usable
 from kvhook.ring.layout import FIELDS_AT
-from kvhook.ring.place import ring_named
-from kvhook.ring.reader import RingReader
 from kvhook.ring.slots import fields_of, slot_head
-from kvhook.ring.trace_file import TRACE_SUFFIX
 from kvhook.schema import META
 
 if TYPE_CHECKING:
-    from kvhook.ring.layout import Kinds, Layout
+    from kvhook.ring.layout import Layout
     from kvhook.ring.slots import Slots
-
-#: What the files of engine cores are called by.
-STREAMS_OF_CORES = ("core", "blocks")
-#: What a trace and its ring have in common.
-_WHOSE = ("session", "pid", "engine")
-_NAME = re.compile(r"\.(?:core|blocks)(\d{1,9})-(\d{1,10})(?:-(\d{1,9}))?\.kvh$")
 
 #: Why a run has no engine core's records, where nothing better is known.
 NO_CORE = (
@@ -305,98 +291,3 @@ def _text(codes: Any, names: Sequence[str]) -> Any:
 
 #: Numbers of blocks and steps are given signed, so that they can be subtracted.
 _SEEN_AS = {"<u4": "<i8", "<i4": "<i8"}
-
-
-def core_files(trace: Path) -> list[Path]:
-    """The files of engine cores that belong to a trace of the front end, by their names."""
-    return files_of(trace.with_name(trace.name.removesuffix(TRACE_SUFFIX)))
-
-
-def is_of_core(path: Path) -> bool:
-    """Whether a trace file is one of an engine core, by its name."""
-    return _NAME.search(path.name) is not None
-
-
-def files_of(stem: Path) -> list[Path]:
-    """The same by the beginning of their names."""
-    name = glob.escape(stem.name)
-    return sorted(p for stream in STREAMS_OF_CORES for p in stem.parent.glob(f"{name}.{stream}[0-9]*{TRACE_SUFFIX}"))
-
-
-def open_cores(paths: Iterable[Path], name: str, absent: str = "", session: str = "") -> CoreRecords:
-    """Open the files of the engine cores of one run.
-
-    Args:
-        paths: the files, in any order; those that are none are left out.
-        name: what to call the run.
-        absent: why there is none, if there is none.
-        session: only files of this recording; "" for all.
-    """
-    streams: dict[str, dict[str, list[FileSlots]]] = {"core": {}, "blocks": {}}
-    for path in sorted(paths, key=order_of):
-        with contextlib.suppress(KvhookError, OSError):
-            file = FileSlots(path)
-            meta = file.header.meta if file.header is not None else {}
-            stream = meta.get("stream")
-            if stream in streams and session in ("", meta.get("session")):
-                streams[stream].setdefault(core_of(path), []).append(file)
-    cores = streams["core"]
-    ledgers = [streams["blocks"].get(core, []) for core in cores]
-    return CoreRecords(
-        [[*files, *_ring(files, CORE_KINDS)] for files in cores.values()],
-        name,
-        absent,
-        [[*files, *_ring(files, BLOCKS_KINDS)] for files in ledgers],
-    )
-
-
-def open_rings(rings: Iterable[Path], name: str, parent: int) -> CoreRecords:
-    """What is left of engine cores in their rings.
-
-    Args:
-        rings: rings of engine cores, of whatever process.
-        name: what to call the run.
-        parent: the process that `kvhook.install` was called in.
-    """
-    found: list[list[SlotSource]] = []
-    for path in rings:
-        with contextlib.suppress(KvhookError, OSError), RingReader(path) as reader:
-            if reader.header.meta.get("parent") == parent:
-                found.append([ArraySlots(reader.now(), reader.header)])
-    return CoreRecords(found, name)
-
-
-def _ring(files: list[FileSlots], kinds: Kinds) -> list[SlotSource]:
-    """What is still in the ring that these files are copied from, if it is there."""
-    engines = Engines(kinds=kinds)
-    for file in files:
-        engines.scan(file)
-    return rest_in_ring(engines)
-
-
-def rest_in_ring(engines: Engines) -> list[SlotSource]:
-    """What the ring of a core holds beyond the records that have been taken in, if it is there."""
-    facts = next(iter(engines.facts()), {})
-    engine = int(facts.get("engine", 0))
-    last = engines.last_record(engine)
-    path = ring_named(str(facts.get("ring", "")))
-    if path is None:
-        return []
-    try:
-        with RingReader(path) as reader:
-            if any(reader.header.meta.get(name) != facts.get(name) for name in _WHOSE):
-                return []
-            return [LaterSlots(ArraySlots(reader.now(), reader.header), {engine: last})]
-    except (KvhookError, OSError):
-        return []
-
-
-def core_of(path: Path) -> str:
-    """Which core of which process: ``0-4711`` of ``run.core0-4711-2.kvh``."""
-    return "-".join(map(str, order_of(path)[:2]))
-
-
-def order_of(path: Path) -> tuple[int, int, int]:
-    """Number of the core, its process, and the how-manieth file it is; by the name."""
-    match = _NAME.search(path.name)
-    return (int(match[1]), int(match[2]), int(match[3] or 1)) if match else (0, 0, 0)

@@ -15,7 +15,8 @@ import pytest
 import kvhook
 from kvhook.analysis.core_report import CoreReport, report
 from kvhook.core_schema import LIMITS, MISS_REASONS
-from kvhook.records.core import CoreRecords, core_files, open_cores
+from kvhook.records.core import CoreRecords
+from kvhook.records.core_files import core_files, open_cores
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
