@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.entry_point import make_known
 
 pytest.importorskip("vllm.plugins", reason="needs vLLM, without an engine")
 
@@ -57,15 +58,12 @@ print(json.dumps([first, look(before)]))
 
 
 def test_vllm_is_the_very_same_and_two_small_modules_are_loaded(tmp_path: Path):
-    info = tmp_path / "plugin/kvhook_entry_point-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvhook-entry-point\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nkvhook = kvhook.plugin:load\n")
+    plugin = make_known(tmp_path / "plugin")
     done = subprocess.run(
         [sys.executable, "-c", LOOK],
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, info.parent))),
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, plugin))),
             "KVHOOK_DIR": str(tmp_path / "rings"),
             "VLLM_LOGGING_LEVEL": "ERROR",
         },

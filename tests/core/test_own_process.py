@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.entry_point import make_known
 
 #: What vLLM does in the process of an engine core: load the plug-ins, import the scheduler, build it, and work.
 CHILD = """
@@ -60,12 +61,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def plugin(tmp_path: Path) -> Path:
     """A folder that makes kvhook's entry point known, as an installed package does."""
-    folder = tmp_path / "plugin"
-    info = folder / "kvhook_entry_point-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvhook-entry-point\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nkvhook = kvhook.plugin:load\n")
-    return folder
+    return make_known(tmp_path / "plugin")
 
 
 def run(tmp_path: Path, *arguments: str, path: Path | None = None) -> dict[str, Any]:

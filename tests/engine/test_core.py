@@ -17,9 +17,9 @@ import pytest
 import kvhook
 from kvhook.analysis.join import core_step_of
 from kvhook.records.core import CoreRecords
-from tests.conftest import ROOT
 from tests.engine import vllm_here
 from tests.engine.conftest import Recorded
+from tests.entry_point import python_path
 from tests.workloads import USABLE, workload
 
 PROMPTS = [prompt for call in workload() for prompt in call.prompts]
@@ -53,6 +53,7 @@ class Runs:
 
     def __init__(self, environment: dict[str, str], model: str, folder: Path) -> None:
         self._environment, self._model, self.folder = environment, model, folder
+        self._python_path = python_path(folder / "plugin")
         self._runs: dict[str, Run] = {}
 
     def get(self, name: str) -> Run:
@@ -68,7 +69,7 @@ class Runs:
             [sys.executable, Path(__file__).with_name("core_process.py"), self._model, self.folder, *names],
             env={
                 **self._environment,
-                "PYTHONPATH": str(ROOT),
+                "PYTHONPATH": self._python_path,
                 "KVHOOK_DIR": str(self.folder / "rings"),
                 "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(process != "inside")),
                 "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn" if process == "spawned" else "fork",
