@@ -25,6 +25,9 @@ OPTIONS = (
     *("--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "512", "--block-size", "32"),
     *("--num-gpu-blocks-override", "400", "--max-num-seqs", "64", "--served-model-name", "tiny"),
 )
+#: The two ways to start it: what stands before the options.
+API_SERVER = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
+VLLM_SERVE = (str(Path(sys.executable).with_name("vllm")), "serve")
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -63,7 +66,12 @@ class Server(NamedTuple):
 
 @contextlib.contextmanager
 def server(
-    model: str, folder: Path, kvhook: Sequence[str] | None = None, more: Sequence[str] = (), **environment: str
+    model: str,
+    folder: Path,
+    kvhook: Sequence[str] | None = None,
+    more: Sequence[str] = (),
+    program: Sequence[str] = API_SERVER,
+    **environment: str,
 ) -> Iterator[Server]:
     """A server over a model, once it answers.
 
@@ -72,6 +80,7 @@ def server(
         folder: where it works, and writes its log.
         kvhook: options of ``kvhook run``; None to run it without kvhook.
         more: further options of the server.
+        program: what is started; the model comes after it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -79,7 +88,7 @@ def server(
     run = [] if kvhook is None else [sys.executable, "-m", "kvhook", "run", *kvhook, "--"]
     command = [
         *run,
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
+        *(*program, model),
         *("--host", "127.0.0.1", "--port", str(port), *OPTIONS, *more),
     ]
     log = folder / "server.log"

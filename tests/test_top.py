@@ -203,7 +203,7 @@ FULL = View(
         "used": 0.5,
         "cached": 0.25,
         "empty": 0.25,
-        "history": [0.0, 0.5, 1.0],
+        "history": [abs(n % 40 - 20) / 20 for n in range(60)],
         "running": 7,
         "waiting": 12,
         "preempted": 2,
@@ -229,15 +229,22 @@ kvhook top
        pid eng  state   run  wait      KV    hits prefill/s decode/s  TTFT p50
       4736   0  alive     7    12  50.0 %  40.0 %     1,200      890    178 ms
 --- 4736 serve.py tiny-llama --------------------------------------------------
-KV cache    ########====.... used 50 %, cached 25 %, empty 25 % of 59 blocks
-history     _*@
+KV cache    #########====..... used 50 %, cached 25 %, empty 25 % of 59 blocks
+history     #:.                                   .:#:.                  100 %
+            ###:.                               .:#####:.
+            ######:.                         .:###########:.
+            ########:.                     .:###############:.
+            ###########:.               .:#####################:.
+            #############:.           .:#########################:.
+            ################:.     .:###############################:.
+            ##################:. .:###################################:.   0 %
 requests    7 running, 12 waiting, 2 preempted
 this run    1,234 finished, 1 aborted, 30 preempted
 tokens/s    1,200 prefill, 890 decode; hit rate 40.0 %, run 35.0 %
 latency     TTFT 178 ms, 400 ms; ITL 9.4 ms, 21 ms (p50, p99)
 steps       5,120; 100/s, 9 ms, 15 ms (p50, p99)
-limited by  no KV blocks 75%, nobody waited 25%
-            requests waited for KV blocks in 75% of the steps
+limited by  no KV blocks 75 %, nobody waited 25 %
+            requests waited for KV blocks in 75 % of the steps
 kvhook      5 us a step, 0.05 % of their time; 0 records missed here"""
 
 
@@ -280,7 +287,7 @@ def test_plain_characters_only_where_they_are_asked_for():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"limits": [("kv_blocks", 0.5)]}, "KV blocks in 50%"),
+        ({"limits": [("kv_blocks", 0.5)]}, "KV blocks in 50 %"),
         ({"limits": [("max_num_seqs", 0.9)]}, "max_num_seqs"),
         ({"limits": [("token_budget", 0.3)]}, "max_num_batched_tokens"),
         ({"limits": [("none_waiting", 1.0)]}, ""),
@@ -386,6 +393,11 @@ def test_an_engine_that_ends_stays_with_a_last_summary_and_a_new_one_appears():
 SNAPSHOTS = Path(__file__).parent / "data/top"
 
 
+def of_blocks(used: float) -> dict[str, float]:
+    """Half of what is not used is cached."""
+    return {"used": used, "cached": (1 - used) / 2, "empty": (1 - used) / 2}
+
+
 @pytest.mark.parametrize(
     ("name", "views", "keys"),
     [
@@ -393,9 +405,10 @@ SNAPSHOTS = Path(__file__).parent / "data/top"
         ("one-engine", [FULL], ()),
         (
             "sixteen-engines",
-            [View(**{**vars(FULL), "pid": 1000 + n, "used": n / 16}) for n in range(16)],
+            [View(**{**vars(FULL), "pid": 1000 + n, **of_blocks(n / 16)}) for n in range(16)],
             ("s", "down"),
         ),
+        ("full", [View(**{**vars(FULL), **of_blocks(0.97), "lost": 12})], ()),
         ("dead", [View(**{**vars(FULL), "state": "dead"})], ()),
         ("asleep", [View(**{**vars(FULL), "state": "asleep", "limits": [], "last_event": ("sleep", 4.0)})], ()),
         ("help", [FULL], ("h",)),

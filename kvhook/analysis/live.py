@@ -17,7 +17,7 @@ from kvhook.records.engine_events import RESTS, kind_of
 Floats = npt.NDArray[np.float64]
 
 #: Points of the history that is kept, one for each so many seconds.
-HISTORY, HISTORY_STEP_NS = 60, 1_000_000_000
+HISTORY, HISTORY_STEP_NS = 240, 1_000_000_000
 #: The longest window, in nanoseconds, and the most steps that are kept for it.
 LONGEST_NS, MOST_STEPS = 60_000_000_000, 1 << 16
 

@@ -39,10 +39,15 @@ HELP = (
     "q            quit",
     "",
     "The bar: used blocks, blocks that only the prefix cache still needs, empty blocks.",
+    "The history: the highest usage of each second in which there were steps.",
     "This run: since the oldest step that the ring held when this screen began.",
 )
 _DETAIL = 12
 _MARKS = {False: ("█", "▒", "·", "▁▂▃▄▅▆▇█"), True: ("#", "=", ".", "_.-=*#%@")}
+#: What fills a cell of the history's chart, from nothing to all of it.
+_LEVELS = {False: " ▁▂▃▄▅▆▇█", True: " .:#"}
+#: Most lines of the chart, and characters of its scale.
+_CHART, _SCALE = 8, 6
 
 
 def screen(
@@ -70,29 +75,43 @@ def screen(
     selected = min(max(selected, 0), len(views) - 1)
     room = max(1, height - len(lines) - 1 - _DETAIL)
     first = max(0, min(selected - room // 2, len(views) - room))
+    last = min(first + room, len(views))
     lines.append("  " + " ".join(f"{name:>{w}}" for name, w in COLUMNS))
-    for place in range(first, min(first + room, len(views))):
+    for place in range(first, last):
         mark = ">" if place == selected and len(views) > 1 else " "
         lines.append(f"{mark} {_row(views[place])}")
-    lines += detail(views[selected], width, ascii_only=ascii_only)
+    part = f"  engines {first + 1} to {last} of {len(views)}" if last - first < len(views) else ""
+    spare = height - len(lines) - _DETAIL
+    lines += detail(views[selected], width, ascii_only=ascii_only, rows=1 + max(0, spare), note=part)
     return [line[:width].rstrip() for line in lines[:height]]
 
 
-def detail(view: View, width: int, *, ascii_only: bool = False) -> list[str]:
-    """One engine, some lines."""
-    return list(_detail(view, width, ascii_only))
+def detail(view: View, width: int, *, ascii_only: bool = False, rows: int = 1, note: str = "") -> list[str]:
+    """One engine, some lines.
+
+    Args:
+        view: the engine.
+        width: characters of a line.
+        ascii_only: draw without block characters.
+        rows: lines that the history may have.
+        note: what else stands at the end of the first line.
+    """
+    return list(_detail(view, width, ascii_only, rows, note))
 
 
-def _detail(v: View, width: int, ascii_only: bool) -> Iterator[str]:
+def _detail(v: View, width: int, ascii_only: bool, rows: int, note: str) -> Iterator[str]:
     ended = {"closed": "  it has ended", "dead": f"  its process has died: kvhook autopsy {v.pid}"}.get(v.state, "")
+    right = ended or note
     model = v.model.rsplit("/", 1)[-1] if v.model.startswith("/") else v.model
-    yield f"--- {v.pid} {v.program} {model} {'-' * width}"[: max(0, width - len(ended))] + ended
+    yield f"--- {v.pid} {v.program} {model} {'-' * width}"[: max(0, width - len(right))] + right
     blocks = f" of {v.num_kv_blocks:,} blocks" if v.num_kv_blocks else ""
     parts = [f"used {percent(v.used, 0)}"]
     if v.cached is not None:
         parts += [f"cached {percent(v.cached, 0)}", f"empty {percent(v.empty, 0)}"]
-    yield f"KV cache    {bar(v, 16, ascii_only=ascii_only)} {', '.join(parts)}{blocks}"
-    yield f"history     {history(v.history, min(60, width - 13), ascii_only=ascii_only)}"
+    said = f"{', '.join(parts)}{blocks}"
+    yield f"KV cache    {bar(v, max(8, min(60, width - 14 - len(said))), ascii_only=ascii_only)} {said}"
+    for n, line in enumerate(_history(v.history, width - 13, rows, ascii_only)):
+        yield f"{'' if n else 'history':<12}{line}"
     yield f"requests    {_n(v.running)} running, {_n(v.waiting)} waiting, {_n(v.preempted)} preempted"
     finished = f"{_n(v.finished_run)} finished, {_n(v.aborted_run)} aborted, {_n(v.preempted_run)} preempted"
     yield f"this run    {finished}{f'; in scope {v.scope}' if v.scope else ''}"
@@ -104,7 +123,7 @@ def _detail(v: View, width: int, ascii_only: bool) -> Iterator[str]:
     yield f"steps       {v.steps:,}; {_rate(v.steps_rate)}/s, {_two(v.step_time)} (p50, p99)"
     often = [(LIMITS.get(why, why), share) for why, share in v.limits if share >= 0.01]
     done = f"{KINDS[v.last_event[0]]}, {seconds(v.last_event[1])} ago" if v.last_event else ""
-    yield f"limited by  {', '.join(f'{why} {share:.0%}' for why, share in often) or '-'}"
+    yield f"limited by  {', '.join(f'{why} {percent(share, 0)}' for why, share in often) or '-'}"
     yield f"            {advice(v) or done}"
     cost = (
         "not measured yet" if v.cost is None else f"{seconds(v.cost)} a step, {percent(v.cost_share, 2)} of their time"
@@ -123,11 +142,11 @@ def advice(v: View) -> str:
     if v.recomputed and v.preempted:
         return f"too few KV blocks: requests were preempted, and {v.recomputed:,} tokens computed a second time"
     if blocks >= 0.25:
-        return f"requests waited for KV blocks in {blocks:.0%} of the steps"
+        return f"requests waited for KV blocks in {percent(blocks, 0)} of the steps"
     if places >= 0.25:
-        return f"max_num_seqs kept requests waiting in {places:.0%} of the steps"
+        return f"max_num_seqs kept requests waiting in {percent(places, 0)} of the steps"
     if budget >= 0.25:
-        return f"max_num_batched_tokens was used up in {budget:.0%} of the steps"
+        return f"max_num_batched_tokens was used up in {percent(budget, 0)} of the steps"
     return ""
 
 
@@ -143,6 +162,26 @@ def history(values: Sequence[float], width: int, *, ascii_only: bool = False) ->
     """The last values from 0 to 1, one character each."""
     marks = _MARKS[ascii_only][3]
     return "".join(marks[min(int(min(max(v, 0.0), 1.0) * len(marks)), len(marks) - 1)] for v in values[-width:])
+
+
+def chart(values: Sequence[float], width: int, rows: int, *, ascii_only: bool = False) -> list[str]:
+    """The last values from 0 to 1 as columns over several lines, the newest at the right; a value above 0 is seen."""
+    levels = _LEVELS[ascii_only]
+    full = len(levels) - 1
+    kept = [min(max(v, 0.0), 1.0) for v in values[-width:]]
+    heights = [max(round(v * rows * full), v > 0) for v in kept]
+    below = range(full * (rows - 1), -1, -full)
+    return ["".join(levels[min(max(h - base, 0), full)] for h in heights).rjust(width) for base in below]
+
+
+def _history(values: Sequence[float], width: int, rows: int, ascii_only: bool) -> list[str]:
+    """The history in one line, or as a chart with its scale where there is room for one."""
+    rows = min(rows, _CHART)
+    if rows < 3 or width <= 2 * _SCALE:
+        return [history(values, width, ascii_only=ascii_only)]
+    lines = chart(values, width - _SCALE, rows, ascii_only=ascii_only)
+    scale = [f"{text:>{_SCALE}}" for text in ("100 %", *[""] * (rows - 2), "0 %")]
+    return [line + mark for line, mark in zip(lines, scale, strict=True)]
 
 
 def _row(v: View) -> str:

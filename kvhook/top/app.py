@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import ClassVar
 
-from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
@@ -15,6 +14,7 @@ from textual.widgets import Footer, Static
 
 from kvhook.analysis.live import View
 from kvhook.text.live import HELP, SORTS, screen
+from kvhook.top.colours import coloured
 
 #: Seconds of the window that can be chosen.
 WINDOWS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -100,8 +100,7 @@ class Top(App[None]):
             if self.helps
             else screen(views, selected, width, height, heading=heading, ascii_only=self._ascii_only)
         )
-        text = Text("\n".join(lines), no_wrap=True, overflow="crop")
-        text.stylize("bold", 0, len(lines[0]))
+        text = coloured(lines, views[selected].used if views and not self.helps else None)
         self.shown = lines
         if self._text is not None and self._text.is_attached:
             self._text.update(text)
