@@ -12,7 +12,7 @@ HIGH, FULL = 0.75, 0.95
 #: Characters before what a line of the details says.
 _LABEL = 12
 
-#: What a part of the screen looks like -> its colour. The group is what is coloured; a later rule covers an earlier one.
+#: What a part of the screen looks like -> the colour of the pattern's group. A later rule covers an earlier one.
 _RULES = tuple(
     (re.compile(pattern, re.MULTILINE), style)
     for pattern, style in (
