@@ -190,8 +190,10 @@ def test_memory_is_bounded(tmp_path: Path):
     for n in range(8):
         steps["t_end_ns"] = np.arange(20_000) * 1_000_000 + n * 30_000_000_000 + 1
         live.take(steps, {})
-    assert sum(map(len, live._steps._parts)) <= (1 << 16) + 20_000
-    assert len(live._history) <= 60
+    assert len(live._steps) <= 1 << 16
+    assert live._steps._rows is not None
+    assert len(live._steps._rows) <= 4 * (1 << 16)
+    assert len(live._history) <= 240
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
@@ -324,6 +326,12 @@ def test_only_the_verb_imports_textual(python):
     assert out.strip() == "False"
 
 
+async def looked(app: Any) -> None:
+    """Let it look at the engines, and wait until it has."""
+    app.look_soon()
+    await app.workers.wait_for_complete()
+
+
 def pilot(size: tuple[int, int], views: list[View], act: Any) -> Any:
     """Run the live screen without a terminal, and do something to it."""
     app_module = pytest.importorskip("kvhook.top.app")
@@ -337,8 +345,10 @@ def pilot(size: tuple[int, int], views: list[View], act: Any) -> Any:
 
     async def drive() -> None:
         async with app.run_test(size=size) as driver:
+            await app.workers.wait_for_complete()
             await driver.pause()
             await act(app, driver)
+            await app.workers.wait_for_complete()
 
     asyncio.run(drive())
     return app, looks
@@ -361,10 +371,10 @@ def test_keys_do_what_the_help_says():
         await driver.press("p")
         assert "PAUSED" in app.shown[0]
         views.clear()
-        app.look()
+        await looked(app)
         assert any(line.startswith("--- 2 ") for line in app.shown)  # what it showed when it was paused
         await driver.press("space")
-        app.look()
+        await looked(app)
         assert "No engine" in app.shown[2]
         await driver.press("h")
         assert app.shown[2:] == list(HELP)
@@ -381,10 +391,10 @@ def test_an_engine_that_ends_stays_with_a_last_summary_and_a_new_one_appears():
 
     async def act(app: Any, driver: Any) -> None:
         views[0] = View(**{**vars(FULL), "state": "dead"})
-        app.look()
+        await looked(app)
         assert "kvhook autopsy 4736" in "\n".join(app.shown)
         views.insert(0, View(**{**vars(FULL), "pid": 99}))
-        app.look()
+        await looked(app)
         assert "2 engines" in app.shown[0]
 
     pilot((80, 24), views, act)

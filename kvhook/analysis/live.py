@@ -11,6 +11,7 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 
+from kvhook.analysis.tail import Tail
 from kvhook.records.columns import Table, has, has_times, total, with_stats
 from kvhook.records.engine_events import RESTS, kind_of
 
@@ -20,6 +21,15 @@ Floats = npt.NDArray[np.float64]
 HISTORY, HISTORY_STEP_NS = 240, 1_000_000_000
 #: The longest window, in nanoseconds, and the most steps that are kept for it.
 LONGEST_NS, MOST_STEPS = 60_000_000_000, 1 << 16
+#: The last steps whose cost is looked at.
+COST_STEPS = 2000
+#: What is needed of a step of the front end, as far as a vLLM has it.
+COLUMNS = (
+    *("step", "t_start_ns", "t_end_ns", "has_scheduler_stats", "kvhook_ns", "kv_cache_usage"),
+    *("num_running_reqs", "num_waiting_reqs", "num_preempted_reqs", "num_finished_reqs", "num_aborted_reqs"),
+    *("num_prompt_tokens", "num_prompt_tokens_computed", "num_generation_tokens"),
+    *("prefix_cache_queries", "prefix_cache_hits"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,52 +92,6 @@ class View:
     last_event: tuple[str, float] | None = None
 
 
-class _Tail:
-    """The last steps of a stream, and sums over all that came.
-
-    Args:
-        sums: columns that are added up.
-    """
-
-    def __init__(self, sums: tuple[str, ...]) -> None:
-        self._parts: list[Table] = []
-        self._sums = sums
-        self.totals: Counter[str] = Counter()
-        self.known: set[str] = set()
-        self.count = 0
-
-    def take(self, steps: Table) -> None:
-        """Take in steps that have come."""
-        if not len(steps):
-            return
-        self.count += len(steps)
-        for name in self._sums:
-            if (more := total(steps, name)) is not None:
-                self.totals[name] += more
-                self.known.add(name)
-        self._parts.append(steps)
-        self._forget(int(steps["t_end_ns"].max()))
-
-    def since(self, begin_ns: int) -> Table | None:
-        """The steps that ended after that moment; None before the first step."""
-        if not self._parts:
-            return None
-        if len(self._parts) > 1:
-            self._parts = [np.concatenate(self._parts)]
-        steps = self._parts[0]
-        last: Table = steps[steps["t_end_ns"] > begin_ns]
-        return last
-
-    def run(self, name: str) -> int | None:
-        """The sum of a column over all steps; None if it is not known."""
-        return self.totals[name] if name in self.known else None
-
-    def _forget(self, now_ns: int) -> None:
-        if sum(map(len, self._parts)) > MOST_STEPS or int(self._parts[0]["t_end_ns"][0]) < now_ns - 2 * LONGEST_NS:
-            steps = np.concatenate(self._parts)
-            self._parts = [steps[steps["t_end_ns"] > now_ns - LONGEST_NS][-MOST_STEPS:]]
-
-
 class Live:
     """One engine, fed as its records come.
 
@@ -140,8 +104,9 @@ class Live:
         self.pid = pid
         self._facts = facts
         names = ("prefix_cache_queries", "prefix_cache_hits", "num_preempted_reqs", "num_finished_reqs")
-        self._steps = _Tail((*names, "num_aborted_reqs"))
-        self._core = _Tail(())
+        self._steps = Tail((*names, "num_aborted_reqs"), LONGEST_NS, MOST_STEPS)
+        self._core = Tail((), LONGEST_NS, MOST_STEPS)
+        self._known: Table | None = None
         self._latencies: dict[str, list[tuple[int, Floats]]] = {}
         self._history: dict[int, float] = {}
         self._last_ns = 0
@@ -167,6 +132,8 @@ class Live:
             while kept[0][0] < self._last_ns - LONGEST_NS:
                 kept.pop(0)
         known = with_stats(steps)
+        if len(known):
+            self._known = known[-1:].copy()
         for end, usage in zip(known["t_end_ns"].tolist(), known["kv_cache_usage"].tolist(), strict=True):
             second = end // HISTORY_STEP_NS
             self._history[second] = max(self._history.get(second, 0.0), usage)
@@ -207,7 +174,7 @@ class Live:
             return view
         more = self._state() | self._sums() | _of_window(steps, window) | self._of_core(begin)
         more |= {name: _two(self._values(series, begin)) for name, series in _SERIES.items()}
-        more |= self._cost(steps)
+        more |= self._cost()
         return dataclasses.replace(view, **more)  # type: ignore[arg-type]
 
     def _rest_or_state(self) -> str:
@@ -218,10 +185,10 @@ class Live:
 
     def _state(self) -> dict[str, object]:
         """The states after the last step in which they are known."""
-        known = with_stats(self._steps.since(0))  # type: ignore[arg-type]
-        if not len(known):
+        known = self._known
+        if known is None:
             return {}
-        last = known[-1]
+        last = known[0]
         return {
             "used": float(last["kv_cache_usage"]) if last["kv_cache_usage"] == last["kv_cache_usage"] else None,
             "running": int(last["num_running_reqs"]),
@@ -241,8 +208,8 @@ class Live:
         parts = [values for end, values in self._latencies.get(series, []) if end > begin]
         return np.concatenate(parts) if parts else np.empty(0)
 
-    def _cost(self, steps: Table) -> dict[str, object]:
-        every = self._steps.since(0)
+    def _cost(self) -> dict[str, object]:
+        every = self._steps.newest(COST_STEPS)
         assert every is not None
         measured = every["kvhook_ns"][every["kvhook_ns"] >= 0] if has(every, "kvhook_ns") else np.empty(0)
         if not len(measured):
@@ -254,10 +221,10 @@ class Live:
 
     def _of_core(self, begin: int) -> dict[str, object]:
         steps = self._core.since(begin)
-        every = self._core.since(0)
-        if steps is None or every is None or not len(every):
+        newest = self._core.newest(1)
+        if steps is None or newest is None or not len(newest):
             return {}
-        last = every[-1]
+        last = newest[0]
         blocks = int(last["num_kv_blocks"])
         found: dict[str, object] = {}
         if blocks > 0:

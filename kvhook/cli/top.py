@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from kvhook.cli.common import add_dir
@@ -72,12 +73,15 @@ def _show(watch: Watch, ascii_only: bool) -> int:
     except ImportError as error:
         raise KvhookError(f'the live screen needs textual ({error}): pip install "kvhook[top]"; or --once') from None
 
+    turn = threading.Lock()
+
     def look(window: float) -> list[View]:
-        watch.refresh()
-        return watch.views(window)
+        with turn:
+            watch.refresh()
+            return watch.views(window)
 
     Top(look, ascii_only=ascii_only).run()
-    for view in watch.views(10.0):
+    for view in look(10.0):
         if view.state in ("closed", "dead"):
             print(f"process {view.pid}, engine {view.engine}: {view.state} after {view.steps:,} steps")
     return 0

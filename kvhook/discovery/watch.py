@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvhook.analysis.live import Live, View
+from kvhook.analysis.live import COLUMNS, Live, View
 from kvhook.discovery.rings import ALIVE, glance, ring_files
 from kvhook.errors import KvhookError
 from kvhook.records.core import CoreRecords
@@ -118,7 +118,9 @@ class Watch:
             live.lost, live.event, live.rest = reader.lost, reader.last_event, reader.rest
             if len(batch.slots):
                 trace = from_slots(batch.slots, reader.header, str(reader.path))
-                live.take(trace.steps(), {series: _single(trace.latencies(series)) for series in VALUE_SERIES})
+                there = {column.name for column in trace.columns("step")}
+                steps = trace.steps(columns=[name for name in COLUMNS if name in there])
+                live.take(steps, {series: _single(trace.latencies(series)) for series in VALUE_SERIES})
             if len(batch.slots) + batch.lost < _MOST:
                 return
 

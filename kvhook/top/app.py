@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import ClassVar
@@ -26,7 +27,8 @@ class Top(App[None]):
     """Engines as they work.
 
     Args:
-        look: takes in what has come and gives the engines, for a window of so many seconds.
+        look: takes in what has come and gives the engines, for a window of so many seconds. It is called in another
+            thread, once at a time.
         ascii_only: draw without block characters.
         every: seconds between two looks.
     """
@@ -59,6 +61,7 @@ class Top(App[None]):
         self.sort = 0
         self.chosen: tuple[int, int] | None = None
         self.paused = self.helps = False
+        self._looking = self._again = False
 
     def compose(self) -> ComposeResult:
         """One text, and the keys below it."""
@@ -69,20 +72,35 @@ class Top(App[None]):
 
     def on_mount(self) -> None:
         """Begin to look."""
-        self.set_interval(self._every, self.look)
-        self.look()
+        self.set_interval(self._every, self.look_soon)
+        self.look_soon()
 
     def on_resize(self, event: Resize) -> None:
         """Draw for the new size."""
         self._room = event.size.width, event.size.height
         self.draw()
 
-    def look(self) -> None:
-        """Take in what has come, unless paused."""
+    def look_soon(self) -> None:
+        """Look at the rings in a thread beside this one, which answers keys meanwhile."""
+        if self._looking:
+            self._again = True
+            return
+        self._looking = True
+        self.run_worker(self._look_there, thread=True)
+
+    def _look_there(self) -> None:
         views = self._look(WINDOWS[self.window])  # also while paused: the ring does not wait
+        with contextlib.suppress(RuntimeError):  # the screen has been closed meanwhile
+            self.call_from_thread(self._looked, views)
+
+    def _looked(self, views: list[View]) -> None:
+        self._looking = False
         if not self.paused:
             self.views = views
             self.draw()
+        if self._again:
+            self._again = False
+            self.look_soon()
 
     def draw(self) -> None:
         """Put the screen together."""
@@ -113,8 +131,8 @@ class Top(App[None]):
     def action_window(self, by: int) -> None:
         """A longer or a shorter window."""
         self.window = min(max(self.window + by, 0), len(WINDOWS) - 1)
-        self.look()
         self.draw()
+        self.look_soon()
 
     def action_sort(self) -> None:
         """Sort by something else."""
