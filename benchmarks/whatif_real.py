@@ -23,6 +23,8 @@ from tests.whatif.real_workloads import LONGEST, WORKLOADS, Ask, Asked
 BLOCK_SIZES = (32, 64, 128)
 #: Room for so many tokens.
 SIZES = (1024, 1280, 1664, 2048, 2560, 3328, 4096, 5376, 6912, 8960)
+#: Those that the picture names.
+TICKS = (1024, 2048, 4096, 8192)
 #: The size that is recorded.
 RECORDED = 2560
 OPTIONS: dict[str, Any] = {
@@ -149,14 +151,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             sizes = [r["tokens"] for r in mine]
             for what, style in (("predicted", "-"), ("real", "o"), ("lru", ":")):
                 shares = [100 * r[what] / r["query_tokens"] for r in mine]
-                label = f"{block_size} tokens, {what}" if what != "lru" else None
+                label = f"{block_size}, {what}" if what != "lru" else None
                 axes.plot(sizes, shares, style, color=f"C{color}", label=label, markersize=4)
         axes.set(title=name, xscale="log", xlabel="tokens of KV cache", ylabel="prompt tokens found, %")
+        axes.set_xticks(TICKS, [f"{tokens:,}" for tokens in TICKS])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     for axes in figure.axes[len(WORKLOADS) :]:
         axes.axis("off")
-        axes.legend(handles, labels, title="blocks of; dotted: plain LRU", loc="center")
+        axes.legend(handles, labels, title="tokens of a block\n(dotted: plain LRU)", loc="center")
     figure.savefig(path, dpi=110)
 
 
