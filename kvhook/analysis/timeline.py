@@ -85,6 +85,12 @@ def timeline(steps: Table, requests: Table) -> Timeline:
 
 def timeline_of_cores(requests: Table, preemptions: Table, lookups: Table) -> Timeline:
     """Of what engine cores recorded, see `kvhook.records.core.CoreRecords`."""
+    out = rows_of_cores(requests)
+    return Timeline(out, preempted_spans(out, preemptions, lookups), from_core=True)
+
+
+def rows_of_cores(requests: Table) -> Table:
+    """The rows of a timeline of some requests that engine cores recorded."""
     out = np.zeros(len(requests), TYPES)
     out["engine"] = requests["core"]
     for name in ("request", "request_id", "finish_reason", *_NUMBERS):
@@ -99,11 +105,10 @@ def timeline_of_cores(requests: Table, preemptions: Table, lookups: Table) -> Ti
     out["preempted_time"] = requests["preempted_ns"] / _NS
     out["first_step"], out["last_step"] = requests["first_scheduled_step"], requests["finished_step"]
     out["first_token_step"] = requests["first_token_step"]
-    out = _sorted(out)
-    return Timeline(out, _spans(out, preemptions, lookups), from_core=True)
+    return _sorted(out)
 
 
-def _spans(timeline: Table, preemptions: Table, lookups: Table) -> Table:
+def preempted_spans(timeline: Table, preemptions: Table, lookups: Table) -> Table:
     """From each preemption to the next time that the request was scheduled again, or to its end."""
     row_of = {(int(r["engine"]), int(r["request"])): i for i, r in enumerate(timeline[["engine", "request"]])}
     resumed: dict[tuple[int, int], list[float]] = {}

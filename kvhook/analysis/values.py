@@ -183,9 +183,6 @@ class Values:
             parts.append((values[inside], None if counts is None else counts[inside]))
         return parts, before
 
-    def _all_runs(self) -> list[Run]:
-        return [*self._runs, _run_of(self._pending)] if self._pending else self._runs
-
     def quantiles(self, at: tuple[float, ...], shift: float = 0.0) -> list[tuple[float, float, float]]:
         """For each fraction from 0 to 1 the two neighbours between which the quantile lies, and how far it is from
         the first to the second (Hyndman and Fan 1996, definition 7); there must be values.
@@ -201,7 +198,13 @@ class Values:
 
     def up_to(self, bounds: Floats) -> list[int]:
         """How many values there are up to each bound."""
-        counts: list[int] = _up_to(self._all_runs(), bounds).tolist()
+        total = np.zeros(len(bounds), np.int64)
+        for run in self._runs:
+            total += run.up_to[run.values.searchsorted(bounds, side="right")]
+        ordered = np.sort(bounds)
+        among = np.cumsum(sum((_between_bounds(part, ordered) for part in self._pending), np.zeros(len(bounds) + 1)))
+        total += among.astype(np.int64)[ordered.searchsorted(bounds)]
+        counts: list[int] = total.tolist()
         return counts
 
     def describe(self) -> Distribution:
@@ -272,9 +275,13 @@ def _distinct(values: Floats, up_to: Ints) -> Run:
     return Run(values, np.concatenate(([0], up_to)), values[marks], np.diff(up_to[marks], prepend=0))
 
 
-def _up_to(runs: list[Run], bounds: Floats) -> Ints:
-    """How many values of all runs there are up to each bound."""
-    total = np.zeros(len(bounds), np.int64)
-    for run in runs:
-        total += run.up_to[run.values.searchsorted(bounds, side="right")]
-    return total
+def _between_bounds(part: Part, bounds: Floats) -> Floats:
+    """How many values there are up to the first bound, from there up to the second and so on, and above the last. Some
+    are looked at at a time, so that this takes no memory that grows with them."""
+    values, counts = part
+    found = np.zeros(len(bounds) + 1)
+    for at in range(0, len(values), _PIECE):
+        some = slice(at, at + _PIECE)
+        weights = None if counts is None else counts[some]
+        found += np.bincount(bounds.searchsorted(values[some]), weights, len(found))
+    return found

@@ -43,7 +43,8 @@ def read_runs(args: argparse.Namespace, *, other_caches: bool = False) -> list[R
         if any(scope.warmup for scope in run.scopes):
             run = dataclasses.replace(run, summary=trace.summary())
         if other_caches:
-            run = dataclasses.replace(run, other_caches=caches.other_caches(cores, name))
+            found = f"{run.why_no_ledger}, and kvhook whatif" if run.why_no_ledger else caches.other_caches(cores, name)
+            run = dataclasses.replace(run, other_caches=found)
         runs.append(run)
     return runs
 

@@ -211,6 +211,10 @@ class CoreRecords:
                 inside = np.arange(most) < count[:, None]
                 yield np.ascontiguousarray(slots[:, first : first + most * stored.itemsize]).view(stored)[inside]
 
+    def num_block_events(self) -> int:
+        """How many events the ledgers of blocks hold."""
+        return sum(len(events) for core in range(len(self)) for events in self.block_events(core))
+
     def lost_in_ledgers(self) -> int:
         """Slots of the ledgers of blocks that are not there; each held up to some thirty events."""
         lost = 0
@@ -246,26 +250,36 @@ class CoreRecords:
             yield fields_of(slots, layout.columns[kind])
 
     def _gather(self, kind: str, core: int | None) -> Table:
+        return np.concatenate([np.empty(0, self._types(kind)), *self.pieces(kind, core)])
+
+    def pieces(self, kind: str, core: int | None = None) -> Iterator[Table]:
+        """The rows of `steps`, `requests`, `preemptions` or `lookups`, some thousands at a time: a long run has more
+        than memory may hold. `kind` is a name of `kvhook.core_schema.CORE_KINDS`."""
         code, fields = CORE_KINDS[kind]
-        columns = [f for f in fields if f.name not in self.absent]
+        types = self._types(kind)
         unix = {clock: name for name, clock in CORE_UNIX[kind].items()}
-        types = [("core", "<i8")]
-        for field in columns:
-            types.append((field.name, "U20" if field.type == "enum" else f"<{field.type}"))
-            types += [(unix[field.name], "<i8")] if field.name in unix else []
-        parts = [np.empty(0, types)]
         for number in range(len(self._cores)) if core is None else [core]:
             for slots, layout in self._slots(number, code):
                 raw = fields_of(slots, layout.columns[kind])
                 part = np.empty(len(slots), types)
                 part["core"] = number
-                for field in columns:
+                for field in fields:
+                    if field.name in self.absent:
+                        continue
                     stored = raw[field.name] if field.name in (raw.dtype.names or ()) else np.full(len(slots), -1)
                     part[field.name] = _text(stored, CORE_ENUMS[field.name]) if field.type == "enum" else stored
                     if field.name in unix:
                         part[unix[field.name]] = self._clocks[number].unix(stored)
-                parts.append(part)
-        return np.concatenate(parts)
+                yield part
+
+    def _types(self, kind: str) -> list[tuple[str, str]]:
+        unix = {clock: name for name, clock in CORE_UNIX[kind].items()}
+        types = [("core", "<i8")]
+        for field in CORE_KINDS[kind][1]:
+            if field.name not in self.absent:
+                types.append((field.name, "U20" if field.type == "enum" else f"<{field.type}"))
+                types += [(unix[field.name], "<i8")] if field.name in unix else []
+        return types
 
     def _slots(self, core: int, code: int) -> Iterator[tuple[Slots, Layout]]:
         for source in self._cores[core]:

@@ -11,7 +11,6 @@ import numpy as np
 from kvhook.analysis.core_report import CoreReport, report
 from kvhook.analysis.summarize import summary_of
 from kvhook.analysis.summary import Summary
-from kvhook.analysis.timeline import timeline_of_cores
 from kvhook.analysis.totals import Totals
 from kvhook.analysis.values import Values
 from kvhook.records.core import CoreRecords
@@ -20,7 +19,7 @@ from kvhook.records.events import Scope
 from kvhook.records.tables import Records, reason_texts
 from kvhook.report.buckets import Floats
 from kvhook.report.lines import Line, StepLines, core_lines
-from kvhook.report.requests import FrontRequests, Shown, sample
+from kvhook.report.requests import FrontRequests, Shown, core_requests
 from kvhook.ring.slots import fields_of, slot_head
 from kvhook.schema import REQUEST, STEP
 
@@ -29,6 +28,9 @@ if TYPE_CHECKING:
     from kvhook.ring.slots import Slots
     from kvhook.whatif.report import WhatIf
 
+#: A report looks at single blocks if their ledger has no more events than this: it is held in memory as a whole.
+MOST_EVENTS = 2_000_000
+TOO_MANY_EVENTS = "the ledger of blocks has {:,} events, which is too many for a page: kvhook cache reads it"
 #: Points of a distribution's curve.
 POINTS = 240
 #: Curves that are made of a column of another name -> that column.
@@ -66,6 +68,8 @@ class Run:
     core: CoreReport | None
     #: why nothing was recorded inside the engine core
     why_no_core: str
+    #: why its ledger of blocks was not read, although there is one
+    why_no_ledger: str
     core_facts: list[dict[str, Any]]
     scopes: list[Scope] = dataclasses.field(default_factory=list)
     engine_events: list[EngineEvent] = dataclasses.field(default_factory=list)
@@ -94,14 +98,13 @@ def read(records: Records, cores: CoreRecords, name: str) -> Run:
 
     with np.errstate(all="ignore"):
         records.go_over(take)
-        core = report(cores) if len(cores) else None
+        events = cores.num_block_events()
+        core = report(cores, ledger=events <= MOST_EVENTS) if len(cores) else None
         summary = summary_of(totals, records, None, core)
         there = {c.name for c in records.columns("step")}
         lines = [_present(line, there) for line in steps.lines()] + list(core_lines(cores))
     shown = _without_absent(front.shown(), {c.name for c in records.columns("request")})
-    inside = timeline_of_cores(cores.requests(), cores.preemptions(), cores.lookups())
-    if len(inside.requests):
-        shown = sample(inside)
+    shown = core_requests(cores) or shown
     together = totals.of()
     values = {**together.steps.latencies, "e2e": together.requests.e2e}
     return Run(
@@ -113,6 +116,7 @@ def read(records: Records, cores: CoreRecords, name: str) -> Run:
         {key: _share(v) for key, v in values.items() if v.count},
         core,
         cores.why_none,
+        TOO_MANY_EVENTS.format(events) if events > MOST_EVENTS else "",
         cores.facts,
         records.scopes,
         records.engine_events,

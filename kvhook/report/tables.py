@@ -106,6 +106,8 @@ def prefixes(run: Run) -> str:
     """The prefixes that requests share, those first that save most."""
     if run.core is None:
         return _absent(run, run.why_no_core)
+    if run.why_no_ledger:
+        return _absent(run, run.why_no_ledger)
     if run.core.blocks is None:
         return _absent(run, 'blocks were not recorded one by one: kvhook.install(core="blocks") does')
     if not run.core.blocks.shared_prefixes:

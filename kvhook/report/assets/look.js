@@ -5,7 +5,12 @@ const PADDING = [8, 14, 0, 0], AXIS = 58;
 const DASHES = [[], [8, 4], [2, 3], [12, 3, 2, 3], [5, 5], [14, 5], [2, 7], [8, 3, 2, 3, 2, 3]];
 const HATCHES = ["plain", "rising", "dots", "falling", "level", "cross", "upright", "coarse"];
 
-const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+// Colours of the theme. To ask the browser for each bar of thousands would take longer than to draw it.
+const styles = new Map();
+function style(name) {
+  if (!styles.has(name)) styles.set(name, getComputedStyle(document.documentElement).getPropertyValue(name).trim());
+  return styles.get(name);
+}
 const colour = (i) => style(`--c${i % 8}`);
 
 // A fill that can be told from others without colours.

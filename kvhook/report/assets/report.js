@@ -29,6 +29,7 @@ const KEYS = { ArrowLeft: "left", ArrowRight: "right", "+": "in", "=": "in", "-"
 
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
+  styles.clear();
   for (const canvas of document.querySelectorAll("canvas.swatch")) canvas.paint();
   for (const chart of page.charts) chart.repaint();
 }
