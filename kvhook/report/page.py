@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvhook.report import other_caches, tables
+from kvhook.report import groups, other_caches, tables
 from kvhook.report.blob import Blob, codes
 from kvhook.report.charts import PARTS, Chart, why_empty
 from kvhook.report.lines import Line, window_steps
@@ -68,6 +68,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         *charts,
         Section("other-caches", "Other caches", other_caches.section(runs)),
         Section("requests", "Requests", ""),
+        Section("groups", "Hit rates by label, adapter and prompt", groups.section(runs)),
         Section("scopes", "Scopes and calls", tables.scopes(runs)),
         Section("events", "What was done to the engines", tables.engine_events(runs)),
         Section("settings", "Settings of the engines", tables.settings(runs)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from kvhook.report.runs import read
 from tests.conftest import ROOT
 from tests.ring.synthetic import Recording
 from tests.standin import fake_vllm, step_stats
+from tests.test_labels import trace_with_labels
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -187,10 +189,10 @@ def test_names_with_html_in_them_are_escaped(tmp_path: Path):
     assert "<script>alert" not in text
     assert "<img" not in text
     assert text.count("</script>") == 4
-    for html in (trace._repr_html_(), trace.summary()._repr_html_()):
-        assert "alert(1)" in html
-        assert "<script" not in html
-        assert "<img" not in html
+    for shown in (trace._repr_html_(), trace.summary()._repr_html_()):
+        assert "alert(1)" in shown
+        assert "<script" not in shown
+        assert "<img" not in shown
 
 
 def test_the_diagnosis_stands_with_its_evidence_and_what_acts_on_it(tmp_path: Path):
@@ -272,9 +274,9 @@ def test_a_picture_of_nothing_or_of_an_unknown_kind_is_one_line(
 def test_a_notebook_shows_the_numbers_of_the_summary():
     trace = kvhook.open(DATA / "baseline.kvh")
     summary = trace.summary()
-    for html in (summary._repr_html_(), trace._repr_html_()):
-        assert f"{summary.prefix_cache_hits:,}" in html
-        assert f"{100 * (summary.prefix_cache_hit_rate or 0):.1f} %" in html
+    for shown in (summary._repr_html_(), trace._repr_html_()):
+        assert f"{summary.prefix_cache_hits:,}" in shown
+        assert f"{100 * (summary.prefix_cache_hit_rate or 0):.1f} %" in shown
     assert "<svg" in trace._repr_html_()
     assert "<script" not in trace._repr_html_()
 
@@ -292,6 +294,43 @@ def test_scopes_are_listed_and_the_summary_leaves_warm_up_out(fresh: Path):
     assert "<measured>" not in page.text
     assert "<dt>steps</dt><dd>5</dd>" in page.text
     assert len(page.curve("kv_cache_usage")) == 10
+
+
+def rows_under(page: Page, heading: str) -> list[list[str]]:
+    """The cells of the table below a heading."""
+    below = page.text.split(f"<h4>{heading}", 1)[1].split("<table>", 1)[1].split("</table>", 1)[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", below)
+    return [[html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
+
+
+def test_hit_rates_of_labels_adapters_and_prompts_are_tables(tmp_path: Path):
+    page = report(tmp_path, trace_with_labels(tmp_path).name)
+    assert rows_under(page, "By label")[1:] == [
+        ["agent-0", "2", "160", "80", "50.0 %", "4"],
+        ["agent-1", "2", "100", "0", "0.0 %", "4"],
+        ["without a label", "1", "40", "40", "100.0 %", "2"],
+    ]
+    assert [row[:2] for row in rows_under(page, "By LoRA adapter")[1:]] == [["no adapter", "3"], ["french", "2"]]
+    assert "By prompt" not in page.text
+
+
+def test_hits_of_samples_among_each_other_stand_against_hits_across_prompts(recording: Recording, tmp_path: Path):
+    # prompt 0: the first sample finds 16 tokens of an earlier call, the others all 96 whole blocks
+    for prompt, cached in ((0, [16, 96, 96]), (1, [0, 64])):
+        for sample, found in enumerate(cached):
+            recording.finish(
+                prompt, prompt_number=prompt, sample_index=sample, num_prompt_tokens=100,
+                num_cached_tokens=found, num_generation_tokens=5,
+            )  # fmt: skip
+    recording.step(num_prompt_tokens=500)
+    page = report(tmp_path, recording.path)
+    assert rows_under(page, "By prompt")[1:] == [
+        ["0", "3", "300", "208", "69.3 %", "15"],
+        ["1", "2", "200", "64", "32.0 %", "10"],
+    ]
+    # 3 samples would each have found 16 alone: 208 - 48 are from siblings; of the other prompt all 64
+    assert "Of all 500 prompt tokens 44.8 % (224) were found because a sample" in page.text
+    assert "and 9.6 % (48) because another prompt or an earlier call had." in page.text
 
 
 def test_what_other_caches_would_have_found_is_drawn(tmp_path: Path):
