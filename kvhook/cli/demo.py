@@ -93,6 +93,7 @@ def _run(session: Session, model: Path | None, out: Path, log: Path) -> None:
     print(
         f"\nThe trace is in {out} ({out.stat().st_size / 1e6:.1f} MB), vLLM's own messages in {log}. Next:\n"
         f"  {kvhook} summary {out}              the table above, again\n"
+        f"  {kvhook} report {out} -o demo.html  the same as a page of charts for a browser\n"
         f"  {kvhook} export {out} demo.csv      steps and requests for a spreadsheet\n"
         f'  {python} -c "import kvhook; print(kvhook.open({str(out)!r}).steps(complete=True))"\n'
         "and in your own program, before LLM(...):\n"

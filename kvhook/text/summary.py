@@ -50,6 +50,21 @@ WORTH_SAYING_NS = 10_000_000
 
 
 def _lines(s: Summary) -> Iterator[str]:
+    yield from _head(s)
+    if not s.steps:
+        why = "all of them are warm-up" if s.left_out else "this part holds none" if s.part else "the trace holds none"
+        yield _row("no steps yet", s.why_no_steps or why)
+        return
+    yield from _steps(s)
+    # paragraphs; one without lines leaves no gap
+    for part in (_caches, _queue, _accounts, _latencies, _own, _diagnosis):
+        lines = list(part(s))
+        if lines:
+            yield ""
+            yield from lines
+
+
+def _head(s: Summary) -> Iterator[str]:
     of = f" of {s.engines} engines" if s.engines > 1 else ""
     # of a path the last part says enough; of a hub's name all of it is wanted
     model = s.model.rsplit("/", 1)[-1] if s.model.startswith("/") else s.model
@@ -58,10 +73,9 @@ def _lines(s: Summary) -> Iterator[str]:
         yield _row("only", s.part)
     if s.left_out:
         yield _row("left out", _left_out(s.left_out))
-    if not s.steps:
-        why = "all of them are warm-up" if s.left_out else "this part holds none" if s.part else "the trace holds none"
-        yield _row("no steps yet", s.why_no_steps or why)
-        return
+
+
+def _steps(s: Summary) -> Iterator[str]:
     share = f" ({s.time_in_steps / s.wall_time:.0%} of it inside steps)" if s.wall_time else ""
     if s.step_time.count:
         yield _row("step time", f"p50 {seconds(s.step_time.p50)}, p99 {seconds(s.step_time.p99)}{share}")
@@ -76,10 +90,10 @@ def _lines(s: Summary) -> Iterator[str]:
         yield _row("clock", f"the machine's wall clock was set {moved} in this run, compared with the monotonic one")
     if s.steps_without_stats:
         yield _row("", f"{s.steps_without_stats:,} step{'s' * (s.steps_without_stats > 1)} brought no stats")
-    yield ""
-    for name, text in cache_lines(s):
-        yield _row(name, text)
-    for name, text in group_lines(s):
+
+
+def _caches(s: Summary) -> Iterator[str]:
+    for name, text in (*cache_lines(s), *group_lines(s)):
         yield _row(name, text)
     yield _row("prompt tokens", _prompt(s))
     if s.pooling:
@@ -95,36 +109,39 @@ def _lines(s: Summary) -> Iterator[str]:
         yield _row("LoRA", f"on, at most {s.max_loras} adapters in a batch; no finished request had one")
     if s.engine_events:
         yield from rows_of("engine events", map(_event, s.engine_events))
-    yield ""
-    yield from _queue(s)
-    yield ""
-    unexplained = [account for account in s.accounts if not account.ok]
-    for account in unexplained:
-        yield from _unbalanced(account)
-    if unexplained:
-        yield ""
-    if s.steps_by_level.get("full"):
-        yield f"  {'latency':{_WIDTH}}{'count':>9}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}"
-        if not s.pooling:
-            yield _latency("first token", s.time_to_first_token)
-            yield _latency("inter-token", s.inter_token_latency)
-            yield _latency("per out. token", s.mean_time_per_output_token)
-        yield _latency("end to end", s.e2e_latency)
-    else:
+
+
+def _accounts(s: Summary) -> Iterator[str]:
+    for account in s.accounts:
+        if not account.ok:
+            yield from _unbalanced(account)
+
+
+def _latencies(s: Summary) -> Iterator[str]:
+    if not s.steps_by_level.get("full"):
         yield _row("latency", "not recorded at level light: kvhook.install(level='full') does")
-    yield ""
+        return
+    yield f"  {'latency':{_WIDTH}}{'count':>9}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}"
+    if not s.pooling:
+        yield _latency("first token", s.time_to_first_token)
+        yield _latency("inter-token", s.inter_token_latency)
+        yield _latency("per out. token", s.mean_time_per_output_token)
+    yield _latency("end to end", s.e2e_latency)
+
+
+def _own(s: Summary) -> Iterator[str]:
+    """What kvhook cost, what it lost, and what failed in it."""
     yield _row("kvhook", _cost(s))
     if s.vllm_stats_ns_p50 is not None:
-        yield _row(
-            "",
-            f"vLLM's stats, made for it: p50 {s.vllm_stats_ns_p50 / 1e3:.1f} us; {percent(s.vllm_stats_share, 3)}",
-        )
+        stats = f"vLLM's stats, made for it: p50 {s.vllm_stats_ns_p50 / 1e3:.1f} us; {percent(s.vllm_stats_share, 3)}"
+        yield _row("", stats)
     yield _row("lost", _lost(s))
     for where, error in s.faults.items():
         yield _row("fault", f"{where}: {error}")
+
+
+def _diagnosis(s: Summary) -> Iterator[str]:
     for i, line in enumerate(finding_lines(s.findings, _WIDTH + 2)):
-        if not i:
-            yield ""
         yield _row("" if i else "diagnosis", line)
 
 

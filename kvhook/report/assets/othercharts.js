@@ -22,7 +22,7 @@ class ShareChart {
     const data = [Array.from(xs), ...parts.map((part) => Array.from(xs, (x) => shareAt(part, x)))];
     this.u = new uPlot(
       {
-        width: Math.max(200, plot.clientWidth),
+        width: plotWidth(plot),
         height: 230,
         padding: PADDING,
         series: [{}, ...parts.map((part) => ({ stroke: () => colour(part.shade), width: 1.8, dash: DASHES[part.index % DASHES.length], points: { show: parts.length === 1 && xs.length === 1 } }))],
@@ -44,7 +44,7 @@ class ShareChart {
       data,
       plot,
     );
-    new ResizeObserver(() => this.u.setSize({ width: Math.max(200, plot.clientWidth), height: 230 })).observe(plot);
+    keepWidth(this.u, plot);
     page.charts.push(this);
   }
 
@@ -69,48 +69,22 @@ class PointChart {
     this.runs = page.requests.filter((r) => r.ended.length);
     if (!this.runs.length) return;
     const { legend, plot } = frame(spec, spec.title, place);
-    this.plot = plot;
     this.runs.forEach((r) =>
       legendEntry(legend, model.runs.length > 1 ? model.runs[r.run].name : "a request", marker(r.run), (shown) => {
         r.hidden = !shown;
         this.update();
       }),
     );
-    this.u = new uPlot(
-      {
-        width: Math.max(200, plot.clientWidth),
-        height: 170,
-        padding: PADDING,
-        series: [
-          {},
-          ...this.runs.map((r) => ({
-            stroke: () => colour(r.run),
-            paths: () => null,
-            points: { show: true, size: 6 - (r.run % 3), fill: () => (r.run % 2 ? style("--page") : colour(r.run)), width: 1.2 },
-          })),
-        ],
-        axes: axes(spec, markSeconds),
-        scales: { x: { time: false, range: () => [view.from, view.to] }, y: verticalScale(spec) },
-        legend: { show: false },
-        cursor: {
-          y: false,
-          points: { show: false },
-          drag: { x: true, y: false, setScale: false, dist: 6 },
-          sync: { key: "time", scales: ["x", null], setSeries: false },
-          bind: { dblclick: () => () => setView(view.first, view.last) },
-        },
-        hooks: { setSelect: [TimeChart.prototype.selected] },
-      },
-      [[], ...this.runs.map(() => [])],
-      plot,
-    );
-    register(this);
-    timeMouse(this.u.over, (event) => timeUnder(this.u, event));
-    new ResizeObserver(() => {
-      this.u.setSize({ width: Math.max(200, plot.clientWidth), height: 170 });
-      this.stale = true;
-      drawVisible();
-    }).observe(plot);
+    this.u = timePlot(this, plot, 170, {
+      series: [
+        {},
+        ...this.runs.map((r) => ({
+          stroke: () => colour(r.run),
+          paths: () => null,
+          points: { show: true, size: 6 - (r.run % 3), fill: () => (r.run % 2 ? style("--page") : colour(r.run)), width: 1.2 },
+        })),
+      ],
+    });
     page.charts.push(this);
   }
 

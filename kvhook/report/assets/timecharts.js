@@ -1,5 +1,55 @@
 // Lines and stacks over time, drawn by uPlot from what the view shows.
 
+const plotWidth = (place) => Math.max(200, place.clientWidth);
+
+// A plot over the time that all charts show: drags zoom, and the mouse points at one moment in all of them.
+function timePlot(chart, place, height, options) {
+  const u = new uPlot(
+    {
+      width: plotWidth(place),
+      height,
+      padding: PADDING,
+      axes: axes(chart.spec, markSeconds),
+      scales: { x: { time: false, range: () => [view.from, view.to] }, y: verticalScale(chart.spec) },
+      legend: { show: false },
+      cursor: {
+        y: false,
+        points: { show: false },
+        drag: { x: true, y: false, setScale: false, dist: 6 },
+        sync: { key: "time", scales: ["x", null], setSeries: false },
+        bind: { dblclick: () => () => setView(view.first, view.last) },
+      },
+      ...options,
+      hooks: { setSelect: [zoomToSelection], draw: [drawMarks] },
+    },
+    [[], ...options.series.slice(1).map(() => [])],
+    place,
+  );
+  register(chart);
+  timeMouse(u.over, (event) => timeUnder(u, event));
+  keepWidth(u, place, () => {
+    chart.stale = true;
+    drawVisible();
+  });
+  return u;
+}
+
+// A plot is as wide as its place.
+function keepWidth(u, place, changed = () => {}) {
+  new ResizeObserver(() => {
+    if (Math.abs(plotWidth(place) - u.width) < 1) return;
+    u.setSize({ width: plotWidth(place), height: u.height });
+    changed();
+  }).observe(place);
+}
+
+function zoomToSelection(u) {
+  if (u.select.width < 6) return;
+  const from = u.posToVal(u.select.left, "x"), to = u.posToVal(u.select.left + u.select.width, "x");
+  u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
+  setView(from, to);
+}
+
 // A chart over time. `parts` are its lines: {line, curve, key, index, shade}.
 class TimeChart {
   constructor(spec, title, parts, place) {
@@ -12,9 +62,6 @@ class TimeChart {
       legendEntry(legend, part.text, swatch(part.index, spec.kind === "stack", part.shade), (shown) => this.show(part, shown)),
     );
     this.make();
-    register(this);
-    timeMouse(this.u.over, (event) => timeUnder(this.u, event));
-    new ResizeObserver(() => this.resize()).observe(plot);
   }
 
   // uPlot's series: of a stack the highest first, as each is filled down to zero; of lines the edges of the band first.
@@ -37,48 +84,12 @@ class TimeChart {
       series.push(edge, { ...edge }, { stroke, width: 1.6, dash, points: this.points(stroke), spanGaps: false });
       this.places.set(part, [at, at + 1, at + 2]);
     }
-    this.u = new uPlot(
-      {
-        width: this.width(),
-        height: this.height(),
-        padding: PADDING,
-        series,
-        bands,
-        axes: axes(this.spec, markSeconds),
-        scales: { x: { time: false, range: () => [view.from, view.to] }, y: verticalScale(this.spec) },
-        legend: { show: false },
-        cursor: {
-          y: false,
-          points: { show: false },
-          drag: { x: true, y: false, setScale: false, dist: 6 },
-          sync: { key: "time", scales: ["x", null], setSeries: false },
-          bind: { dblclick: () => () => setView(view.first, view.last) },
-        },
-        hooks: { setSelect: [(u) => this.selected(u)], draw: [drawMarks] },
-      },
-      [[], ...series.slice(1).map(() => [])],
-      this.plot,
-    );
+    this.u = timePlot(this, this.plot, stack ? 190 : 170, { series, bands });
   }
 
   // Values that only some steps have are dots.
   points(stroke) {
     return this.spec.dots ? { show: true, size: 5, stroke, fill: stroke } : { show: false };
-  }
-
-  width() {
-    return Math.max(200, this.plot.clientWidth);
-  }
-
-  height() {
-    return this.spec.kind === "stack" ? 190 : 170;
-  }
-
-  resize() {
-    if (Math.abs(this.width() - this.u.width) < 1) return;
-    this.u.setSize({ width: this.width(), height: this.height() });
-    this.stale = true;
-    drawVisible();
   }
 
   show(part, shown) {
@@ -107,13 +118,6 @@ class TimeChart {
     });
     this.shown = columns;
     this.u.setData(data);
-  }
-
-  selected(u) {
-    if (u.select.width < 6) return;
-    const from = u.posToVal(u.select.left, "x"), to = u.posToVal(u.select.left + u.select.width, "x");
-    u.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
-    setView(from, to);
   }
 
   hover(t) {
