@@ -16,6 +16,7 @@ from kvhook.core.limits import limited_by
 from kvhook.core.lives import Life
 from kvhook.core.lookups import Lookups
 from kvhook.core.pool import PoolAccount
+from kvhook.core.preemptions import Preemptions
 from kvhook.core.prefills import NOTHING, Prefills
 from kvhook.core.scheduled import Scheduled, new_holders
 from kvhook.core_schema import LIMITS
@@ -50,9 +51,8 @@ class StepAccount:
         self._block_size: int = core.facts["block_size"]
         self._tokens_known = "num_kv_tokens" not in core.absent
         self._lives: dict[str, Life] = {}
-        #: requests that were preempted and wait
         self._prefills = Prefills(core.reads["computed"])
-        self._preempted: dict[str, Life] = {}
+        self._preemptions = Preemptions(core, writer, self._prefills, self.life_of, failed)
         self._finished: list[tuple[Life, int, int]] = []
         self._requests = 0
         for request in list(core.sched.requests.values()):  # it has been at work already
@@ -78,10 +78,7 @@ class StepAccount:
             taps.put(sched, name, native.tap(self.state, name) or make)
         taps.put(sched, "add_request", self._on_add_request)
         taps.put(sched, "_free_request", self._on_free_request)
-        if self.core.preempt == "free":
-            taps.put(self.core.manager, "free", self._on_manager_free)
-        else:
-            taps.put(sched, self.core.preempt, self._on_preempt)
+        self._preemptions.tap(taps)
 
     def parts(self) -> dict[str, Any]:
         """For the extension: what it has to look at, and what does the steps that it does not do."""
@@ -96,8 +93,8 @@ class StepAccount:
             "flush": self.lookups.end if self.ledger is None else self.ledger.flush,
             "look_up": self._look_up,
         }
-        lives = self._prefills.lives
-        return {"calls": calls, "prefilling": lives, "preempted": self._preempted, "finished": self._finished}
+        lives, preempted = self._prefills.lives, self._preemptions.lives
+        return {"calls": calls, "prefilling": lives, "preempted": preempted, "finished": self._finished}
 
     def life_of(self, request: Any) -> Life:
         """What is known of a request."""
@@ -156,7 +153,7 @@ class StepAccount:
         pool, state = self.pool, self.state
         # most steps only decode: the others are looked at more closely
         new, resumed, work = 0, 0, NOTHING
-        if self._prefills.lives or self._preempted or output.scheduled_new_reqs or pool.just_evicted:
+        if self._prefills.lives or self._preemptions.lives or output.scheduled_new_reqs or pool.just_evicted:
             new, resumed = self._changed(output, tokens, start)
             work = self._prefills.go_on(output, tokens, self.state.step)
         prefill, recomputed, decoded, prefill_reqs, cut, begun = work
@@ -201,15 +198,12 @@ class StepAccount:
             self.pool.blame(new_holders(self.core.reads["new_blocks"](output), self._lives))
         for data in output.scheduled_new_reqs:
             life = self._lives.get(data.req_id) or self._know(self._sched.requests[data.req_id], -1)
-            if data.req_id not in self._preempted:
+            if data.req_id not in self._preemptions.lives:
                 new += life.first_scheduled_step < 0
                 self._admit(data.req_id, life, tokens.get(data.req_id, 0), start)
-        if self._preempted:
-            for request_id in [r for r in self._preempted if r in tokens]:
-                life = self._preempted.pop(request_id)
-                life.preempted_ns += start - life.preempted_at
-                resumed += 1
-                self._admit(request_id, life, tokens[request_id], start, again=1)
+        for request_id, life in self._preemptions.over(tokens, start):
+            resumed += 1
+            self._admit(request_id, life, tokens[request_id], start, again=1)
         return new, resumed
 
     def _admit(self, request_id: str, life: Life, tokens: int, now: int, again: int = 0) -> None:
@@ -357,49 +351,11 @@ class StepAccount:
         life = self._lives.get(request.request_id)
         if life is None or not self.state.on:
             return
+        now = clock()
         self._prefills.lives.pop(request.request_id, None)
-        if self._preempted.pop(request.request_id, None) is not None:
-            life.preempted_ns += clock() - life.preempted_at
+        self._preemptions.over((request.request_id,), now)
         self.state.num_finished += 1
         reason = request.get_finished_reason()
-        self._finished.append((life, clock(), -1 if reason is None else int(reason)))
+        self._finished.append((life, now, -1 if reason is None else int(reason)))
         if not self.state.inside:
             self._write_finished()
-
-    def _on_preempt(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def _preempt_request(request: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._watch_preemption(original, request, args, kwargs)
-
-        return _preempt_request
-
-    def _on_manager_free(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def free(request: Any, *args: Any, **kwargs: Any) -> Any:
-            # a running request that gives back its blocks is being preempted: one that ends is not running any more
-            if self._is_preempted(request):
-                return self._watch_preemption(original, request, args, kwargs)
-            return original(request, *args, **kwargs)
-
-        return free
-
-    def _is_preempted(self, request: Any) -> bool:
-        with contained(self._failed):
-            return bool(request.status.name == "RUNNING")
-        return False
-
-    def _watch_preemption(
-        self, original: Callable[..., Any], request: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        lost = freed = 0
-        with contained(self._failed):
-            lost, freed = request.num_computed_tokens, self.state.freed
-        result = original(request, *args, **kwargs)
-        with contained(self._failed):
-            life = self.life_of(request)
-            life.preempted_at = clock()
-            life.preemptions += 1
-            life.high = max(life.high, lost)
-            self._prefills.lives.pop(request.request_id, None)
-            self._preempted[request.request_id] = life
-            self.state.num_preempted += 1
-            self.writer.preemption(self.state.step, life, lost, self.state.freed - freed)
-        return result

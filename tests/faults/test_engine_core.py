@@ -16,6 +16,7 @@ import pytest
 from kvhook import _step
 from kvhook.core.lookups import Lookups
 from kvhook.core.pool import PoolAccount
+from kvhook.core.preemptions import Preemptions
 from kvhook.core.recorder import CoreRecorder
 from kvhook.core.steps import StepAccount
 from kvhook.core.writer import Writer
@@ -53,7 +54,7 @@ EXPECTED = run(scheduler())
 def own_functions() -> list[tuple[type, str]]:
     """Methods of kvhook's that work while the core does."""
     found: list[tuple[type, str]] = []
-    classes: tuple[type, ...] = (StepAccount, PoolAccount, Lookups, Writer)
+    classes: tuple[type, ...] = (StepAccount, PoolAccount, Lookups, Preemptions, Writer)
     for cls in classes:
         for name, method in vars(cls).items():
             began_before = name.startswith(("__", "_on_")) or name in ("tap", "parts", "stop", "contained")
