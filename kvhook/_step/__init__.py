@@ -8,6 +8,7 @@ Python path records.
 
 ============================  ======================================================================
 ``step.h``                    what the files share
+``contain.c``                 an error of kvhook's ends where it is raised
 ``cell.c``                    Python values, common numbers among them without an object
 ``program.c``                 runs the expressions of an adapter's tables
 ``packing.c``                 from cells to records
@@ -19,7 +20,8 @@ Python path records.
 ``output_tap.c``              what stands in an engine core's client in place of ``get_output``
 ``counter.c``                 counts a step's outputs at level light
 ``core_taps.c``               what stands in an engine core in place of ``schedule`` and others
-``core_state.c``, ``core.h``  what is counted there, and the writing of a step that only decoded
+``core_state.c``, ``core.h``  what is counted there
+``core_writing.c``            the writing of a step that only decoded
 ============================  ======================================================================
 """
 

@@ -1,5 +1,6 @@
-/* The numbers of one engine core while it is recorded, and the steps that are under way in it. core_state.c keeps and
-   writes them, core_taps.c counts. What is done in Python reads and sets the same numbers: kvhook/core/state.py. */
+/* The numbers of one engine core while it is recorded, and the steps that are under way in it. core_state.c keeps them,
+   core_taps.c counts, core_writing.c writes. What is done in Python reads and sets the same numbers:
+   kvhook/core/state.py. */
 
 #ifndef KVHOOK_CORE_H
 #define KVHOOK_CORE_H

@@ -22,30 +22,8 @@ typedef struct {
     Role role;
 } CoreTap;
 
-/* ---- errors ------------------------------------------------------------------------------------------------------- */
-
-/* Counting has failed: tell `failed`. 0 if the error ends here, -1 with an exception set if it does not. */
-static int contain(CoreState *state)
-{
-    if (is_users(PyErr_Occurred()))
-        return -1;
-    PyObject *type, *error, *traceback, *failed = state->calls[CALL_failed], *answer = NULL;
-    PyErr_Fetch(&type, &error, &traceback);
-    PyErr_NormalizeException(&type, &error, &traceback);
-    if (traceback != NULL)
-        PyException_SetTraceback(error, traceback);
-    if (failed != NULL) {
-        Py_INCREF(failed);
-        answer = PyObject_CallFunctionObjArgs(failed, error, NULL);
-        Py_DECREF(failed);
-    }
-    int result = answer || failed == NULL ? 0 : -1;
-    Py_XDECREF(type);
-    Py_XDECREF(error);
-    Py_XDECREF(traceback);
-    Py_XDECREF(answer);
-    return result;
-}
+/* Counting has failed. 0 if the error ends here, -1 with an exception set if it does not. */
+static int give_up(CoreState *state) { return contain(state->calls[CALL_failed], NULL); }
 
 /* A function of Python's without arguments; -1 with an exception set. */
 static int call(CoreState *state, int which)
@@ -182,14 +160,14 @@ CORE_HOT static PyObject *schedule(CoreTap *self, PyObject *const *args, size_t 
 {
     CoreState *state = self->state;
     int64_t start = clock_ns(), preempted = state->num_preempted;
-    if (UNLIKELY(state->looked) && call(state, CALL_begin_lookups) < 0 && contain(state) < 0)
+    if (UNLIKELY(state->looked) && call(state, CALL_begin_lookups) < 0 && give_up(state) < 0)
         return NULL;
     PyObject *output = PyObject_Vectorcall(self->original, args, nargsf, names);
     if (output == NULL)
         return NULL;
     int64_t end = clock_ns();
     core_prefetch(state);
-    if (UNLIKELY(state->bound && scheduled(state, output, start, end, preempted) < 0) && contain(state) < 0)
+    if (UNLIKELY(state->bound && scheduled(state, output, start, end, preempted) < 0) && give_up(state) < 0)
         Py_CLEAR(output);
     return output;
 }
@@ -245,7 +223,7 @@ CORE_HOT static PyObject *update(CoreTap *self, PyObject *const *args, size_t na
     if (state->bound) {
         PyObject *output = output_of(state, args, PyVectorcall_NARGS(nargsf), names);
         int64_t stats = state->stats_made > made ? made : -1;
-        if (UNLIKELY(updated(state, output, start, end, stats) < 0) && contain(state) < 0)
+        if (UNLIKELY(updated(state, output, start, end, stats) < 0) && give_up(state) < 0)
             Py_CLEAR(result);
     }
     return result;
@@ -276,7 +254,7 @@ CORE_HOT static PyObject *count_new(CoreTap *self, PyObject *const *args, size_t
     else {
         if (!PyErr_Occurred())
             PyErr_SetString(PyExc_TypeError, "the number of free blocks is not an integer");
-        if (contain(state) < 0)
+        if (give_up(state) < 0)
             Py_CLEAR(blocks);
     }
     return blocks;

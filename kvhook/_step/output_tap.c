@@ -169,24 +169,8 @@ HOT static PyObject *tap_call(PyObject *object, PyObject *const *args, size_t na
     prefetch_code();
     Py_INCREF(self); /* `failed` takes it out of the engine */
     int result = self->count ? look_light(self, outputs) : look_full(self, outputs);
-    if (UNLIKELY(result < 0)) {
-        PyObject *type, *error, *traceback, *answer = NULL;
-        PyErr_Fetch(&type, &error, &traceback);
-        PyErr_NormalizeException(&type, &error, &traceback);
-        if (!is_users(type)) {
-            if (traceback != NULL)
-                PyException_SetTraceback(error, traceback);
-            answer = PyObject_CallFunctionObjArgs(self->failed, error, NULL);
-            Py_XDECREF(type);
-            Py_XDECREF(error);
-            Py_XDECREF(traceback);
-        }
-        else
-            PyErr_Restore(type, error, traceback); /* Ctrl-C belongs to the user */
-        if (answer == NULL)
-            Py_CLEAR(outputs);
-        Py_XDECREF(answer);
-    }
+    if (UNLIKELY(result < 0) && contain(self->failed, NULL) < 0)
+        Py_CLEAR(outputs);
     Py_DECREF(self);
     return outputs;
 }

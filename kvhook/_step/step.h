@@ -79,6 +79,11 @@ static inline bool is_users(PyObject *type)
            PyErr_GivenExceptionMatches(type, PyExc_SystemExit);
 }
 
+/* An error of kvhook's is set: call failed(error), or failed(error, engine_id) where that is not NULL. 0 if the error
+   ends here, -1 with an exception set if it does not. Without `failed`, which whoever is being deleted has not any more,
+   it is told to nobody. contain.c */
+int contain(PyObject *failed, PyObject *engine_id);
+
 static inline int64_t clock_ns(void)
 {
     struct timespec now;

@@ -37,22 +37,6 @@ HOT static int publish(PyObject *function, int64_t start, int64_t end)
     return answer ? 0 : -1;
 }
 
-/* Publishing has failed: tell `failed`. 0 if the error ends here, -1 with an exception set if it does not. */
-static int contain(StepMethod *self, PyObject *key)
-{
-    PyObject *type, *error, *traceback;
-    PyErr_Fetch(&type, &error, &traceback);
-    PyErr_NormalizeException(&type, &error, &traceback);
-    if (traceback != NULL)
-        PyException_SetTraceback(error, traceback);
-    PyObject *answer = PyObject_CallFunctionObjArgs(self->failed, error, key, NULL);
-    Py_XDECREF(type);
-    Py_XDECREF(error);
-    Py_XDECREF(traceback);
-    Py_XDECREF(answer);
-    return answer ? 0 : -1;
-}
-
 HOT static PyObject *step_call(PyObject *object, PyObject *const *args, size_t nargsf, PyObject *names)
 {
     StepMethod *self = (StepMethod *)object;
@@ -70,7 +54,7 @@ HOT static PyObject *step_call(PyObject *object, PyObject *const *args, size_t n
     PyObject *type = NULL, *error = NULL, *traceback = NULL;
     if (UNLIKELY(result == NULL)) /* the engine's exception: it goes on when its step has been published */
         PyErr_Fetch(&type, &error, &traceback);
-    if (UNLIKELY(publish(function, start, end) < 0) && contain(self, key) < 0) {
+    if (UNLIKELY(publish(function, start, end) < 0) && contain(self->failed, key) < 0) {
         Py_CLEAR(result); /* Ctrl-C belongs to the user, also in place of the engine's exception */
         Py_CLEAR(type);
         Py_CLEAR(error);
