@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import kvhook
+from kvhook.recording.spool import SEGMENTS
 from tests.standin import fake_vllm, step_stats
 
 RATE = 2000
-#: Steps at a time.
-BURST = 40
+#: After a pause that the machine made, up to twice as many steps a second make up for it, and at most so many come at
+#: once: a quarter of a ring. What is missed beyond so many seconds is left out, and counted as late.
+BURST, MAKES_UP = 1000, 2.0
 #: Bytes of history that are kept: the long form goes over it many times, and the oldest part is dropped.
 HISTORY = 64 << 20
 READERS = (["top", "--once"], ["ls"], ["tail"])
@@ -46,9 +48,12 @@ class Soaked(NamedTuple):
     grown_kb: int
     descriptors: int
     threads: int
+    files: int
     disk_bytes: int
-    #: steps for which the machine gave no time
+    #: steps for which the machine gave no time; the longest time between two turns, and the longest step
     late: int
+    pause_ms: int
+    step_ms: int
 
     def complaints(self) -> list[str]:
         """What is not as it must be."""
@@ -63,6 +68,8 @@ class Soaked(NamedTuple):
             wrong.append(f"the process has grown by {self.grown_kb} KB")
         if self.descriptors > 2 or self.threads > 0:
             wrong.append(f"{self.descriptors} descriptors and {self.threads} threads more than after the first second")
+        if self.files > SEGMENTS + 1:
+            wrong.append(f"{self.files} files")
         if self.disk_bytes > HISTORY + (16 << 20):
             wrong.append(f"{self.disk_bytes} bytes on disk")
         return wrong
@@ -76,6 +83,37 @@ def memory_kb() -> int:
 
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def descriptors() -> int:
+    """Open files but the trace's, of which there are more and more until the history is full."""
+    return len([fd for fd in map(int, os.listdir("/proc/self/fd")) if not _is_trace(fd)])
+
+
+class Pace:
+    """How many steps are due."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.monotonic()
+        self.steps = self.late = 0
+        self.longest = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self.last - self.start
+
+    def turn(self) -> int:
+        """Steps to be made in this turn."""
+        now = time.monotonic()
+        pause, self.last = now - self.last, now
+        self.longest = max(self.longest, pause)
+        missing = int(self.elapsed * RATE) - self.late - self.steps
+        left_out = max(0, missing - int(MAKES_UP * RATE))
+        self.late += left_out
+        due = min(missing - left_out, BURST, max(int(pause * 2 * RATE), 4))
+        self.steps += due
+        return due
 
 
 class Readers:
@@ -111,35 +149,28 @@ def soak(seconds: float, seed: int = 1) -> Soaked:
     with fake_vllm() as vllm, kvhook.install(history=HISTORY, core="off") as session:
         engine = vllm.engine()
         stats = step_stats(num_running_reqs=8, kv_cache_usage=0.5, generated=8, itl=[0.01, 0.02, 0.03])
-        start = time.monotonic()
-        steps = late = 0
-        before = (0, 0, 0)
-        tick = away = 0.0
-        while (elapsed := time.monotonic() - start) < seconds:
-            # what the machine gave no time for is left out: making up for it would be more than 2,000 steps a second
-            missed = int((elapsed - away) * RATE) - steps - BURST
-            if missed > 0:
-                away, late = away + missed / RATE, late + missed
-            due = int((elapsed - away) * RATE)
-            engine.plan += [stats] * (due - steps)
+        pace, tick, before, longest = Pace(), 0.0, (0, 0, 0), 0.0
+        while pace.elapsed < seconds:
+            engine.plan += [stats] * pace.turn()
             while engine.plan:
+                begun = time.monotonic()
                 engine.step()
-            steps = max(steps, due)
-            if elapsed - tick > 0.5:
+                longest = max(longest, time.monotonic() - begun)
+            if pace.elapsed - tick > 0.5:
                 readers.look_after()
                 session.summary()
-                tick = elapsed
-                if elapsed > seconds / 8 and not before[0]:
-                    before = memory_kb(), len(os.listdir("/proc/self/fd")), threads()
+                tick = pace.elapsed
+                if tick > seconds / 8 and not before[0]:
+                    before = memory_kb(), descriptors(), threads()
             time.sleep(0.001)
         readers.end()
-        grown, descriptors = memory_kb() - before[0], len(os.listdir("/proc/self/fd")) - before[1]
+        grown, opened = memory_kb() - before[0], descriptors() - before[1]
         health, trace = session.health(), session.trace()
         meta, numbers = trace.meta, trace.steps(columns=["step"])["step"]
         files = {os.fstat(fd).st_ino: os.fstat(fd) for fd in map(int, os.listdir("/proc/self/fd")) if _is_trace(fd)}
         return Soaked(
-            time.monotonic() - start,
-            steps,
+            pace.elapsed,
+            pace.steps,
             len(numbers),
             int(numbers[-1]),
             health.records,
@@ -150,10 +181,13 @@ def soak(seconds: float, seed: int = 1) -> Soaked:
             readers.begun,
             readers.killed,
             grown,
-            descriptors,
+            opened,
             threads() - before[2],
+            len(files),
             sum(each.st_size for each in files.values()),
-            late,
+            pace.late,
+            int(pace.longest * 1000),
+            int(longest * 1000),
         )
 
 
