@@ -408,7 +408,8 @@ def led_by_coverage(seconds: float) -> None:
             if problem:
                 raise AssertionError(problem)
 
-        atheris.Setup([sys.argv[0], f"-max_total_time={seconds:.0f}", "-max_len=64"], one)
+        prefix = f"-artifact_prefix={tempfile.gettempdir()}/kvhook-"  # not into the checkout
+        atheris.Setup([sys.argv[0], f"-max_total_time={seconds:.0f}", "-max_len=64", prefix], one)
         atheris.Fuzz()
 
 

@@ -26,7 +26,9 @@ from kvhook.recording.from_environment import completed, is_on
 from kvhook.recording.own_files import rank_of
 from kvhook.records.events import Scope, described
 from kvhook.ring import frames
+from kvhook.whatif.recorded import recorded_requests
 from tests.conftest import ROOT
+from tests.hostile import DATA
 
 
 def test_forged_files_of_every_kind_given_to_every_verb():
@@ -74,6 +76,29 @@ def test_a_parquet_file_of_more_rows_than_fit_into_it_is_refused(tmp_path: Path)
     assert 4 * (tmp_path / "run.parquet").stat().st_size < rows
     with pytest.raises(KvhookError, match="do not fit into it"):
         kvhook.open(tmp_path / "run.parquet")
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value"),
+    [
+        ("requests", "num_prompt_tokens", -5),
+        ("requests", "num_prompt_tokens", 1 << 36),
+        ("requests", "num_generation_tokens", (1 << 63) - 1),
+        ("lookups", "request", -1),
+        ("lookups", "request", 1 << 39),
+        ("lookups", "request", 1 << 62),
+    ],
+)
+def test_requests_that_no_engine_core_can_have_had_are_refused(
+    table: str, column: str, value: int, monkeypatch: pytest.MonkeyPatch
+):
+    cores = kvhook.open(DATA / "baseline.kvh").cores()
+    assert len(recorded_requests(cores)) > 0
+    forged = getattr(cores, table)(0).copy()
+    forged[column][0] = value
+    monkeypatch.setattr(cores, table, lambda core=None: forged)
+    with pytest.raises(KvhookError, match="this file is damaged"):
+        recorded_requests(cores)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,11 @@ _KIND = (
     "cache would have done is known for full attention only"
 )
 _NOT_CACHED = "prefix caching was off in this run, so that vLLM made no digests of blocks"
+_DAMAGED = "this file is damaged: it has numbers of requests and tokens that no engine core counts"
+
+#: Limits of what is believed, far beyond what engines do: tokens of one request, blocks of requests for each look-up
+#: and step in the file, and requests without a look-up for each that has one.
+_MOST_TOKENS, _MOST_BLOCKS, _MOST_MISSING = 1 << 40, 4096, 1000
 
 
 class NotKnown(KvhookError):
@@ -125,7 +130,10 @@ def _of_core(cores: CoreRecords, core: int) -> dict[str, Any]:
     arrived[ended], finished[ended] = life["arrived_step"], life["finished_step"]
     t_ns = first["t_ns"].copy()
     t_ns[ended] = np.where(life["t_arrived_ns"] >= 0, life["t_arrived_ns"], t_ns[ended])
+    _check_numbers(numbers, prompt, generated)
     counts = (prompt + np.maximum(generated - 1, 0)) // size
+    if counts.sum() > _MOST_BLOCKS * (len(first) + len(steps)):
+        raise NotKnown(_DAMAGED)
     wave, delay = busy_times(numbers, arrived, finished)
     resets = steps["step"][steps["prefix_cache_reset"] == 1]
     return {
@@ -142,6 +150,16 @@ def _of_core(cores: CoreRecords, core: int) -> dict[str, Any]:
         "counts": counts,
         "digests": _digests(cores, core, numbers, counts),
     }
+
+
+def _check_numbers(*columns: Ints) -> None:
+    """A file may say anything; what is made of it here must fit into memory.
+
+    Raises:
+        NotKnown: there are numbers that no engine core counts.
+    """
+    if any(len(column) and not 0 <= column.min() <= column.max() <= _MOST_TOKENS for column in columns):
+        raise NotKnown(_DAMAGED)
 
 
 def busy_times(numbers: Ints, arrived: Ints, finished: Ints) -> tuple[Ints, Ints]:
@@ -170,15 +188,28 @@ def _digests(cores: CoreRecords, core: int, numbers: Ints, counts: Ints) -> Any:
     digests = np.zeros(offsets[-1], "<u8")
     if not len(numbers):
         return digests
-    place = np.full(int(numbers.max()) + 1, -1, np.int64)
-    place[numbers] = np.arange(len(numbers))
+    # requests are numbered as they come, so that few numbers between the first and the last are missing
+    first, span = int(numbers.min()), int(np.ptp(numbers)) + 1
+    if span > _MOST_MISSING * (1000 + len(numbers)):
+        raise NotKnown(_DAMAGED)
+    place = np.full(span, -1, np.int64)
+    place[numbers - first] = np.arange(len(numbers))
     last = (-1, -1, 0)
     for events in cores.block_events(core):
         cached = events[events["event"] == _CACHE]
-        _put(digests, offsets, counts, place, cached["request"], cached["index"], cached["digest"])
+        _put(
+            digests,
+            offsets,
+            counts,
+            place,
+            cached["request"].astype(np.int64) - first,
+            cached["index"],
+            cached["digest"],
+        )
         hits = events[events["event"] == _HIT]
         index, last = _indices(hits, last)
-        _put(digests, offsets, counts, place, hits["request"], index, hits["digest"])
+        request = hits["request"].astype(np.int64) - first
+        _put(digests, offsets, counts, place, request, index, hits["digest"])
     return digests
 
 
