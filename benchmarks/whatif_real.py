@@ -9,6 +9,7 @@ ends after so long, and goes on where it was when it is started again.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -61,7 +62,9 @@ def main() -> None:
             file.write_text(json.dumps(rows, indent=1) + "\n")
     complete = len(rows) == len(WORKLOADS) * len(BLOCK_SIZES) * len(SIZES)
     print("\n".join(as_table(compare(out, rows))) if complete else f"{len(rows)} rows: go on with the same command")
-    if complete:
+    if complete and importlib.util.find_spec("matplotlib") is None:
+        print("there is no matplotlib here, and so no picture")
+    elif complete:
         draw(compare(out, rows), out / "whatif_real.png")
 
 
