@@ -93,6 +93,8 @@ def read_tables(files: Mapping[str, Path], read: Callable[[Path], Any]) -> tuple
     for kind, file in files.items():
         try:
             tables[kind] = read(file)
+            # Arrow believes what a file says of where texts begin, and would read elsewhere in memory
+            tables[kind].validate(full=True)
         except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
             if isinstance(error, FileNotFoundError):
                 raise

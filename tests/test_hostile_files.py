@@ -78,6 +78,24 @@ def test_a_parquet_file_of_more_rows_than_fit_into_it_is_refused(tmp_path: Path)
         kvhook.open(tmp_path / "run.parquet")
 
 
+def test_texts_of_an_arrow_file_that_begin_elsewhere_in_memory_are_refused(tmp_path: Path):
+    arrow = pytest.importorskip("pyarrow")
+    kvhook.open(DATA / "baseline.kvh").dump(tmp_path / "run.arrow")
+    path = tmp_path / "run.requests.arrow"
+    table = arrow.ipc.open_file(path).read_all().combine_chunks()
+    with arrow.OSFile(str(path), "wb") as file, arrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)  # as it is, not compressed
+    assert len(kvhook.open(tmp_path / "run.arrow").requests()) == len(table)
+    texts = next(column for column in table.columns if arrow.types.is_string(column.type))
+    begins = texts.chunk(0).buffers()[1].to_pybytes()[: 4 * (len(texts) + 1)]
+    forged = begins[:4] + struct.pack("<i", 1 << 30) + begins[8:]
+    data = path.read_bytes()
+    assert data.count(begins) >= 1
+    path.write_bytes(data.replace(begins, forged))
+    with pytest.raises(KvhookError, match="cannot be read"):
+        kvhook.open(tmp_path / "run.arrow").requests()
+
+
 @pytest.mark.parametrize(
     ("table", "column", "value"),
     [

@@ -27,7 +27,7 @@ from kvhook.core.plan import CorePlan
 from kvhook.core.recorder import CoreRecorder
 from kvhook.discovery.cleaning import prune
 from kvhook.facts import ANONYMOUS, without_names
-from kvhook.faults import USERS, Faults, contained
+from kvhook.faults import USERS, Faults, contained, described
 from kvhook.recording.spool import Spool
 
 log = logging.getLogger("kvhook")
@@ -128,7 +128,7 @@ class CoreProcess:
             raise
         except BaseException as error:
             self.faults.fault("starting to record an engine core", error, _NOT_RECORDED)
-            self.absent = self.absent or f"{type(error).__name__}: {error}"
+            self.absent = self.absent or described(error)
 
     def _on_shutdown(self, wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         # before vLLM's own: that waits for the workers, and the front end kills a core that takes too long
@@ -203,7 +203,7 @@ class CoreProcess:
         self.faults.fault("counting inside the engine core", error, "this engine core is not recorded any further")
         recorder, spool = self._recorders.get(number), self._spools.get(number)
         if recorder is not None and spool is not None:
-            recorder.meta |= without_names(recorder.meta | {"failed": f"{type(error).__name__}: {error}"})
+            recorder.meta |= without_names(recorder.meta | {"failed": described(error)})
             spool.write_meta_again(number)
 
     def end(self, number: int) -> None:

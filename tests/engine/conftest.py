@@ -35,6 +35,8 @@ MakeLLM = Callable[..., Any]
 _V1 = (
     "test_truth.py",
     "test_faults.py",
+    "test_seams.py",
+    "test_others.py",
     "test_harmless.py",
     "test_light.py",
     "test_own_process.py",

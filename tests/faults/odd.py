@@ -76,10 +76,11 @@ BEHAVIOURS["blocks"] = _slow
 
 
 class Odd:
-    """Stands for an object, of which one attribute behaves oddly."""
+    """Stands for an object, of which one attribute behaves oddly: as a behaviour says, or a function of the value."""
 
-    def __init__(self, real: Any, attribute: str, behaviour: str) -> None:
-        vars(self).update(_real=real, _attribute=attribute, _act=BEHAVIOURS[behaviour])
+    def __init__(self, real: Any, attribute: str, behaviour: str | Callable[[Any], Any]) -> None:
+        act = BEHAVIOURS[behaviour] if isinstance(behaviour, str) else behaviour
+        vars(self).update(_real=real, _attribute=attribute, _act=act)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._real, name)

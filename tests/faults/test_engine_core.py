@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from kvhook import _step
 from kvhook.core.lookups import Lookups
 from kvhook.core.pool import PoolAccount
 from kvhook.core.preemptions import Preemptions
+from kvhook.core.process import CoreProcess
 from kvhook.core.recorder import CoreRecorder
 from kvhook.core.steps import StepAccount
 from kvhook.core.writer import Writer
 from tests.core.played_core import Request, Scheduler, core_of
-from tests.faults.odd import BEHAVIOURS, CONTAINED, PASSED_ON, odd_function
+from tests.faults.odd import BEHAVIOURS, CONTAINED, PASSED_ON, Unprintable, odd_function
 
 STEPS = 60
 
@@ -143,3 +145,14 @@ def test_whatever_the_core_says_when_it_is_read_it_does_the_same(name: str, tmp_
         with contextlib.suppress(Exception):  # what is left cannot be packed; `CoreProcess.end` counts it
             recorder.stop()
         recorder.close()
+
+
+def test_an_error_that_cannot_be_printed_is_told_all_the_same():
+    process, due = CoreProcess(), list[int]()
+    recorder: Any = types.SimpleNamespace(meta={})
+    process._recorders[0] = recorder
+    process._spools[0] = types.SimpleNamespace(write_meta_again=due.append)  # type: ignore[assignment]
+    process._failed(0, Unprintable())
+    assert process.faults.counts == {"counting inside the engine core": 1}
+    assert recorder.meta["failed"] == process.faults.first_errors["counting inside the engine core"]
+    assert due == [0]
