@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +14,11 @@ from kvhook.analysis.windows import windows_of
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.export import export, export_to_folder
 from kvhook.export.hive import is_folder
-from kvhook.exported import READERS, exported_by_kvhook, is_beside, read_run, runs_in
+from kvhook.exported import READERS, exported_by_kvhook, read_run, runs_in
 from kvhook.parts import Parts
+from kvhook.places import instead_of, several
 from kvhook.records.core import CoreRecords
-from kvhook.records.core_files import core_files, is_of_core, open_cores
+from kvhook.records.core_files import core_files, open_cores
 from kvhook.records.engines import Engines
 from kvhook.records.events import Events
 from kvhook.records.imported import Exported, SlotsInMemory, as_source
@@ -259,9 +259,8 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
             return exports[0] if len(exports) == 1 else _side_by_side(exports)
     except OSError as error:
         raise KvhookError(f"cannot open {place}: {error.strerror or error}") from None
-    several = _several(place)
-    if several:
-        return open_trace(*several)
+    if found := several(place):
+        return open_trace(*found)
     try:
         if not place.is_file():
             # a pipe or a device would make us wait for what never comes
@@ -277,7 +276,7 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
         with RingReader(place) as reader:
             return from_slots(reader.now(), reader.header, str(place), read_notes(place))
     except OSError as error:
-        raise KvhookError(f"cannot open {place}: {error.strerror or error}{_siblings(place)}") from None
+        raise KvhookError(f"cannot open {place}: {error.strerror or error}{instead_of(place)}") from None
     except ValueError as error:  # a NUL in the name
         raise KvhookError(f"cannot open {str(place)!r}: {error}") from None
 
@@ -296,41 +295,6 @@ def _of_requests(place: Path) -> Trace:
     trace = Trace([], str(place))
     trace.sent = read_requests(place)
     return trace
-
-
-def _several(place: Path) -> list[Path]:
-    """The traces of a folder, or those that a pattern such as ``run*.kvh`` matches; empty for the name of one file.
-
-    Raises:
-        KvhookError: there are none.
-    """
-    try:
-        if place.is_dir():
-            found, what = sorted(place.glob(f"*{TRACE_SUFFIX}")), f"the folder {place}"
-            found = found or sorted(path for suffix in READERS for path in place.glob(f"*{suffix}"))
-        elif glob.has_magic(str(place)) and not place.exists():
-            found, what = sorted(map(Path, glob.glob(str(place)))), f"the pattern {place}"
-        else:
-            return []
-    except (OSError, ValueError):
-        return []  # opening it says what is wrong
-    # those of engine cores, and other tables of an exported run, belong to the files beside them
-    found = [path for path in found if not is_of_core(path) and not is_beside(path)]
-    if not found:
-        raise KvhookError(f"{what} holds no {TRACE_SUFFIX} file")
-    return found
-
-
-def _siblings(place: Path) -> str:
-    """What to open instead of a file that is not there, where ranks or children of a process have written others."""
-    found = (
-        sorted(place.parent.glob(f"{glob.escape(place.stem)}-*{TRACE_SUFFIX}")) if place.suffix == TRACE_SUFFIX else []
-    )
-    if place.exists() or not found:
-        return ""
-    pattern = place.with_name(f"{place.stem}-*{TRACE_SUFFIX}")
-    names = ", ".join(p.name for p in found[:3]) + (", ..." if len(found) > 3 else "")
-    return f". There are {names} beside it, of other processes: kvhook.open({str(pattern)!r}) opens them together"
 
 
 def open_files(

@@ -70,7 +70,23 @@ def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as end:
         main(["summry"])
     assert end.value.code == 2
-    assert "summary" in capsys.readouterr().err
+    assert "there is no command 'summry'; did you mean kvhook summary?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["zzz"])
+    assert end.value.code == 2
+    assert "there are demo, doctor" in capsys.readouterr().err
+
+
+def test_a_trace_that_is_not_there_is_answered_with_the_nearest_name(trace: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["summary", str(trace.with_name(trace.name[:-1]))]) == 1
+    assert capsys.readouterr().err.endswith(f"No such file or directory; there is {trace}\n")
+
+
+def test_a_folder_without_a_trace_says_what_it_could_hold(trace: Path, capsys: pytest.CaptureFixture[str]):
+    folder = trace.parent / "nothing"
+    folder.mkdir()
+    assert main(["report", str(folder)]) == 1
+    assert f"no trace was found in the folder {folder}: neither a .kvh file nor" in capsys.readouterr().err
 
 
 def test_demo_without_vllm_says_what_to_install_and_leaves_nothing(tmp_path: Path, python: Python):

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("records", "options"),
     ("analysis", "whatif"),
     ("text", "export", "report"),
-    ("trace", "parts", "exported", "frames", "window"),
+    ("trace", "parts", "places", "exported", "frames", "window"),
     ("discovery",),
     ("adapters",),
     ("hooks",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import inspect
 import os
@@ -115,7 +116,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code: 2 for wrong usage, 1 for a mistake or a finding, 3 for a condition of
     ``--fail-if`` that holds, 130 for Ctrl-C."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    _check_verb(parser, sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(argv)
     with contextlib.suppress(AttributeError, OSError, ValueError):
         # a name in a file, or of one, may hold what this terminal's encoding has not
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -143,6 +146,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         why = printable(f"{type(error).__name__}: {error}")[:300]
         return _failed(args.verb, f"{INTERNAL}: {why} ({ENV_DEBUG}=1 shows where; please report it)")
+
+
+def _check_verb(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """End with the command that was probably meant, where there is none of this name."""
+    there = [verb for verbs in VERBS.values() for verb in verbs]
+    if words and not words[0].startswith("-") and words[0] not in there:
+        near = difflib.get_close_matches(words[0], there, 1)
+        meant = f"did you mean kvhook {near[0]}?" if near else f"there are {', '.join(there)}"
+        parser.error(f"there is no command {words[0]!r}; {meant}")
 
 
 def _failed(verb: str, why: str) -> int:

@@ -55,17 +55,21 @@ def failed(conditions: Sequence[Condition], sides: Mapping[str, Sequence[Summary
         if unknown:
             raise KvhookError(f"{condition.text!r}: there is no {min(unknown)}; there are {', '.join(sides)}")
         for letter in sides if any(not side for side, _ in condition.names) else [next(iter(sides))]:
-            if condition.holds(functools.partial(_look, condition, sides, letter)):
+            try:
+                holds = condition.holds(functools.partial(_look, sides, letter))
+            except KvhookError as error:
+                raise KvhookError(f"{condition.text!r}: {error}") from None
+            if holds:
                 held = True
                 print(f"{condition.text}: true{_values(condition, sides, letter)}", file=sys.stderr)
     return held
 
 
-def _look(condition: Condition, sides: Mapping[str, Sequence[Summary]], here: str, side: str, name: str) -> float:
-    return _number(condition, sides, side or here, name)
+def _look(sides: Mapping[str, Sequence[Summary]], here: str, side: str, name: str) -> float:
+    return _number(sides, side or here, name)
 
 
-def _number(condition: Condition, sides: Mapping[str, Sequence[Summary]], side: str, name: str) -> float:
+def _number(sides: Mapping[str, Sequence[Summary]], side: str, name: str) -> float:
     from kvhook.analysis.numbers import numbers_of, why_unknown
 
     values = []
@@ -73,7 +77,7 @@ def _number(condition: Condition, sides: Mapping[str, Sequence[Summary]], side: 
         value = numbers_of(summary)[name]
         if value is None:
             of = f" of {side}" if len(sides) > 1 else ""
-            raise KvhookError(f"{condition.text!r}: {name}{of} is not known: {why_unknown(summary, name)}")
+            raise KvhookError(f"{name}{of} is not known: {why_unknown(summary, name)}")
         values.append(value)
     return sum(values) / len(values)
 
@@ -84,7 +88,7 @@ def _values(condition: Condition, sides: Mapping[str, Sequence[Summary]], here: 
     for side, name in condition.names:
         letter = side or here
         try:
-            value = f"{_number(condition, sides, letter, name):.6g}"
+            value = f"{_number(sides, letter, name):.6g}"
         except KvhookError:  # of the part that did not matter
             value = "not known"
         shown.append(f"{f'{letter}.' if len(sides) > 1 else ''}{name} is {value}")

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvhook.cli.common import size
 from kvhook.demo import engine
 from kvhook.demo.live import LiveLines
 from kvhook.demo.workload import BLOCK_SIZE, NUM_GPU_BLOCKS, rounds
@@ -91,7 +92,7 @@ def _run(session: Session, model: Path | None, out: Path, log: Path) -> None:
     session.close()
     kvhook, python = _as_typed("kvhook"), _as_typed("python")
     print(
-        f"\nThe trace is in {out} ({out.stat().st_size / 1e6:.1f} MB), vLLM's own messages in {log}. Next:\n"
+        f"\nThe trace is in {out} ({size(out.stat().st_size)}), vLLM's own messages in {log}. Next:\n"
         f"  {kvhook} summary {out}              the table above, again\n"
         f"  {kvhook} report {out} -o demo.html  the same as a page of charts for a browser\n"
         f"  {kvhook} export {out} demo.csv      steps and requests for a spreadsheet\n"

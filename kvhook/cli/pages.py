@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvhook.cli.common import open_run
+from kvhook.cli.common import open_run, size
 from kvhook.errors import KvhookError
 
 if TYPE_CHECKING:
@@ -57,4 +57,4 @@ def failed_to_write(path: Path, error: OSError) -> KvhookError:
 def say(paths: Sequence[Path]) -> None:
     """Name files that were written, with their sizes."""
     for path in paths:
-        print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+        print(f"{path}  {size(path.stat().st_size)}")
