@@ -10,7 +10,7 @@ The traces are made up, like those of `analysis_cost.py`, each with the file of 
 The browser is Debian's Chromium without a window (KVHOOK_CHROMIUM names another one), driven by Playwright. "Opened" is
 from the request to the moment that the page says it is ready, with the charts on the screen drawn; "all drawn" until
 every chart of the page has drawn itself as well; "a move" is a move along the run with the keys, until it is drawn. Of
-the browser the fastest of seven tries counts.
+the times to open the fastest of seven tries counts.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def opened(page_file: Path, times: int = 7) -> Opened:
     from playwright.sync_api import sync_playwright
 
     chromium = os.environ.get("KVHOOK_CHROMIUM") or shutil.which("chromium")
-    tries = []
+    tries, move_ms = [], 0.0
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         for _ in range(times):
@@ -186,15 +186,19 @@ def opened(page_file: Path, times: int = 7) -> Opened:
             page = context.new_page()
             page.set_default_timeout(120_000)
             began = time.perf_counter()
-            page.goto(page_file.as_uri())
+            page.goto(page_file.resolve().as_uri())
             page.wait_for_selector("html[data-ready=yes]")
             ready = time.perf_counter() - began
             page.evaluate(DRAW_ALL)
-            drawn = time.perf_counter() - began
-            tries.append((ready, drawn, page.evaluate(PAN)))
+            tries.append((ready, time.perf_counter() - began))
+            if not move_ms:  # as somebody sees it: only the charts on the screen are drawn
+                page.reload()
+                page.wait_for_selector("html[data-ready=yes]")
+                page.evaluate("() => document.getElementById('batch').scrollIntoView()")
+                move_ms = page.evaluate(PAN)
             context.close()
         browser.close()
-    return Opened(*(min(column) for column in zip(*tries, strict=True)))
+    return Opened(*(min(column) for column in zip(*tries, strict=True)), move_ms)
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ class ExportCommand:
 
     Example:
       $ kvhook export run.kvh run.csv
-      run.csv  0.1 MB
-      run.requests.csv  0.0 MB
+      run.csv  96.4 kB
+      run.requests.csv  12.9 kB
       ...
     """
 

@@ -14,7 +14,7 @@ class PlotCommand:
 
     Example:
       $ kvhook plot run.kvh -o usage.svg
-      usage.svg  0.1 MB
+      usage.svg  84.0 kB
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

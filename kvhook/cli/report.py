@@ -16,7 +16,7 @@ class ReportCommand:
 
     Example:
       $ kvhook report run.kvh -o report.html
-      report.html  0.2 MB
+      report.html  186.4 kB
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

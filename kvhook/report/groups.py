@@ -8,7 +8,7 @@ from html import escape
 from kvhook.analysis.prompt_groups import PromptGroup
 from kvhook.analysis.summary import GroupRate, Summary
 from kvhook.report.runs import Run
-from kvhook.report.tables import table, wide
+from kvhook.report.tables import absent, table, wide
 from kvhook.text.numbers import count, percent
 
 #: Labels, and adapters, that are listed of each run.
@@ -22,14 +22,14 @@ def section(runs: Sequence[Run]) -> str:
     for run in runs:
         head = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
         found = "".join(_groups(run.summary))
-        out += head + (found or f"<p class=absent>{escape(_why_none(run.summary))}</p>")
+        out += head + found if found else absent(run, _why_none(run.summary))
     return out
 
 
 def _why_none(s: Summary) -> str:
     if not s.steps_by_level.get("full"):
-        return "Recorded at level light, without single requests."
-    return "No request that has ended had a label, a LoRA adapter, or another sample of its prompt (n > 1)."
+        return "recorded at level light, without single requests"
+    return "no request that has ended had a label, a LoRA adapter, or another sample of its prompt (n > 1)"
 
 
 def _groups(s: Summary) -> Iterator[str]:

@@ -105,13 +105,13 @@ def _values(name: str, values: Iterable[Any]) -> str:
 def prefixes(run: Run) -> str:
     """The prefixes that requests share, those first that save most."""
     if run.core is None:
-        return _absent(run, run.why_no_core)
+        return absent(run, run.why_no_core)
     if run.why_no_ledger:
-        return _absent(run, run.why_no_ledger)
+        return absent(run, run.why_no_ledger)
     if run.core.blocks is None:
-        return _absent(run, 'blocks were not recorded one by one: kvhook.install(core="blocks") does')
+        return absent(run, 'blocks were not recorded one by one: kvhook.install(core="blocks") does')
     if not run.core.blocks.shared_prefixes:
-        return _absent(run, "no two requests share a whole block")
+        return absent(run, "no two requests share a whole block")
     rows = [
         (f"{p.digest:016x}", f"{p.num_tokens:,}", f"{p.num_requests:,}", f"{p.num_tokens * (p.num_requests - 1):,}")
         for p in run.core.blocks.shared_prefixes
@@ -139,7 +139,7 @@ def scopes(runs: Sequence[Run]) -> str:
     found = []
     for run in runs:
         if not run.scopes:
-            found.append(_absent(run, "no scopes, and no calls of LLM's methods, were recorded"))
+            found.append(absent(run, "no scopes, and no calls of LLM's methods, were recorded"))
             continue
         heads = ["", "began", "took", "prompts", "warm-up", "sampling parameters"]
         more = f" (the first {_SCOPES} of {len(run.scopes):,})" if len(run.scopes) > _SCOPES else ""
@@ -182,14 +182,19 @@ def cost(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         s = run.summary
-        p50, p99 = ("not measured" if ns is None else f"{ns / 1e3:.1f} µs" for ns in (s.kvhook_ns_p50, s.kvhook_ns_p99))
+        p50, p99 = ("not measured" if ns is None else _own_time(ns) for ns in (s.kvhook_ns_p50, s.kvhook_ns_p99))
         share = percent(s.kvhook_share, 3)
         rows.append((run.name, p50, p99, share, f"{s.records_lost:,}", f"{s.records_dropped:,}"))
     faults = "".join(
-        _absent(run, f"{where} failed: {error}") for run in runs for where, error in run.summary.faults.items()
+        absent(run, f"{where} failed: {error}") for run in runs for where, error in run.summary.faults.items()
     )
     return wide(table(heads, rows)) + faults
 
 
-def _absent(run: Run, why: str) -> str:
+def _own_time(ns: float) -> str:
+    return f"{ns / 1e3:.1f} µs" if ns < 1e6 else f"{ns / 1e6:.2f} ms"
+
+
+def absent(run: Run, why: str) -> str:
+    """Why a run has nothing here."""
     return f"<p class=absent><b>{escape(run.name)}</b>: {escape(why)}</p>"

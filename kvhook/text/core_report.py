@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from kvhook.analysis.core_report import BlockTimes, CoreReport, Cost
-from kvhook.text.numbers import percent, seconds
+from kvhook.text.numbers import of_bytes, percent, seconds
 
 _WIDTH = 16
 
@@ -134,7 +134,7 @@ def again(cost: Cost) -> str:
 def _room(r: CoreReport) -> Iterator[str]:
     memory = ""
     if r.bytes_per_block:
-        memory = f", {_bytes(r.num_kv_blocks_peak * r.bytes_per_block)}"
+        memory = f", {of_bytes(r.num_kv_blocks_peak * r.bytes_per_block)}"
     peak = percent(r.num_kv_blocks_peak / r.num_kv_blocks) if r.num_kv_blocks else "?"
     yield _row("KV blocks", f"peak {r.num_kv_blocks_peak:,} of {r.num_kv_blocks:,} ({peak}{memory})")
     yield _row(
@@ -162,10 +162,6 @@ def _ledger(b: BlockTimes) -> Iterator[str]:
     for i, prefix in enumerate(b.shared_prefixes):
         text = f"{prefix.num_tokens:,} tokens in {prefix.num_requests:,} requests (digest {prefix.digest:016x})"
         yield _row("" if i else "shared prefixes", text)
-
-
-def _bytes(number: int) -> str:
-    return f"{number / 2**30:.3g} GiB" if number >= 2**30 / 10 else f"{number / 2**20:.3g} MiB"
 
 
 def _row(name: str, text: str) -> str:

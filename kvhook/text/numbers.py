@@ -26,3 +26,10 @@ def count(value: int | None) -> str:
 def rate(value: float | None) -> str:
     """Tokens per second inside steps."""
     return "-" if value is None else f"{value:,.0f} per second in steps"
+
+
+def of_bytes(number: int | None) -> str:
+    """Bytes of a KV cache; ``-`` for None."""
+    if number is None:
+        return "-"
+    return f"{number / 2**30:.3g} GiB" if number >= 2**30 / 10 else f"{number / 2**20:.3g} MiB"

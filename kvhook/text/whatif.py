@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kvhook.text.numbers import percent, seconds
+from kvhook.text.numbers import of_bytes, percent, seconds
 from kvhook.whatif.advice import findings
 from kvhook.whatif.report import Size, WhatIf
 
@@ -84,7 +84,7 @@ def _table(sizes: Sequence[Size], w: WhatIf) -> Iterator[str]:
     for size in sizes:
         cells = f"  {size.blocks:>9,}{size.tokens:>12,}"
         if memory:
-            cells += f"{_bytes(size.bytes):>11}"
+            cells += f"{of_bytes(size.bytes):>11}"
         exact = " " if size.exact else "~"
         preempted = "-" if size.num_preemptions is None else f"{size.num_preemptions:,}"
         saved = seconds(size.seconds_saved) if size.seconds_saved is not None else ""
@@ -125,13 +125,7 @@ def _share(tokens: int, w: WhatIf) -> str:
 
 
 def _memory(blocks: int, w: WhatIf) -> str:
-    return f", {_bytes(blocks * w.bytes_per_block)}" if w.bytes_per_block else ""
-
-
-def _bytes(number: int | None) -> str:
-    if number is None:
-        return "-"
-    return f"{number / 2**30:.3g} GiB" if number >= 2**30 / 10 else f"{number / 2**20:.3g} MiB"
+    return f", {of_bytes(blocks * w.bytes_per_block)}" if w.bytes_per_block else ""
 
 
 def _row(name: str, text: str) -> str:

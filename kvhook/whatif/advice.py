@@ -144,11 +144,13 @@ def _preemptions(w: WhatIf) -> Iterator[Finding]:
 
 
 def _memory(number: int | None) -> str:
-    return "" if number is None else f", {number / 2**30:.3g} GiB"
+    if number is None:
+        return ""
+    return f", {number / 2**30:.3g} GiB" if number >= 2**30 / 10 else f", {number / 2**20:.3g} MiB"
 
 
 def _more(blocks: int, w: WhatIf) -> str:
     if not w.bytes_per_block:
         return ""
-    gib = blocks * w.bytes_per_block / 2**30
-    return f", {gib:.3g} GiB ({gib / 80:.1%} of a GPU with 80 GiB)"
+    more, share = blocks * w.bytes_per_block, blocks * w.bytes_per_block / (80 * 2**30)
+    return _memory(more) + (f" ({share:.1%} of a GPU with 80 GiB)" if share >= 0.001 else "")

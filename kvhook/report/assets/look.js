@@ -1,7 +1,7 @@
 // How charts look: colours, dashes, hatches, axes, legends. Lines and fields can be told apart without colours.
 
 // Room around the plots: top, right, bottom, left. The timeline of requests keeps the same.
-const PADDING = [8, 14, 0, 0], AXIS = 58;
+const PADDING = [8, 24, 0, 0], AXIS = 58;
 const DASHES = [[], [8, 4], [2, 3], [12, 3, 2, 3], [5, 5], [14, 5], [2, 7], [8, 3, 2, 3, 2, 3]];
 const HATCHES = ["plain", "rising", "dots", "falling", "level", "cross", "upright", "coarse"];
 

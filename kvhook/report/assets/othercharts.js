@@ -118,6 +118,7 @@ function marker(i) {
   canvas.paint = () => {
     const c = canvas.getContext("2d"), ratio = devicePixelRatio || 1;
     c.clearRect(0, 0, canvas.width, canvas.height);
+    c.setLineDash([]); // the swatch that this was had dashes
     c.beginPath();
     c.arc(canvas.width / 2, canvas.height / 2, 3.5 * ratio, 0, 7);
     c.fillStyle = c.strokeStyle = colour(i);
