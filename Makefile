@@ -25,6 +25,7 @@ help:
 	@echo "make surroundings  the tests that need no engine, as background job, from cron, in other locales ..."
 	@echo "make torture    the step path in C under ASan and UBSan, its reference counts, and its ring; half an hour"
 	@echo "make soak       an engine that plays 2,000 steps a second, with readers that are killed; half an hour"
+	@echo "                with ARGS=--engine: a real engine with random work instead"
 	@echo "make fuzz       forged files of every kind, each given to a verb of the command line; ten minutes"
 	@echo "make clean-env  remove .venv"
 	@echo
@@ -70,9 +71,10 @@ surroundings: setup
 torture: setup
 	$(PY) tests/step/torture.py $(ARGS)
 
-# See tests/faults/soak.py. KVHOOK_SOAK_SECONDS says how long; half an hour if it is not set.
+# See tests/faults/soak.py. KVHOOK_SOAK_SECONDS says how long; half an hour if it is not set. A real engine, with random
+# work (tests/faults/soak_engine.py): KVHOOK_SOAK_SECONDS=600 make soak ARGS=--engine
 soak: setup
-	KVHOOK_SOAK_SECONDS=$${KVHOOK_SOAK_SECONDS:-1800} $(PY) -m tests.faults.soak $(ARGS)
+	KVHOOK_SOAK_SECONDS=$${KVHOOK_SOAK_SECONDS:-1800} $(PY) -m tests.faults.$(if $(filter --engine,$(ARGS)),soak_engine,soak)
 
 # See tests/hostile.py. More: make fuzz ARGS=100000; led by coverage, with atheris: make fuzz ARGS='--atheris 600'
 fuzz: setup
