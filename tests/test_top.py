@@ -483,6 +483,25 @@ def test_it_is_drawn_for_the_terminal_s_size(size: tuple[int, int]):
     pilot(size, views, act)
 
 
+def test_no_line_is_broken_after_the_terminal_was_resized():
+    views = [View(**{**vars(FULL), "pid": n}) for n in range(1, 17)]
+
+    async def act(app: Any, driver: Any) -> None:
+        for size in ((110, 34), (40, 12), (80, 24)):
+            await driver.resize_terminal(*size)
+            await driver.pause()
+            text = app.query_one("#text")
+            assert (text.size.width, text.size.height) == (size[0], len(app.shown))
+            assert len(app.shown) <= size[1] - 1
+
+    pilot((80, 24), views, act)
+
+
+def test_engines_are_listed_in_the_order_in_which_they_were_made(tmp_path: Path):
+    made = [Recording(tmp_path, engine=n).run(1) for n in range(11)]  # by name, 10 would come before 2
+    assert [view.engine for view in watched(tmp_path)] == list(range(len(made)))
+
+
 def test_an_engine_that_sleeps_is_shown_asleep_until_it_steps_again(tmp_path: Path):
     recording = Recording(tmp_path)
     recording.clock -= 10**9

@@ -93,12 +93,10 @@ class Watch:
         self._cores.clear()
 
     def _find(self) -> None:
-        for path in sorted(ring_files(self._places(), ("", "core"))):
-            if path in self._seen:
-                continue
-            ring, header = glance(path)
-            if header is None:
-                continue  # it may be just being made
+        new = [path for path in ring_files(self._places(), ("", "core")) if path not in self._seen]
+        looks = [(ring, header) for ring, header in map(glance, new) if header is not None]  # None: just being made
+        for ring, header in sorted(looks, key=lambda look: (look[1].realtime_ns, look[0].path)):
+            path = ring.path
             self._seen.add(path)
             parent = int(header.meta.get("parent" if ring.stream else "parent_pid") or 0)
             if ring.state != ALIVE or not self._wanted(ring.pid, parent):

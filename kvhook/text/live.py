@@ -69,7 +69,7 @@ def screen(
     """
     lines = [heading] if heading else []
     if not views:
-        lines += ["", "No engine is being recorded on this machine yet. This screen shows the first one that is:"]
+        lines += ["", "No engine is being recorded on this machine yet.", "This screen shows the first one that is:"]
         lines += ["", "  kvhook run -- python script.py", "  or kvhook.install() in the script, before LLM(...)"]
         return [line[:width] for line in lines[:height]]
     selected = min(max(selected, 0), len(views) - 1)
@@ -80,7 +80,8 @@ def screen(
     for place in range(first, last):
         mark = ">" if place == selected and len(views) > 1 else " "
         lines.append(f"{mark} {_row(views[place])}")
-    part = f"  engines {first + 1} to {last} of {len(views)}" if last - first < len(views) else ""
+    listed = f"engines {first + 1} to {last}" if last - first > 1 else f"engine {last}"
+    part = f"  {listed} of {len(views)}" if last - first < len(views) else ""
     spare = height - len(lines) - _DETAIL
     lines += detail(views[selected], width, ascii_only=ascii_only, rows=1 + max(0, spare), note=part)
     return [line[:width].rstrip() for line in lines[:height]]

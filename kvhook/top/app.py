@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import VerticalScroll
+from textual.containers import Container
 from textual.events import Resize
 from textual.widgets import Footer, Static
 
@@ -35,7 +35,12 @@ class Top(App[None]):
 
     TITLE = "kvhook top"
     ENABLE_COMMAND_PALETTE = False
-    CSS = "Screen { background: ansi_default; } #body { height: 1fr; } Static { height: auto; }"
+    # The text is cut to the terminal's size. With a scroll bar it would be narrower than its lines, which would break.
+    CSS = """
+    Screen { background: ansi_default; }
+    #body { height: 1fr; overflow: hidden; }
+    #text { height: auto; text-wrap: nowrap; text-overflow: clip; }
+    """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q,ctrl+c", "quit", "quit"),
         Binding("p,space", "pause", "pause"),
@@ -66,7 +71,7 @@ class Top(App[None]):
     def compose(self) -> ComposeResult:
         """One text, and the keys below it."""
         self._text = Static(id="text")
-        with VerticalScroll(id="body", can_focus=False):
+        with Container(id="body"):
             yield self._text
         yield Footer(show_command_palette=False)
 
