@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -124,7 +125,10 @@ def counters(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def test_metrics_have_the_same_names_with_and_without_kvhook(both: dict[str, Seen]):
-    names = [{name for name in both[which].metrics if name.startswith("vllm:")} for which in ("without", "with")]
+    names = [
+        {re.sub(r'="[^"]*"', "", name) for name in both[which].metrics if name.startswith("vllm:")}
+        for which in ("without", "with")
+    ]
     assert len(names[0]) > 50
     assert names[0] ^ names[1] == set()
 
@@ -158,7 +162,7 @@ def test_the_death_of_the_engine_core_looks_the_same(both: dict[str, Seen]):
     assert with_kvhook.code == without.code
     assert with_kvhook.log.count("Traceback") == without.log.count("Traceback")
     assert with_kvhook.log.count("EngineDeadError") == without.log.count("EngineDeadError") > 0
-    assert "kvhook autopsy run.kvh" in with_kvhook.log
+    assert "recorded in run.kvh" in with_kvhook.log
 
 
 def test_nothing_of_what_clients_were_given_is_lost_with_the_core(both: dict[str, Seen], folder: Path):
