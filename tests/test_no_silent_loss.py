@@ -24,6 +24,7 @@ from tests.contracts import core
 from tests.contracts.behaviour import ASYNC, ENGINE, PROCESSOR, config_of, make_engine
 from tests.contracts.core import Prompt, Said, Sent, add
 from tests.contracts.loader import build_stub_modules, load, stubs
+from tests.standin import fake_vllm
 
 SYNC, ON_LOOP = f"{ENGINE}:LLMEngine", f"{ASYNC}:AsyncLLM"
 
@@ -359,6 +360,26 @@ def test_a_subclass_that_builds_itself_is_named(fresh: Path, said: Any, path: st
         del proxy
     (warning,) = [text for text in said() if "nothing was recorded" in text]
     assert "CheckpointableEngine" in warning
+
+
+def test_of_an_engine_that_vllm_could_not_make_nothing_is_said(fresh: Path, said: Any):
+    """Its error is the program's; what is left of it lives on in the traceback."""
+    kept: list[Any] = []
+    with fake_vllm() as vllm:
+        config = vllm.engine().vllm_config
+        kvhook.install(ring_slots=64)
+        base: Any = sys.modules[ENGINE].LLMEngine
+
+        class Broken(base):  # type: ignore[misc]
+            def __setattr__(self, name: str, value: Any) -> None:
+                kept.append(self)
+                raise RuntimeError("no memory for KV blocks")
+
+        with pytest.raises(RuntimeError, match="no memory"):
+            Broken(config, object, log_stats=False)
+        assert kept
+        kvhook.uninstall()
+    assert said() == []
 
 
 def test_a_front_end_of_somebodys_own_is_named_and_where_it_was_made(fresh: Path, said: Any):

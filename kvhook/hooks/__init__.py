@@ -34,6 +34,7 @@ __all__ = [
     "engines_alive",
     "engines_seen",
     "existed_before",
+    "failed_to_build",
     "flush",
     "is_recorded",
     "is_vllms_step",
@@ -89,6 +90,11 @@ def note_engines_before() -> list[Any]:
 def existed_before(engine: Any) -> bool:
     """Whether an engine existed before kvhook was installed."""
     return id(engine) in registry.before
+
+
+def failed_to_build(engine: Any) -> bool:
+    """Whether vLLM raised an error while it made an engine: what is left of it is none."""
+    return id(engine) in registry.failed
 
 
 def unknown_engines() -> list[str]:

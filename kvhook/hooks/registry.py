@@ -145,6 +145,7 @@ class Registry:
         warned: the warnings that were given in this session.
         unknown: where engines were made that are none of vLLM's own.
         before: id() of engines that existed before kvhook was installed.
+        failed: id() of engines whose ``__init__`` raised an error of vLLM's own.
         engines_seen: engines that have been recorded in this session.
         requests_seen: requests that were added to them.
     """
@@ -161,6 +162,7 @@ class Registry:
     warned: set[str] = field(default_factory=set)
     unknown: list[str] = field(default_factory=list)
     before: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
     engines_seen: int = 0
     requests_seen: int = 0
 
@@ -247,6 +249,7 @@ class Registry:
         self.owner, self.level = owner, level
         self.warned.clear()
         self.unknown.clear()
+        self.failed.clear()
         self.engines_seen = self.requests_seen = 0
 
     def clear(self) -> None:

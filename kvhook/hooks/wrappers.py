@@ -187,10 +187,12 @@ def on_engine_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     except BaseException as error:
         owner.fault("turning vLLM's stats on", error, "this engine is recorded only if its stats are on anyway")
     token = building.set(Building(not stats_were_on, on_event_loop=not adapter.timed))
+    registry.failed.add(id(instance))
     try:
         result = wrapped(*args, **kwargs)
     finally:
         building.reset(token)
+    registry.failed.discard(id(instance))
     try:
         watch(instance, stats_were_on=stats_were_on, built_by_us=True)
     except USERS:

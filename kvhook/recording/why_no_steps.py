@@ -50,5 +50,6 @@ def not_recorded() -> str:
         return ""
     if hooks.unknown_engines():
         return f"an engine was made that kvhook does not know ({', '.join(hooks.unknown_engines())})"
-    alive = [type(each).__qualname__ for each in hooks.engines_alive() if not hooks.existed_before(each)]
-    return NOT_BUILT.format(", ".join(sorted(set(alive)))) if alive else ""
+    known = (hooks.existed_before, hooks.failed_to_build)
+    alive = {type(e).__qualname__ for e in hooks.engines_alive() if not any(is_so(e) for is_so in known)}
+    return NOT_BUILT.format(", ".join(sorted(alive))) if alive else ""
