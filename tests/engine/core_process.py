@@ -53,13 +53,18 @@ def record(model: str, folder: Path, name: str, core: str, *, killed: bool) -> d
         }
     if killed:
         os.kill(results["cores"][0]["pid"], signal.SIGKILL)
-        # a step that is under way when the core dies never comes back, with kvhook or without
-        while not llm.llm_engine.engine_core.resources.engine_dead:
-            time.sleep(0.01)
-        try:
-            run(llm, calls)
-        except Exception as error:
-            results["error"] = type(error).__name__
+        client = llm.llm_engine.engine_core
+        # before 0.10 nobody watches the core: the front end would wait for it for ever, with kvhook or without
+        if hasattr(client, "start_engine_core_monitor"):
+            # a step that is under way when the core dies never comes back, with kvhook or without
+            while not client.resources.engine_dead:
+                time.sleep(0.01)
+            try:
+                run(llm, calls)
+            except Exception as error:
+                results["error"] = type(error).__name__
+        else:
+            results["error"] = "not noticed"
     start = time.monotonic()
     with contextlib.suppress(Exception):
         llm.llm_engine.engine_core.shutdown()
