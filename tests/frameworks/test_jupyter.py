@@ -27,14 +27,14 @@ print(json.dumps([said, seen, int(session.steps()["num_generation_tokens"].sum()
 """
 
 
-def test_the_page_s_cells_run_in_a_kernel_and_a_session_shows_itself(
+def test_the_page_s_cells_run_in_a_kernel_and_a_trace_shows_itself(
     project: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # as a notebook has it
     cells = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)[:CELLS]
-    cells += [LAST, "session"]
+    cells += [LAST, "session.trace()"]
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     client = nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(project)}})
     done = client.execute()
