@@ -66,11 +66,12 @@ def test_it_is_plain_text_where_there_is_no_terminal(said: str):
 
 
 def test_the_commands_it_proposes_work(said: str, folder: Path, engine_environment: dict[str, str]):
-    commands = re.findall(r"^  \S*kvhook (\w+) (kvhook-demo\.kvh(?: demo\.csv)?) ", said, re.MULTILINE)
-    assert [verb for verb, _ in commands] == ["summary", "export"]
-    shown, _ = (kvhook_command(folder, engine_environment, verb, *rest.split()) for verb, rest in commands)
+    commands = re.findall(r"^  \S*kvhook (\w+) (kvhook-demo\.kvh(?: \S+)*)  ", said, re.MULTILINE)
+    assert [verb for verb, _ in commands] == ["summary", "report", "export"]
+    shown, *_ = [kvhook_command(folder, engine_environment, verb, *rest.split()) for verb, rest in commands]
     assert "hit rate" in shown
     assert shown.splitlines()[0] in said
+    assert "</html>" in (folder / "demo.html").read_text()
     with (folder / "demo.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == kvhook.open(folder / "kvhook-demo.kvh").summary().steps
