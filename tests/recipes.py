@@ -15,7 +15,7 @@ FRAMEWORKS = ROOT / "docs/howto/frameworks.md"
 def recipe(heading: str, page: Path = PAGE, language: str = "python") -> str:
     """The first code of that language below a heading of the page."""
     pattern = rf"^## {re.escape(heading)}$(?:(?!^## ).)*?^```{language}\n(.*?)^```$"
-    found = re.search(pattern, page.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.search(pattern, page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert found, heading
     return found[1]
 

@@ -146,8 +146,8 @@ def test_a_verb_shows_an_odd_run_or_says_in_one_line_why_not(
     if "json" in verb and verb.startswith(("summary", "compare")):
         json.loads(shown, parse_constant=pytest.fail)
     for page in (tmp_path / "out").glob("*.html"):
-        assert "<img" not in page.read_text()
-        assert len(re.findall("</script>", page.read_text())) == 4
+        assert "<img" not in page.read_text(encoding="utf-8")
+        assert len(re.findall("</script>", page.read_text(encoding="utf-8"))) == 4
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.__name__)

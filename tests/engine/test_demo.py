@@ -71,7 +71,7 @@ def test_the_commands_it_proposes_work(said: str, folder: Path, engine_environme
     shown, *_ = [kvhook_command(folder, engine_environment, verb, *rest.split()) for verb, rest in commands]
     assert "hit rate" in shown
     assert shown.splitlines()[0] in said
-    assert "</html>" in (folder / "demo.html").read_text()
+    assert "</html>" in (folder / "demo.html").read_text(encoding="utf-8")
     with (folder / "demo.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == kvhook.open(folder / "kvhook-demo.kvh").summary().steps

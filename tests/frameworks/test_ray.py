@@ -27,5 +27,5 @@ def test_each_actor_has_a_trace_and_together_they_are_what_was_returned(project:
     summary = trace.summary()
     assert summary.num_finished_reqs == sum(map(len, answers))
     run(["kvhook", "report", *map(str, paths), "-o", "fleet.html"])
-    page = (project / "fleet.html").read_text()
+    page = (project / "fleet.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>") or "<html" in page[:200]

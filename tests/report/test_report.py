@@ -241,7 +241,7 @@ def test_a_page_that_is_there_is_not_overwritten(tmp_path: Path, capsys: pytest.
     out.write_text("mine")
     assert main(["report", str(DATA / "baseline.kvh"), "-o", str(out)]) == 1
     assert "exists" in capsys.readouterr().err
-    assert out.read_text() == "mine"
+    assert out.read_text(encoding="utf-8") == "mine"
     assert main(["report", str(DATA / "baseline.kvh"), "-o", str(tmp_path / "no" / "report.html")]) == 1
     assert "no directory" in capsys.readouterr().err
 
@@ -337,7 +337,7 @@ def test_what_other_caches_would_have_found_is_drawn(tmp_path: Path):
     trace = ROOT / "tests" / "data" / "whole" / "run.kvh"
     out = tmp_path / "report.html"
     assert main(["report", str(trace), "-o", str(out)]) == 0
-    text = out.read_text()
+    text = out.read_text(encoding="utf-8")
     found = kvhook.open(trace).what_if()
     section = text[text.index('<section id="other-caches">') :].partition("</section>")[0]
     assert section.count("<circle") == len(found.sizes)
@@ -351,6 +351,6 @@ def test_without_blocks_the_report_says_why_other_caches_are_not_known(recording
     recording.step()
     out = tmp_path / "report.html"
     assert main(["report", str(recording.path), "-o", str(out)]) == 0
-    section = out.read_text().partition('<section id="other-caches">')[2].partition("</section>")[0]
+    section = out.read_text(encoding="utf-8").partition('<section id="other-caches">')[2].partition("</section>")[0]
     assert "class=absent" in section
     assert "<svg" not in section
