@@ -21,17 +21,17 @@ def several(place: Path) -> list[Path]:
     """
     try:
         if place.is_dir():
-            found, what = sorted(place.glob(f"*{TRACE_SUFFIX}")), f"in the folder {place}"
+            found, what = sorted(place.glob(f"*{TRACE_SUFFIX}")), f"the folder {place}"
             found = found or sorted(path for suffix in READERS for path in place.glob(f"*{suffix}"))
         elif glob.has_magic(str(place)) and not place.exists():
-            found, what = sorted(map(Path, glob.glob(str(place)))), f"by the pattern {place}"
+            found, what = sorted(map(Path, glob.glob(str(place)))), f"the pattern {place}"
         else:
             return []
     except (OSError, ValueError):
         return []  # opening it says what is wrong
     found = [path for path in found if _is_a_run(path)]
     if not found:
-        raise KvhookError(f"no trace was found {what}: neither a {TRACE_SUFFIX} file nor an exported run")
+        raise KvhookError(f"{what} holds no {TRACE_SUFFIX} file and no exported run")
     return found
 
 

@@ -86,7 +86,7 @@ def test_a_folder_without_a_trace_says_what_it_could_hold(trace: Path, capsys: p
     folder = trace.parent / "nothing"
     folder.mkdir()
     assert main(["report", str(folder)]) == 1
-    assert f"no trace was found in the folder {folder}: neither a .kvh file nor" in capsys.readouterr().err
+    assert f"the folder {folder} holds no .kvh file and no exported run" in capsys.readouterr().err
 
 
 def test_demo_without_vllm_says_what_to_install_and_leaves_nothing(tmp_path: Path, python: Python):
