@@ -167,11 +167,16 @@ def agree(ours: Any, theirs: Any) -> bool:
     return bool(math.isclose(ours, theirs, rel_tol=1e-9, abs_tol=1e-12))
 
 
+def quoted(path: Path | str) -> str:
+    """A path in SQL."""
+    return "'" + str(path).replace("'", "''") + "'"
+
+
 def compare(trace: Path, folder: Path) -> None:
     """Sums, rates and percentiles of a trace's summary, and those that DuckDB finds in the exported tables."""
     run = kvhook.open(trace)
     s = run.summary()
-    steps, requests, latencies = (f"'{p}'" for p in run.dump(folder / "run.parquet"))
+    steps, requests, latencies = (quoted(p) for p in run.dump(folder / "run.parquet"))
     columns = {c for (c, *_) in duckdb.execute(f"describe select * from {steps}").fetchall()}
     sums = [name for name in SUMS if name in columns and getattr(s, name) is not None]
     for name, total in zip(sums, ask(f"select {', '.join(f'sum({n})' for n in sums)} from {steps}"), strict=True):
@@ -249,7 +254,7 @@ def test_one_query_reads_every_run_of_a_folder(fleet: Path, random_trace: Path):
     found = duckdb.execute(
         f"""
         select run, engine, count(*), sum(prefix_cache_hits), max(kv_cache_usage)
-        from read_parquet('{fleet}/*/*/steps.parquet', hive_partitioning = true, union_by_name = true)
+        from read_parquet({quoted(f"{fleet}/*/*/steps.parquet")}, hive_partitioning = true, union_by_name = true)
         group by run, engine order by run, engine
         """
     ).fetchall()

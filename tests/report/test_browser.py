@@ -29,10 +29,14 @@ PATIENCE = 90_000
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    # Chromium does not start without a home that it can write to
+    environment = {**os.environ, "HOME": str(tmp_path_factory.mktemp("home"))}
     with playwright.sync_playwright() as p:
         # as root Chromium needs this; the pages are our own
-        it = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=PATIENCE)
+        it = p.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=PATIENCE, env=environment
+        )
         yield it
         it.close()
 
