@@ -66,7 +66,12 @@ def printable(text: str) -> str:
 ANONYMOUS = "anonymous"
 #: The facts that are left out then. Paths are cut out of all other facts.
 _NAMING = frozenset({"model", "program"})
-_PATH = re.compile(r"(?<=')[/~][^'\n]*/[^'\n]*(?=')|(?<![\w.~])[/~][\w.+@~-]*(?:/[\w.+@-]+)+/?")
+#: In quotes a path goes on to the closing quote, over quotes that repr() escapes; elsewhere to the next space.
+_PATH = re.compile(
+    r"(?<=')[/~](?=[^'\n]*/)(?:\\.|[^'\\\n])+(?=')"
+    r'|(?<=")[/~](?=[^"\n]*/)(?:\\.|[^"\\\n])+(?=")'
+    r"|(?<![\w.~])[/~][\w.+@~-]*(?:/[\w.+@-]+)+/?"
+)
 
 
 def without_names(facts: dict[str, Any]) -> dict[str, Any]:

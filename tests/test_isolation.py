@@ -222,10 +222,10 @@ def test_containers_that_share_memory_but_not_process_numbers_leave_each_other_s
     )
     assert first.stdin is not None
     assert first.stdout is not None
-    pid, ring = first.stdout.readline().split()
+    pid, ring = first.stdout.readline().rstrip("\n").split(" ", 1)
     second = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
     assert second.stdout.split()[0] == pid == "1"
-    assert second.stdout.split()[1] != ring, "both are process 1, and each has a ring of its own"
+    assert second.stdout.splitlines()[0].split(" ", 1)[1] != ring, "both are process 1, and each has a ring of its own"
     assert Path(ring).exists(), "the second one's `clean --all` has left it alone"
     found = {str(r.path): r for r in find_rings([tmp_path / "rings"])}
     assert (found[ring].state, found[ring].elsewhere, found[ring].steps) == (ALIVE, True, 3)
@@ -255,7 +255,7 @@ def test_shared_memory_that_is_small_or_cannot_be_written(tmp_path: Path, python
     (tmp_path / "runtime").mkdir()
     launcher = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$0" "$@"']
     said = python(SMALL_MEMORY, launcher=launcher, KVHOOK_DIR="", XDG_RUNTIME_DIR=str(tmp_path / "runtime")).stdout
-    place, steps, faults = said.split(maxsplit=2)
+    place, steps, faults = said.rsplit(maxsplit=2)
     assert at in place
     assert (steps, faults.strip()) == ("3", "{}")
 

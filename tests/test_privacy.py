@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -125,6 +126,12 @@ def test_the_same_recording_says_the_names_if_it_is_not_asked_to_hide_them(
     assert {each.partition(":")[0].partition(",")[0] for each in found} >= {"again.kvh", "run.jsonl", "report.html"}
 
 
+@pytest.mark.parametrize("name", ["plain", "with spaces", "o'clock", 'a "b"', "both ' and \"", "back\\slash'"])
+def test_a_path_is_cut_out_whatever_its_name_has_in_it(name: str):
+    error = FileNotFoundError(2, "No such file", f"/srv/alice/{name}/alice.txt")
+    assert re.fullmatch(r"\[Errno 2\] No such file: (['\"])\(path\)\1", without_paths(str(error)))
+
+
 @pytest.mark.usefixtures("fresh")
 def test_the_environment_makes_every_recording_anonymous(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("KVHOOK_ANONYMOUS", "1")
@@ -141,7 +148,7 @@ def test_kvhook_run_hands_it_on(tmp_path: Path):
     run = [sys.executable, "-m", "kvhook", "run", "--anonymous", "--quiet", "--", sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=120)
-    on, trace = done.stdout.split()
+    on, trace = done.stdout.rstrip("\n").split(" ", 1)
     assert on == "1"
     assert Path(trace).name.split("-")[0] == "kvhook"
     assert "python" not in Path(trace).name
