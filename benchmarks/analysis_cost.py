@@ -55,12 +55,17 @@ def make_trace(path: Path, steps: int, seed: int = 1) -> None:
     for first in range(0, steps, PIECE):
         count = min(PIECE, steps - first)
         piece, clock, requests = _piece(layout, rng, first, count, clock, requests)
-        slot_head(piece)["n"] = np.arange(n, n + len(piece))
-        slot_head(piece)["stamp"] = 2 * slot_head(piece)["n"].astype(np.uint64) + 2
-        n += len(piece)
-        writer.append(piece)
+        n = append(writer, piece, n)
     writer.append_meta(0, {"records_published": n})
     writer.close()
+
+
+def append(writer: TraceWriter, piece: np.ndarray, n: int) -> int:
+    """Write records, numbered from n on as a ring numbers them; gives the number of the next one."""
+    slot_head(piece)["n"] = np.arange(n, n + len(piece))
+    slot_head(piece)["stamp"] = 2 * slot_head(piece)["n"].astype(np.uint64) + 2
+    writer.append(piece)
+    return n + len(piece)
 
 
 def _piece(layout: Layout, rng: np.random.Generator, first: int, count: int, clock: int, requests: int):

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from analysis_cost import BLOCK_SIZE, BLOCKS, PIECE, make_trace
+from analysis_cost import BLOCK_SIZE, BLOCKS, PIECE, append, make_trace
 
 from kvhook.core_schema import CORE_KINDS
 from kvhook.ring.layout import Layout, make_layout
@@ -59,10 +59,7 @@ def make_core(trace: Path, steps: int, seed: int = 1) -> Path:
     clock, n = 10**12, 0
     for first in range(0, steps, PIECE):
         piece, clock = _core_piece(layout, rng, np.arange(first, min(first + PIECE, steps)), clock)
-        slot_head(piece)["n"] = np.arange(n, n + len(piece))
-        slot_head(piece)["stamp"] = 2 * slot_head(piece)["n"].astype(np.uint64) + 2
-        n += len(piece)
-        writer.append(piece)
+        n = append(writer, piece, n)
     writer.append_meta(0, {"records_published": n})
     writer.close()
     return path
