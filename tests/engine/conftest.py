@@ -25,6 +25,8 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # one thread, on any core: two would wait for each other ten times as long as they work if others use the machine
     "OMP_NUM_THREADS": "1",
+    # numba's first parallel loop (the n-gram drafter) would otherwise set the number of OpenMP's threads for torch, too
+    "NUMBA_NUM_THREADS": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_LOG_STATS_INTERVAL": "0.05",
 }

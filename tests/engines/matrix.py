@@ -171,6 +171,7 @@ class Entry(NamedTuple):
             "TORCHDYNAMO_DISABLE": "1",
             # more threads only wait for each other where others use the machine as well
             "OMP_NUM_THREADS": "1",
+            "NUMBA_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
             "KVHOOK_SETTINGS_CASES": os.environ.get("KVHOOK_SETTINGS_CASES", SETTINGS_CASES),
         }
