@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.core.scheduler_here import was_preempted
+
 #: Makes a recording of a driver with these settings.
 Make = Callable[..., Any]
 
@@ -143,7 +145,7 @@ def play(recording: Any, told: Scenario) -> Played:
 
     def get_computed_blocks(request: Any) -> Any:
         result = look_up(request)
-        if not request.num_preemptions:
+        if not was_preempted(request):
             found[request.request_id] = int(result[1])
         return result
 

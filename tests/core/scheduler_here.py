@@ -28,6 +28,11 @@ OF_REQUESTS = ("cache_salt", "priority", "lora_request", "mm_features", "resumab
 WINDOW = 32
 
 
+def was_preempted(request: Any) -> bool:
+    """Whether a request that is looked up has run before. Up to 0.10 vLLM does not count preemptions of a request."""
+    return bool(getattr(request, "num_preemptions", request.status.name == "PREEMPTED"))
+
+
 class Driver:
     """A scheduler and what drives it: requests come, are scheduled, "computed" and updated, step by step.
 

@@ -13,6 +13,7 @@ from kvhook.whatif.recorded import NotKnown, recorded_requests
 from kvhook.whatif.report import what_if
 from kvhook.whatif.runs import run_of, with_block_size
 from tests.core.conftest import Recording
+from tests.core.scheduler_here import was_preempted
 
 Make = Callable[..., Recording]
 SETTINGS: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 96, "max_model_len": 512}
@@ -57,7 +58,7 @@ def play(recording: Recording, waves: Waves) -> dict[str, Any]:
 
     def get_computed_blocks(request: Any) -> Any:
         result = made(request)
-        if not request.num_preemptions:
+        if not was_preempted(request):
             found[request.request_id] = int(result[1])  # the last one counts: it is admitted with that
         return result
 

@@ -18,8 +18,12 @@ SECRET = [431, 17, 288, 402, 95, 361, 244, 477, 130, 29, 318, 456, 73, 212, 389,
 def test_a_secret_block_cannot_be_found_in_the_files_without_the_key(driver: Make, tmp_path: Path):
     recording = driver(ledger=True, blocks=60, max_num_seqs=4, max_num_batched_tokens=128, max_model_len=256)
     requests = [recording.driver.add([*SECRET, *range(20, 60)], max_tokens=3) for _ in range(2)]
-    hashes = [bytes(recording.core.reads["hash_of_request"](h)) for h in recording.core.reads["hashes"](requests[0])]
-    list(recording.driver.run())
+    steps = recording.driver.run()
+    next(steps)  # up to 0.10 a prompt is hashed when it is looked up, and its hashes go with the request
+    told = [recording.core.reads["hash_of_request"](each) for each in recording.core.reads["hashes"](requests[0])]
+    # up to 0.10 a hash is a number
+    hashes = [each if isinstance(each, bytes) else repr(each).encode() for each in told]
+    list(steps)
     cores = recording.read()
     write(recorded_requests(cores), tmp_path / "requests.jsonl")
     assert recording.ledger is not None

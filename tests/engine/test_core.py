@@ -157,7 +157,9 @@ def test_front_end_and_core_are_joined_by_number_and_say_the_same(runs: Runs, wh
     assert (np.diff(joined[told]) > 0).all()
     same = core[joined[told]]
     assert (steps["num_kv_blocks_used"][told] == same["num_kv_blocks_used"]).all()
-    assert (steps["prefix_cache_hits"][told].sum()) <= same["num_found_tokens"].sum()
+    hits, found = steps["prefix_cache_hits"][told].sum(), same["num_found_tokens"].sum()
+    # up to 0.11.0 a preempted request that waits for blocks counts in each step, later not among these
+    assert hits <= found if vllm_here.since(0, 11, 1) else hits >= found > 0
     # the clock is the machine's: what the core did came before the front end told of it
     assert (same["t_schedule_ns"] <= steps["t_end_ns"][told]).all()
 
@@ -180,11 +182,23 @@ def test_the_peak_inside_each_step_is_in_the_front_ends_steps_too(runs: Runs, wh
     )
 
 
+def without_idle_steps(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Between two calls of `generate` a core of its own process makes a step in which nothing is scheduled, or none, as
+    the next requests arrive late or soon. What such a step was told of finished requests goes to the next one."""
+    found, finished = [], list[str]()
+    for row in notes:
+        finished = sorted([*finished, *row["finished"]])
+        if row["tokens"]:
+            found.append({**row, "finished": finished})
+            finished = []
+    return found
+
+
 @pytest.mark.parametrize("process", ["inside", "forked"])
 def test_outputs_and_vllms_schedule_are_the_same_with_and_without(runs: Runs, process: str):
     bare, recorded = runs.get(f"{process}:bare"), runs.get(f"{process}:blocks")
     assert len(bare.notes) > 100
-    assert recorded.notes == bare.notes
+    assert without_idle_steps(recorded.notes) == without_idle_steps(bare.notes)
     assert recorded.results["outputs"] == bare.results["outputs"]
     assert recorded.results["cached"] == bare.results["cached"] > 0
 
