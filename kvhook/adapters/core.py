@@ -130,13 +130,22 @@ EXPRESSIONS: Mapping[str, str] = {
 #: Of all these, what ``reads["states"]`` gives.
 STATES = ("budget", "waiting", "skipped", "running", "free")
 
-#: The hash of a request's block, and that of a cached block, as something both can be compared by.
-_HASHES: tuple[tuple[str, str, str, str], ...] = (
-    # a name that only these releases have, and the two expressions
-    (f"{_UTILS}:get_block_hash", "", "hash", "get_block_hash(key)"),
-    (f"{_UTILS}:BlockHashWithGroupId", "block_hash", "hash.hash_value", "key.block_hash.hash_value"),
-    (f"{_UTILS}:BlockHashType", "hash_value", "hash.hash_value", "key.hash_value"),
+#: The hash of a request's block, and that of a cached block, as something both can be compared by; and the KV cache
+#: group of a cached block, which newer releases append to its hash.
+_HASHES: tuple[tuple[str, str, str, str, str], ...] = (
+    # a name that only these releases have, and the three expressions
+    (f"{_UTILS}:get_block_hash", "", "hash", "get_block_hash(key)", "int.from_bytes(key[-4:], 'big')"),
+    (
+        f"{_UTILS}:BlockHashWithGroupId",
+        "block_hash",
+        "hash.hash_value",
+        "key.block_hash.hash_value",
+        "key.group_id",
+    ),
+    (f"{_UTILS}:BlockHashType", "hash_value", "hash.hash_value", "key.hash_value", "0"),
 )
+#: The names of these functions, and of what each is given.
+_OF_HASHES = (("hash_of_request", "hash"), ("hash_of_block", "key"), ("group_of_block", "key"))
 
 
 class Core(NamedTuple):
@@ -244,8 +253,7 @@ def _reads(found: dict[str, Any]) -> tuple[dict[str, Callable[..., Any]], dict[s
     # what every step asks for, in one call
     states = [expressions[name] for name in STATES]
     reads["states"] = eval(f"lambda: ({', '.join(states)})", dict(found))
-    of_request, of_block = _hash_functions()
-    reads |= {"hash_of_request": of_request, "hash_of_block": of_block, "new_blocks": _new_blocks}
+    reads |= _hash_functions() | {"new_blocks": _new_blocks}
     return reads, expressions, absent
 
 
@@ -277,8 +285,8 @@ def _resolves(expression: str, found: dict[str, Any], classes: dict[str, type]) 
     return True
 
 
-def _hash_functions() -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    for path, attribute, of_request, of_block in _HASHES:
+def _hash_functions() -> dict[str, Callable[[Any], Any]]:
+    for path, attribute, *expressions in _HASHES:
         try:
             there = lookup(path)
         except LookupError:
@@ -286,5 +294,8 @@ def _hash_functions() -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
         if attribute and not hasattr(there, attribute):
             continue
         names = {path.rpartition(":")[2]: there}
-        return eval(f"lambda hash: {of_request}", dict(names)), eval(f"lambda key: {of_block}", dict(names))
+        return {
+            name: eval(f"lambda {argument}: {expression}", dict(names))
+            for (name, argument), expression in zip(_OF_HASHES, expressions, strict=True)
+        }
     raise LookupError("this vLLM's block hashes are of a kind that kvhook does not know")

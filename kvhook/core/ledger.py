@@ -48,6 +48,11 @@ def events_per_slot(layout: Layout) -> int:
     return (layout.slot_bytes - FIELDS_AT - 8 * len(layout.columns["blocks"])) // BLOCK_EVENT_BYTES
 
 
+def _taking(group: Any) -> list[str]:
+    """The methods by which the manager of one KV cache group takes new blocks. Their number grows with the releases."""
+    return [name for name in dir(group) if name.startswith("allocate")]
+
+
 class LedgerRing:
     """The ring that the ledger of one engine core goes to; the spool drains it like any other.
 
@@ -106,9 +111,12 @@ class Ledger:
         self._state = state
         #: block -> group and digest of what it holds
         self._known: dict[int, tuple[int, int]] = {}
+        group_of = core.reads["group_of_block"]
         for block in core.pool.blocks:
             if block.block_hash is not None:
-                self._known[block.block_id] = (0, self._digest(block.block_hash))
+                self._known[block.block_id] = (group_of(block.block_hash), self._digest(block.block_hash))
+        #: with several groups: the one that works, and block -> the group that took it last
+        self._group, self._taken = 0, dict[int, int]()
 
     def tap(self, taps: Taps) -> None:
         """Put the writing in place, over the counting."""
@@ -122,6 +130,10 @@ class Ledger:
         taps.put(pool, "cache_full_blocks", self._on_cache)
         taps.put(pool, "_maybe_evict_cached_block", self._on_evict)
         taps.put(pool, "reset_prefix_cache", self._on_reset)
+        if self._several:
+            for group in manager.coordinator.single_type_managers:
+                for name in _taking(group):
+                    taps.put(group, name, self._in_group(group.kv_cache_group_id))
 
     def flush(self) -> None:
         """Publish what has been written down since the last call: at the end of a step."""
@@ -133,7 +145,9 @@ class Ledger:
         events.clear()
 
     def _write(self, event: int, block: int, index: int = _NOWHERE, request: int | None = None) -> None:
-        group, digest = self._known.get(block, (0, 0))
+        known = self._known.get(block)
+        # what a block holds is known from when it is cached on, its group from when it is taken
+        group, digest = (self._taken.get(block, 0), 0) if known is None else known
         if request is None:
             behalf = self._state.behalf
             request = _NOBODY if behalf is None else self._number_of(behalf)
@@ -167,10 +181,27 @@ class Ledger:
 
         return method
 
+    def _in_group(self, group: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Remember which KV cache group takes blocks."""
+
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            def method(*args: Any, **kwargs: Any) -> Any:
+                before, self._group = self._group, group
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    self._group = before
+
+            return method
+
+        return make
+
     def _on_get_new_blocks(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_new_blocks(*args: Any, **kwargs: Any) -> Any:
             blocks = original(*args, **kwargs)
             with contained(self._failed):
+                if self._several:
+                    self._taken.update((block.block_id, self._group) for block in blocks)
                 for block in blocks:
                     self._write(ALLOCATE, block.block_id)
             return blocks

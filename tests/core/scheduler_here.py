@@ -24,6 +24,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 EOS = 1
 #: Arguments of `Driver.add` that belong to the request and not to its sampling parameters.
 OF_REQUESTS = ("cache_salt", "priority", "lora_request", "mm_features", "resumable", "client_index")
+#: vLLM's name of each kind of KV cache group.
+SPECS = {
+    "full": "FullAttentionSpec",
+    "sliding": "SlidingWindowSpec",
+    "mamba": "MambaSpec",
+    "cross": "CrossAttentionSpec",
+}
 #: Tokens that a layer with a sliding window looks back.
 WINDOW = 32
 
@@ -39,7 +46,7 @@ class Driver:
     Args:
         model: folder of a model, of which only the configuration is read.
         blocks: KV blocks of the pool, the null block included.
-        groups: kind of each KV cache group: "full", "sliding" or "mamba".
+        groups: kind of each KV cache group: "full", "sliding", "mamba" or "cross".
         change: changes vLLM's configuration before the scheduler is made.
         cache: gives vLLM's ``KVCacheConfig`` for its configuration, in place of `groups`.
         settings: arguments of vLLM's ``EngineArgs``.
@@ -76,8 +83,7 @@ class Driver:
         import torch
         from vllm.v1 import kv_cache_interface as interface
 
-        name = {"full": "FullAttentionSpec", "sliding": "SlidingWindowSpec", "mamba": "MambaSpec"}[kind]
-        cls = getattr(interface, name)
+        cls = getattr(interface, SPECS[kind])
         return cls(
             **_fitting(
                 cls,
