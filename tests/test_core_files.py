@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,20 @@ def test_the_mark_of_a_session_is_removed_with_it_and_that_of_a_killed_process_b
     plan.withdraw()
     assert [*over, plan.is_over] == [False, True]
     assert not mine.exists()
+
+
+def test_the_mark_of_a_session_in_another_container_stays_for_a_day(tmp_path: Path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here = os.stat("/proc/self/ns/pid").st_ino
+    elsewhere = tmp_path / f"{MARK_PREFIX}{dead.pid}-1-aa-{here + 1}"
+    old = tmp_path / f"{MARK_PREFIX}{dead.pid}-1-bb-{here + 1}"
+    left = tmp_path / f"{MARK_PREFIX}{dead.pid}-1-cc-{here}"
+    for path in (elsewhere, old, left):
+        path.touch()
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(old, (two_days_ago, two_days_ago))
+    assert {one.path for one in leftovers([], tmp_path)} == {old, left}
 
 
 def test_who_removes_the_mark_of_a_plan_does_not_end_it(tmp_path: Path):

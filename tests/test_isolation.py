@@ -14,6 +14,7 @@ import pytest
 
 import kvhook
 from kvhook.cli import main
+from kvhook.discovery.cleaning import HISTORY_PREFIX, MARK_PREFIX
 from kvhook.discovery.rings import ALIVE, DEAD, find_rings
 from kvhook.errors import KvhookError
 from kvhook.records.core_files import open_cores
@@ -215,7 +216,14 @@ def test_containers_that_share_memory_but_not_process_numbers_leave_each_other_s
     alone = ["unshare", "--pid", "--fork", "--mount-proc"]
     if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no process namespace can be made here (needs unshare, and the right to use it)")
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "KVHOOK_DIR": str(tmp_path / "rings")}
+    history = tmp_path / "history"
+    history.mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.getcwd(),
+        "KVHOOK_DIR": str(tmp_path / "rings"),
+        "TMPDIR": str(history),
+    }
     command = [*alone, sys.executable, "-c", IN_CONTAINER]
     first = subprocess.Popen(
         [*command, "wait"], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -223,9 +231,12 @@ def test_containers_that_share_memory_but_not_process_numbers_leave_each_other_s
     assert first.stdin is not None
     assert first.stdout is not None
     pid, ring = first.stdout.readline().rstrip("\n").split(" ", 1)
+    kept = {path for path in history.iterdir() if path.name.startswith((HISTORY_PREFIX, MARK_PREFIX))}
+    assert {path.is_dir() for path in kept} == {True, False}, "a temporary history, and the mark of the session"
     second = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
     assert second.stdout.split()[0] == pid == "1"
     assert second.stdout.splitlines()[0].split(" ", 1)[1] != ring, "both are process 1, and each has a ring of its own"
+    assert kept <= set(history.iterdir()), "the first one's are there still: its engine cores ask for the mark"
     assert Path(ring).exists(), "the second one's `clean --all` has left it alone"
     found = {str(r.path): r for r in find_rings([tmp_path / "rings"])}
     assert (found[ring].state, found[ring].elsewhere, found[ring].steps) == (ALIVE, True, 3)

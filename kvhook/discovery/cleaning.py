@@ -17,7 +17,7 @@ from typing import NamedTuple
 from kvhook.discovery.directory import entries, info_of, is_ours, remove_path
 from kvhook.discovery.rings import ALIVE, ALL_STREAMS, FRONT_ENDS, OLD, find_rings, glance, is_elsewhere, ring_files
 from kvhook.errors import KvhookError
-from kvhook.ring.place import is_alive
+from kvhook.ring.place import is_alive, pid_namespace, process_start
 from kvhook.ring.trace_file import header_of
 
 #: Rings of ended processes and closed rings that are kept, and their bytes together; also no more than this share of
@@ -30,7 +30,8 @@ HISTORY_PREFIX = "kvhook-history-"
 _OF_CORES = re.compile(r"-core[0-9a-f]{12}$")
 #: What a session is marked by, for its engine cores in other processes: see `kvhook.core.plan.CorePlan.mark`.
 MARK_PREFIX = "kvhook-session-"
-_MARK_NAME = re.compile(MARK_PREFIX + r"(\d{1,10})-(\d{1,19})-\w+")
+# process, its start, session, and the namespace in which the process has this number
+_MARK_NAME = re.compile(MARK_PREFIX + r"(\d{1,10})-(\d{1,19})-\w+(?:-(\d{1,20}))?")
 _HISTORY_NAME = re.compile(HISTORY_PREFIX + r"(\d{1,10})-(\d{1,19})-\w+")
 
 
@@ -91,13 +92,22 @@ def leftovers(places: Iterable[Path], history: Path, now: float | None = None) -
     return rings + left_marks(history, now) + left_histories(history, now)
 
 
+def name_of_mark(pid: int, session: str) -> str:
+    """The file name of the mark of a session of the process `pid`, which runs."""
+    return f"{MARK_PREFIX}{pid}-{process_start(pid)}-{session}-{pid_namespace()}"
+
+
 def left_marks(history: Path, now: float) -> list[Leftover]:
-    """The marks of sessions whose processes were killed; they are empty files."""
+    """The marks of sessions whose processes were killed; they are empty files. Of a process in another container
+    nothing can be known: its mark is left over when it is old."""
     found = []
     for path in entries(history):
         match, info = _MARK_NAME.fullmatch(path.name), info_of(path)
         if match and info and is_ours(path, stat.S_ISREG) and not is_alive(int(match[1]), int(match[2])):
-            found.append(Leftover(path, info.st_size, max(0.0, now - info.st_mtime)))
+            theirs, ours = int(match[3] or 0), pid_namespace()
+            age = max(0.0, now - info.st_mtime)
+            if age > OLD or not (theirs and ours and theirs != ours):
+                found.append(Leftover(path, info.st_size, age))
     return found
 
 
@@ -111,7 +121,8 @@ def left_histories(history: Path, now: float | None = None) -> list[Leftover]:
         if match and info and is_ours(folder, stat.S_ISDIR) and not is_alive(int(match[1]), int(match[2])):
             files = [f for path in entries(folder) if (f := info_of(path))]
             age = max(0.0, now - max((f.st_mtime for f in files), default=info.st_mtime))
-            if age > OLD or not any(map(_from_elsewhere, entries(folder)[:1])):
+            # an empty one may have just been made in another container
+            if age > OLD or (files and not _from_elsewhere(entries(folder)[0])):
                 found.append(Leftover(folder, sum(f.st_size for f in files), age))
     return found
 

@@ -17,7 +17,7 @@ from kvhook.adapters.ids import SHORTER, hash_ids
 from kvhook.core.lives import request_key
 from kvhook.core.plan import CorePlan
 from kvhook.core.process import process
-from kvhook.discovery.cleaning import HISTORY_PREFIX, MARK_PREFIX
+from kvhook.discovery.cleaning import HISTORY_PREFIX, name_of_mark
 from kvhook.discovery.recovery import recover, rings_of
 from kvhook.errors import KvhookError
 from kvhook.faults import Faults
@@ -77,7 +77,7 @@ class CoreSide:
         options = self._options
         if options.core == "off":
             return
-        trace, pid = options.trace_path, os.getpid()
+        trace = options.trace_path
         stem = trace.with_suffix("") if trace is not None else self._folder() / "history"
         plan = CorePlan(
             level=options.core,
@@ -88,7 +88,7 @@ class CoreSide:
             session=self._session,
             key=self._key.hex(),
             pid=os.getpid(),
-            mark=str(history_root() / f"{MARK_PREFIX}{pid}-{process_start(pid)}-{self._session}"),
+            mark=str(history_root() / name_of_mark(os.getpid(), self._session)),
             hash_ids=options.hashes_ids,
             anonymous=options.anonymous,
         )

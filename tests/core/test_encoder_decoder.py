@@ -38,9 +38,9 @@ def encoder_decoder_scheduler() -> type:
     if not hasattr(caches, "EncoderDecoderCacheManager"):
         pytest.skip("this vLLM has no cache for an encoder-decoder model of its own")
 
-    class EncoderDecoder(scheduler):  # type: ignore[misc, valid-type]
+    class EncoderDecoder(scheduler):  # type: ignore[misc, valid-type, unused-ignore]
         @functools.wraps(scheduler.__init__)
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc, unused-ignore]
             super().__init__(*args, **kwargs)
             self.is_encoder_decoder = True
             self.max_num_encoder_input_tokens = 4 * ENCODER_TOKENS

@@ -56,7 +56,7 @@ def record(
         look(recording)
         return output
 
-    recording.driver.schedule = looked  # type: ignore[method-assign]
+    recording.driver.schedule = looked
     try:
         books.run()
     except AssertionError as error:
