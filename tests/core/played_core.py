@@ -299,6 +299,7 @@ def core_of(sched: Any) -> Core:
     reads["hashes"] = lambda request: request.block_hashes
     reads["queues"] = lambda: (sched.skipped_waiting, sched.waiting)
     reads["hash_of_request"] = reads["hash_of_block"] = lambda content: content
+    reads["group_of_block"] = lambda content: 0
     reads["new_blocks"] = lambda output: [(new.req_id, new.block_ids) for new in output.scheduled_new_reqs]
     facts = {
         "num_kv_blocks": pool.num_gpu_blocks - 1,
