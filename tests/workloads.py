@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 BLOCK_SIZE = 32
 BLOCKS = 60
@@ -120,7 +121,7 @@ def observe(llm: Any, calls: Sequence[Call]) -> Seen:
     seen = Seen()
     before = _metrics(llm, seen)
     seen.loggers = [type(logger).__name__ for logger in _loggers(llm.llm_engine)]
-    with _count_steps(llm, seen), _note_lookups(seen), _listen(seen):
+    with _count_steps(llm, seen), _note_lookups(llm, seen), _listen(seen):
         seen.outputs = run(llm, calls)
     after = _metrics(llm, seen)
     for (kind, name, reason), (count, total) in after.items():
@@ -191,19 +192,16 @@ def _count_steps(llm: Any, seen: Seen) -> Iterator[None]:
         given_out += sum(len(one.new_token_ids) for outputs in by_client.values() for one in outputs.outputs)
         return by_client
 
-    engine.step, scheduler.update_from_output = counted, noted
-    try:
+    with mock.patch.object(engine, "step", counted), mock.patch.object(scheduler, "update_from_output", noted):
         yield
-    finally:
-        del engine.step, scheduler.update_from_output
 
 
 @contextlib.contextmanager
-def _note_lookups(seen: Seen) -> Iterator[None]:
+def _note_lookups(llm: Any, seen: Seen) -> Iterator[None]:
     from vllm.v1.metrics.stats import PrefixCacheStats  # type: ignore[import-not-found, unused-ignore]
 
     if not hasattr(PrefixCacheStats, "record"):
-        with _note_lookups_in_manager(seen):
+        with _note_lookups_in_manager(llm, seen):
             yield
         return
     record = PrefixCacheStats.record
@@ -212,30 +210,23 @@ def _note_lookups(seen: Seen) -> Iterator[None]:
         seen.lookups.append((num_tokens, num_hits, preempted))
         record(stats, num_tokens, num_hits, preempted, *rest, **more)
 
-    PrefixCacheStats.record = noted
-    try:
+    with mock.patch.object(PrefixCacheStats, "record", noted):
         yield
-    finally:
-        PrefixCacheStats.record = record
 
 
 @contextlib.contextmanager
-def _note_lookups_in_manager(seen: Seen) -> Iterator[None]:
-    """The same before 0.11.1, where the block manager counts by itself."""
-    from vllm.v1.core.kv_cache_manager import KVCacheManager  # type: ignore[import-not-found, unused-ignore]
+def _note_lookups_in_manager(llm: Any, seen: Seen) -> Iterator[None]:
+    """The same before 0.11.1, where the block manager counts by itself. On the object: kvhook is there, too."""
+    manager = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+    get = manager.get_computed_blocks
 
-    get = KVCacheManager.get_computed_blocks
-
-    def noted(manager: Any, request: Any) -> Any:
-        found = get(manager, request)
+    def noted(request: Any) -> Any:
+        found = get(request)
         seen.lookups.append((request.num_tokens, found[1], request.status.name == "PREEMPTED"))
         return found
 
-    KVCacheManager.get_computed_blocks = noted
-    try:
+    with mock.patch.object(manager, "get_computed_blocks", noted):
         yield
-    finally:
-        KVCacheManager.get_computed_blocks = get
 
 
 @contextlib.contextmanager
