@@ -138,6 +138,8 @@ class Bench:
     def __init__(self, make_llm: Callable[..., Any]) -> None:
         self.make_llm = make_llm
         self.opened: Opened | None = None
+        #: the cases that were run on it
+        self.before: list[Case] = []
         #: numbers of settings with which this vLLM makes no engine -> why
         self.not_made: dict[int, str] = {}
         self.forced = contextlib.ExitStack()
@@ -158,7 +160,7 @@ class Bench:
         options = COMMON | settings.options | of_kind(settings)
         llm = self.make_llm(**options, disable_log_stats=not settings.stats_on)
         view = View(llm.llm_engine)
-        self.opened = Opened(settings, session, llm, view, Driver(llm, view.step))
+        self.opened, self.before = Opened(settings, session, llm, view, Driver(llm, view.step)), []
         global _engines
         _engines += 1
         return self.opened
@@ -168,7 +170,9 @@ class Bench:
         if why := self.not_made.get(case.settings.number):
             leave_out(seed, why)
         try:
-            return self._run(case, self._open(case.settings))
+            ran = self._run(case, self._open(case.settings))
+            self.before.append(case)
+            return ran
         except Exception as error:
             self.close()  # what it left behind would be the next case's
             if "kvhook" in type(error).__module__ or not self._fails_alone(case, error):
@@ -176,14 +180,17 @@ class Bench:
             leave_out(seed, repr(error))
 
     def _fails_alone(self, case: Case, error: Exception) -> bool:
-        """Whether an engine without kvhook raises the same: when it is made, or in this case."""
+        """Whether an engine without kvhook raises the same: when it is made, or in this case. With asynchronous scheduling
+        the last batch of a case is read in the next one, so that the cases before it are run there, too."""
         options = COMMON | case.settings.options | of_kind(case.settings)
         driver = None
         with forced(case.settings):
             try:
                 llm = self.make_llm(**options, disable_log_stats=not case.settings.stats_on)
                 driver = Driver(llm, View(llm.llm_engine).step)
-                driver.run(case)
+                for one in (*self.before, case):
+                    llm.llm_engine.reset_prefix_cache()
+                    driver.run(one)
             except type(error) as again:
                 if str(again) != str(error) or where(again) != where(error):
                     return False
