@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
@@ -11,13 +12,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from kvhook.analysis.labelled import of_label
+from kvhook.analysis.peaks import NEEDED, cores_of_engine
 from kvhook.analysis.prompt_groups import prompt_groups
 from kvhook.analysis.summarize import account_of, add_up, summarize, summary_of
 from kvhook.analysis.summary import LeftOut
 from kvhook.errors import KvhookError
 from kvhook.frames import to_arrow, to_pandas, to_polars
 from kvhook.records.columns import Table
-from kvhook.records.core import CoreRecords
+from kvhook.records.core import NONE_OF_THEM, CoreRecords
 from kvhook.records.events import Scope
 from kvhook.records.part import Bools, Interval, PartSlots, StepRanges, outside
 from kvhook.records.selection import (
@@ -49,6 +51,35 @@ class Parts(Records, abc.ABC):
     @abc.abstractmethod
     def cores(self) -> CoreRecords:
         """What was recorded inside the engine cores of this run."""
+
+    def cores_of(self, engine: int | None) -> CoreRecords:
+        """The engine cores of one engine of this run; those of all with None. Which they are is known of engines in
+        files of their own, and where it follows from the records; otherwise ``why_none`` says why it is not."""
+        cores = self.cores()
+        if engine is None or len(self.engines.facts()) < 2:
+            return cores
+        whole = self.whole_run()
+        joined = cores_of_engine(engine, whole.steps_to_join(), whole.cores(), whole.missing())
+        if not len(joined):
+            return joined
+        wanted = [core for core, origin in enumerate(cores.origins) if origin in joined.origins]
+        return cores.only(wanted, NONE_OF_THEM)
+
+    def whole_run(self: P) -> P:
+        """The run that this is a part of, or a part of a part."""
+        whole = self
+        while whole.whole is not None:
+            whole = whole.whole
+        return whole
+
+    def steps_to_join(self) -> Table:
+        """All steps, with the columns by which they are joined to those of engine cores."""
+        there = {column.name for column in self.columns("step")}
+        return Records.steps(self, columns=[name for name in NEEDED if name == "engine" or name in there])
+
+    def missing(self) -> int:
+        """How many records of the run are not there."""
+        return sum(int(self.meta[which]) for which in ("records_lost", "records_dropped", "damaged"))
 
     def summary(
         self,
@@ -90,9 +121,9 @@ class Parts(Records, abc.ABC):
             return printed(of_label(summarize(part), part.requests()))
         if scope is None and self._engines is None and (totals := add_up(self, warmup=warmup)) is not None:
             # nothing is to be left out: one pass over the file has found that out, and has added it up
-            return printed(summary_of(totals, self, engine, account_of(self.cores())))
+            return printed(summary_of(totals, self, engine, account_of(self.cores_of(engine))))
         part, left_out = self.measured(scope, warmup)
-        summary = dataclasses.replace(summarize(part, engine, part.cores()), left_out=left_out)
+        summary = dataclasses.replace(summarize(part, engine, part.cores_of(engine)), left_out=left_out)
         return printed(summary)
 
     def measured(self: P, scope: str | int | Scope | None, warmup: bool) -> tuple[P, LeftOut | None]:
@@ -163,7 +194,9 @@ class Parts(Records, abc.ABC):
             part = part.cut(keys, steps_in(keys, chosen), f"scope {what!r}", [interval_of(s) for s in chosen])
         if engine is not None:
             keys = keys_of(part)
-            part = part.cut(keys, keys["engine"] == engine, f"engine {engine}", None, engines=[engine])
+            one = part.cut(keys, keys["engine"] == engine, f"engine {engine}", None, engines=[engine])
+            one.of_session = functools.partial(part.cores_of, engine)
+            part = one
         if label is not None:
             numbers, rows = labelled(part, label)
             keys = keys_of(part)
@@ -245,7 +278,13 @@ class Parts(Records, abc.ABC):
         part.whole = self
         part._clock = self.clock  # noqa: SLF001 (of this very class)
         within = intervals if intervals or intervals is None else _intervals(keys, mask)
-        part.of_session = lambda: self.cores() if within is None else self.cores().part(within)
+        numbers = [e["engine"] for e in kept.facts()]
+
+        def cores() -> CoreRecords:
+            mine = self.cores().of_engines(numbers)
+            return mine if within is None else mine.part(within)
+
+        part.of_session = cores
         return part
 
 

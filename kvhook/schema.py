@@ -208,6 +208,7 @@ FACT_FIELDS: tuple[FactField, ...] = (
         "pid_namespace", "i8", "", "the namespace in which that id counts (each container has its own), 0 if unknown"
     ),
     FactField("program", "text", "", "file name of the program that ran"),
+    FactField("session", "text", "", "a name for this recording, which the files of its engine cores carry too"),
     FactField("anonymous", "flag", "", "true where kvhook.install(anonymous=True) left out what could name somebody"),
     # the recording
     FactField("engine", "count", "", "number of the engine in its process, from 0"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvhook.analysis.peaks import NEEDED, PEAKS, NotJoined, Peaks, peaks_of
+from kvhook.analysis.peaks import PEAKS, NotJoined, Peaks, peaks_of
 from kvhook.analysis.windows import windows_of
 from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.export import export, export_to_folder
@@ -18,17 +18,17 @@ from kvhook.exported import READERS, exported_by_kvhook, read_run, runs_in
 from kvhook.parts import Parts
 from kvhook.places import instead_of, several
 from kvhook.records.core import CoreRecords
-from kvhook.records.core_files import core_files, open_cores
 from kvhook.records.engines import Engines
 from kvhook.records.events import Events
 from kvhook.records.imported import Exported, SlotsInMemory, as_source
 from kvhook.records.imported_core import as_cores
 from kvhook.records.selection import places_of
 from kvhook.records.sources import ArraySlots, FileSlots, RenumberedSlots, SlotSource
+from kvhook.records.whose import Front, cores_of, shifted
 from kvhook.ring.layout import Header
 from kvhook.ring.notes import read_notes
 from kvhook.ring.reader import RingReader
-from kvhook.ring.trace_file import TRACE_SUFFIX, header_of
+from kvhook.ring.trace_file import header_of
 from kvhook.schema import NAMES, STEP_FIELDS, unix_columns
 from kvhook.text.windows import PrintedWindows
 from kvhook.text.windows import printed as printed_windows
@@ -74,20 +74,22 @@ class Trace(Parts):
     of_session: Callable[[], CoreRecords] | None = None
     #: the requests of a file that holds nothing but those
     sent: BlockRequests | None = None
+    #: the files of the front end; None for one, which the run is called by
+    fronts: tuple[Front, ...] | None = None
 
     def cores(self) -> CoreRecords:
-        """What was recorded inside the engine cores of this run: their files lie beside the trace, and are found by
-        their names. Without any, ``cores().why_none`` says so."""
+        """What was recorded inside the engine cores of this run. Their files lie beside those that were opened, and
+        are found by their names and by what they say of their processes; one that several front ends share is there
+        once. Without any, ``cores().why_none`` says so."""
         if self.of_session is not None:
             return self.of_session()
-        path = Path(self.name)
-        return open_cores(core_files(path) if path.suffix == TRACE_SUFFIX else [], self.name)
+        return cores_of(self.fronts or [Front(Path(self.name))], self.engines.facts(), self.name)
 
     def __reduce__(self) -> Any:
         """A trace is pickled with all its records, so that it can be read where its file is not. The records of engine
         cores stay in the files beside it."""
         sources = [(s.layout, s.header, np.concatenate([*s.chunks(), _no_slots(s)])) for s in self.sources]
-        return _unpickled, (sources, self.name, self._more, self.engines)
+        return _unpickled, (sources, self.name, self._more, self.engines, self.fronts)
 
     def block_requests(self) -> BlockRequests:
         """The requests with an id for each of their full blocks; equal ids are equal prefixes. The run must have been
@@ -143,9 +145,7 @@ class Trace(Parts):
         meta = self.meta
         if meta["part"]:
             raise NotJoined(_PART)
-        lost = int(meta["records_lost"]) + int(meta["records_dropped"]) + int(meta["damaged"])
-        steps = super().steps(columns=[name for name in NEEDED if name == "engine" or name in there])
-        return peaks_of(steps, self.cores(), meta["engines"], lost)
+        return peaks_of(self.steps_to_join(), self.cores(), meta["engines"], self.missing())
 
     def _with_peaks(
         self, peaks: Peaks, wanted: Sequence[str], engine: int | None, complete: bool, columns: Sequence[str] | None
@@ -329,9 +329,10 @@ def _side_by_side(traces: Sequence[Trace]) -> Trace:
     sources: list[SlotSource] = []
     facts: dict[int, dict[str, Any]] = {}
     events = Events()
+    firsts: list[int] = []
     scopes, done, codes = 0, 0, dict.fromkeys(NAMES, 0)
     for trace in traces:
-        first = len(facts)
+        firsts.append(first := len(facts))
         known = {e["engine"]: e for e in trace.meta["engines"]}
         numbers = range(max(known, default=-1) + 1)
         clocks = {n: {"clocks": trace.clock_of(n).readings} for n in numbers}
@@ -344,16 +345,42 @@ def _side_by_side(traces: Sequence[Trace]) -> Trace:
         codes = {column: code + max(theirs.names[column], default=-1) + 1 for column, code in codes.items()}
     damaged = sum(trace.damaged for trace in traces)
     name = ", ".join(t.name for t in traces)
-    return Trace(sources, name, {"damaged": damaged}, facts, events=events)
+    together = Trace(sources, name, {"damaged": damaged}, facts, events=events)
+    _join_cores(together, traces, firsts)
+    return together
+
+
+def _join_cores(together: Trace, traces: Sequence[Trace], firsts: Sequence[int]) -> None:
+    """The engine cores of several traces as those of one. `firsts` says which number each trace's engine 0 has."""
+    ends = [*firsts[1:], len(together.engines.facts())]
+    files: list[Front] = []
+    for trace, first, end in zip(traces, firsts, ends, strict=True):
+        for front in () if trace.of_session else trace.fronts or [Front(Path(trace.name))]:
+            numbers = range(end - first) if front.engines is None else front.engines
+            files.append(front._replace(engines=[first + number for number in numbers]))
+    together.fronts = tuple(files)
+    kept = [(trace.of_session, range(first, end)) for trace, first, end in zip(traces, firsts, ends, strict=True)]
+    if any(of_session for of_session, _ in kept):
+
+        def of_session() -> CoreRecords:
+            beside = cores_of(files, together.engines.facts(), together.name)
+            mine = [shifted(of(), engines) for of, engines in kept if of is not None]
+            return CoreRecords.together([beside, *mine], together.name)
+
+        together.of_session = of_session
 
 
 def _no_slots(source: SlotSource) -> Slots:
     return np.empty((0, source.layout.slot_bytes), np.uint8)
 
 
-def _unpickled(sources: Any, name: str, more: dict[str, Any], engines: Engines) -> Trace:
+def _unpickled(
+    sources: Any, name: str, more: dict[str, Any], engines: Engines, fronts: tuple[Front, ...] | None = None
+) -> Trace:
     there = [SlotsInMemory(layout, slots, header) for layout, header, slots in sources]
-    return Trace(there, name, more, engines=engines)
+    trace = Trace(there, name, more, engines=engines)
+    trace.fronts = fronts
+    return trace
 
 
 def from_slots(slots: Slots, header: Header, name: str, notes: Sequence[list[Any]] = ()) -> Trace:

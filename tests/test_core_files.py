@@ -96,7 +96,7 @@ def test_a_session_that_ends_completes_the_files_of_cores_that_were_killed(
     from kvhook.recording.core_side import CoreSide
 
     side = CoreSide(Options(trace=tmp_path / "run.kvh"), tmp_path / "rings")
-    monkeypatch.setattr(CoreSide, "_session", "s")
+    monkeypatch.setattr(CoreSide, "session", "s")
     side.arm()
     side.disarm()
     assert list((tmp_path / "rings").iterdir()) == []

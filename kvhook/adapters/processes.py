@@ -28,3 +28,20 @@ def serves_an_engine(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+#: What a process of an engine core's own runs, in every release that has one.
+_CORE_LOOP = ("vllm.v1.engine.core", "run_engine_core")
+
+
+def is_of_a_core(frame: FrameType | None) -> bool:
+    """Whether this is a process of an engine core's own, rather than one in which somebody makes an engine.
+
+    Args:
+        frame: a function that the core's making has called.
+    """
+    while frame is not None:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _CORE_LOOP:
+            return True
+        frame = frame.f_back
+    return False

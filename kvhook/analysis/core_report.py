@@ -82,7 +82,8 @@ class BlockTimes:
 @dataclass(frozen=True)
 class CoreReport:
     """The engine cores' account of one run, all cores together. Shares are between 0 and 1; NaN where there is nothing
-    to be a share of; None where this engine cannot tell."""
+    to be a share of; None where this engine cannot tell. The size and the number of blocks are those of each core; 0
+    where they differ."""
 
     num_cores: int
     num_steps: int
@@ -163,16 +164,15 @@ def report_of(
         lost: records that are not there.
         blocks: what their ledgers tell.
     """
-    facts = cores[0] if cores else {}
-    size, steps, sums = int(facts.get("block_size") or 0), totals.steps, totals.sums
+    size, steps, sums = int(_same(cores, "block_size") or 0), totals.steps, totals.sums
     cached, empty = (_ratio(sums[f"num_kv_blocks_{what}"], steps) for what in ("cached", "empty"))
     return CoreReport(
         num_cores=len(cores),
         num_steps=steps,
         num_requests=totals.requests,
         block_size=size,
-        num_kv_blocks=int(facts.get("num_kv_blocks") or 0),
-        bytes_per_block=facts.get("bytes_per_block"),
+        num_kv_blocks=int(_same(cores, "num_kv_blocks") or 0),
+        bytes_per_block=_same(cores, "bytes_per_block"),
         num_scheduled_tokens=sums["num_scheduled_tokens"],
         num_prefill_tokens=sums["num_prefill_tokens"],
         num_recomputed_tokens=sums["num_recomputed_tokens"],
@@ -255,7 +255,7 @@ def _block_times(cores: CoreRecords) -> BlockTimes | None:
 
 def _shared(tree: Table) -> tuple[SharedPrefix, ...]:
     """The longest prefixes that requests have in common, those first that save most."""
-    tree = tree[tree["num_requests"] > 1]
+    tree = tree[(tree["num_requests"] > 1) & (tree["num_tokens"] > 0)]
     # where a longer prefix is shared by as many requests, they are the same requests
     of = {(int(p["group"]), int(p["digest"])): int(p["num_requests"]) for p in tree}
     longer = {(int(p["group"]), int(p["parent"])) for p in tree if of.get(_parent(p)) == p["num_requests"]}
@@ -271,6 +271,12 @@ def _shared(tree: Table) -> tuple[SharedPrefix, ...]:
 
 def _parent(prefix: Any) -> tuple[int, int]:
     return int(prefix["group"]), int(prefix["parent"])
+
+
+def _same(cores: Sequence[Mapping[str, Any]], fact: str) -> Any:
+    """What all cores say; None where they differ."""
+    said = [facts.get(fact) for facts in cores]
+    return said[0] if said and said.count(said[0]) == len(said) else None
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -53,8 +53,7 @@ def summary_of(totals: Totals, run: Run, engine: int | None = None, core: CoreRe
         totals: of its records.
         run: what is known of it.
         engine: only this engine of it; all of them together otherwise.
-        core: the account of its engine cores. Which core belongs to which engine is known only of one, so that it
-            counts only where the run has one engine, or all are meant.
+        core: the account of the engine cores of what is meant: of this engine, or of all together.
     """
     columns = {kind: frozenset(c.name for c in run.columns(kind)) for kind in ("step", "request")}
     engines = [e for e in run.meta["engines"] if engine is None or e["engine"] == engine]
@@ -67,10 +66,10 @@ def summary_of(totals: Totals, run: Run, engine: int | None = None, core: CoreRe
         summary = dataclasses.replace(
             summary, by_label=by_label, by_lora_name=by_lora_name, by_prompt=prompts, engine_events=events
         )
-        if core is not None and core.num_steps and (engine is None or len(run.meta["engines"]) <= 1):
+        if core is not None and core.num_steps:
             peak = summary.kv_cache_usage_peak_in_step
             if peak is None and core.num_cores == 1:
-                peak = core.usage_peak(run.meta["engines"])
+                peak = core.usage_peak(engines)
             summary = dataclasses.replace(summary, core=core, kv_cache_usage_peak_in_step=peak)
         return dataclasses.replace(summary, findings=diagnose(signs_of(summary, part)))
 

@@ -13,9 +13,9 @@ from typing import Any
 class CacheCommand:
     """Say where prefix-cache hits come from, and what misses, evictions and preemptions cost.
 
-    TRACE is the .kvh trace of a run. What is shown was recorded inside the engine cores, in files beside it
-    (TRACE.core*.kvh). With kvhook.install(core="blocks") also what happened to single blocks: how long they lived, and
-    which prefixes requests share.
+    TRACE is the .kvh trace of a run, or a folder or a pattern ("run*.kvh") of several. What is shown was recorded
+    inside the engine cores, in files beside it (TRACE.core*.kvh). With kvhook.install(core="blocks") also what happened
+    to single blocks: how long they lived, and which prefixes requests share.
 
     Example:
       $ kvhook cache run.kvh
@@ -28,18 +28,19 @@ class CacheCommand:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
-        parser.add_argument("trace", metavar="TRACE", help="a .kvh trace")
+        parser.add_argument("trace", metavar="TRACE", help="a .kvh trace, a folder or a pattern of them")
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of a page")
 
     def run(self, args: argparse.Namespace) -> int:
         """Print it."""
         from kvhook.analysis.core_report import report
+        from kvhook.cli.common import open_run
         from kvhook.errors import KvhookError
-        from kvhook.records.core_files import core_files, is_of_core, open_cores
+        from kvhook.records.core_files import is_of_core, open_cores
         from kvhook.text.core_report import as_text
 
         path = Path(args.trace)
-        cores = open_cores([path] if is_of_core(path) else core_files(path), args.trace)
+        cores = open_cores([path], args.trace) if is_of_core(path) else open_run(args.trace).cores()
         if not len(cores):
             raise KvhookError(f"there are no files of engine cores beside {args.trace}: {cores.why_none}")
         found = report(cores)

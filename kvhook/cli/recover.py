@@ -35,11 +35,11 @@ class RecoverCommand:
         """Do it, and say what was added."""
         from kvhook.discovery.recovery import recover
         from kvhook.errors import KvhookError
-        from kvhook.records.core_files import core_files
+        from kvhook.records.whose import may_be_beside
 
         places = directories(args.dir)
         _say(args.trace, recover(args.trace, places, args.out))
-        for path in core_files(args.trace) if args.out is None else []:
+        for path in may_be_beside(args.trace) if args.out is None else []:
             try:
                 _say(path, recover(path, places))
             except KvhookError as error:

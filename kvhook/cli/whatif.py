@@ -87,7 +87,9 @@ def _load(args: argparse.Namespace) -> tuple[BlockRequests, Run]:
     from kvhook.errors import KvhookError
     from kvhook.whatif.runs import several, with_block_size
 
-    runs = [_open(path, args.block_size) for path in _files(args.traces)]
+    taken: set[Any] = set()
+    found = [_open(path, args.block_size, taken) for path in _files(args.traces)]
+    runs = [run for run in found if run is not None]
     if len(runs) > 1 and not args.replicas:
         raise KvhookError(f"{len(runs)} runs: say --replicas N to spread their requests over engines, or name one run")
     requests, run = several(runs, ", ".join(map(str, args.traces)))
@@ -113,11 +115,13 @@ def _files(paths: list[Path]) -> list[Path]:
     return found
 
 
-def _open(path: Path, block_size: int | None) -> tuple[BlockRequests, Run, int]:
-    """The requests of a file, what is known of the run, and what to add to its times to have them since 1970."""
+def _open(path: Path, block_size: int | None, taken: set[Any]) -> tuple[BlockRequests, Run, int] | None:
+    """The requests of a file, what is known of the run, and what to add to its times to have them since 1970. None if
+    its engine cores have been `taken` with another file: several API servers share one."""
     from kvhook.errors import KvhookError
-    from kvhook.records.core_files import core_files, is_of_core, open_cores
+    from kvhook.records.core_files import is_of_core, open_cores
     from kvhook.ring.trace_file import header_of
+    from kvhook.trace import open_trace
     from kvhook.whatif.mooncake import looks_like_requests, read
     from kvhook.whatif.report import Run
     from kvhook.whatif.runs import run_of
@@ -128,7 +132,12 @@ def _open(path: Path, block_size: int | None) -> tuple[BlockRequests, Run, int]:
         header = header_of(path)
     except OSError as error:
         raise KvhookError(f"cannot open {path}: {error.strerror or error}") from None
-    cores = open_cores([path] if is_of_core(path) else core_files(path), str(path))
+    cores = open_cores([path], str(path)) if is_of_core(path) else open_trace(path).cores()
+    new = [core for core, origin in enumerate(cores.origins) if origin not in taken]
+    if len(cores) and not new:
+        return None
+    taken.update(cores.origins)
+    cores = cores.only(new) if len(new) < len(cores) else cores
     requests, run = run_of(cores, str(path))
     return requests, run, header.realtime_ns - header.monotonic_ns
 

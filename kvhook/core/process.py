@@ -21,6 +21,7 @@ import wrapt
 
 from kvhook import forks
 from kvhook.adapters.core import INIT, SHUTDOWN, read_core, too_old
+from kvhook.adapters.processes import is_of_a_core
 from kvhook.adapters.table import Target, lookup, vllm_version
 from kvhook.core.ledger import LedgerRing
 from kvhook.core.plan import CorePlan
@@ -161,7 +162,9 @@ class CoreProcess:
         with contextlib.suppress(Exception):
             prune(directory, MOST_RINGS, streams=("core", "blocks"))
         facts = {"session": plan.session, "key": plan.key, "hash_ids": plan.hash_ids, "parent": plan.pid}
-        facts |= {"core_level": plan.level, **({ANONYMOUS: True} if plan.anonymous else {})}
+        # of a forked child's engine the core may be in the child itself
+        own = plan.pid != os.getpid() and is_of_a_core(sys._getframe())  # noqa: SLF001 (there is no public way)
+        facts |= {"own_process": own, "core_level": plan.level, **({ANONYMOUS: True} if plan.anonymous else {})}
         recorder = CoreRecorder(number, core, directory, plan.ring_slots, facts)
         try:
             pid = os.getpid()

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from kvhook.discovery.recovery import recover
 from kvhook.errors import KvhookError
-from kvhook.records.core_files import core_files, is_of_core
+from kvhook.records.core_files import is_of_core
+from kvhook.records.whose import may_be_beside
 from kvhook.ring.layout import CLOSED
 from kvhook.ring.reader import writer_alive
 from kvhook.ring.trace_file import TRACE_SUFFIX, header_of
@@ -54,7 +55,7 @@ def completed(trace: Path, places: Iterable[Path]) -> Recorded:
     places = list(places)
     header = header_of(trace)
     added = 0
-    for path in (trace, *core_files(trace)):
+    for path in (trace, *may_be_beside(trace)):
         with contextlib.suppress(OSError, KvhookError):
             if header_of(path).state == CLOSED:
                 continue

@@ -85,10 +85,10 @@ class CoreSide:
             ring_slots=max(64, options.ring_capacity // 2),
             stem=os.path.abspath(stem),
             limit=options.history_bytes,
-            session=self._session,
+            session=self.session,
             key=self._key.hex(),
             pid=os.getpid(),
-            mark=str(history_root() / name_of_mark(os.getpid(), self._session)),
+            mark=str(history_root() / name_of_mark(os.getpid(), self.session)),
             hash_ids=options.hashes_ids,
             anonymous=options.anonymous,
         )
@@ -117,7 +117,7 @@ class CoreSide:
         for path in files_of(Path(self._plan.stem)):
             with contextlib.suppress(KvhookError, OSError):
                 header = header_of(path)
-                if header.meta.get("session") == self._session and not writer_alive(header):
+                if header.meta.get("session") == self.session and not writer_alive(header):
                     if header.state != CLOSED and not self.ends:
                         recover(path, [self._ring_dir])
                     for ring in rings_of(header, [self._ring_dir]):
@@ -135,7 +135,7 @@ class CoreSide:
         if self._plan is None:
             return open_cores([], name, _OFF if self._options.core == "off" else _NOT_ARMED)
         process.drain()
-        return open_cores(files_of(Path(self._plan.stem)), name, process.absent or _why_none(), self._session)
+        return open_cores(files_of(Path(self._plan.stem)), name, process.absent or _why_none(), self.session)
 
     def account(self) -> CoreReport | None:
         """The account of the engine cores of this session so far; None if there are none."""
@@ -145,7 +145,7 @@ class CoreSide:
 
         process.drain()
         running = self._running.setdefault("it", RunningCores())
-        return running.account(files_of(Path(self._plan.stem)), self._session)
+        return running.account(files_of(Path(self._plan.stem)), self.session)
 
     def request_key(self, request_id: str) -> int:
         """The ``request_key`` of a request id in this session."""
@@ -160,14 +160,15 @@ class CoreSide:
         return [self._folder()] if self._options.trace is None and self._made_in == forks.generation else []
 
     @property
-    def _session(self) -> str:
+    def session(self) -> str:
+        """A name for this recording, which its files carry."""
         # made from the key, so that no part of the key itself stands in a file
         return hashlib.blake2b(self._key, digest_size=6).hexdigest()
 
     def _folder(self) -> Path:
         """Where temporary files go; the first engine core makes it."""
         pid = os.getpid()
-        return history_root() / f"{HISTORY_PREFIX}{pid}-{process_start(pid)}-core{self._session}"
+        return history_root() / f"{HISTORY_PREFIX}{pid}-{process_start(pid)}-core{self.session}"
 
 
 def why_not_in_own_process() -> str:

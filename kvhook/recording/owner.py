@@ -79,7 +79,7 @@ class Owner(Readings):
                 self._call_overhead_ns = call_overhead_ns()
             facts = engine_facts(adapter, engine) | facts
             facts |= {"hook_call_ns": self._call_overhead_ns, "engine_class": type(engine).__qualname__}
-            facts |= {ANONYMOUS: True} if self.options.anonymous else {}
+            facts |= {"session": self._core_side.session} | ({ANONYMOUS: True} if self.options.anonymous else {})
             plan = plan_engine(adapter, facts, self.options)
             probe = probe_of(engine, adapter, self._probe_failed) if plan.measure_stats else None
             number = self._next_number

@@ -149,7 +149,11 @@ class Readings(abc.ABC):
         self._check_own()
         if scope is None and label is None:
             left = [] if warmup else self._warmups()
-            core = account_of(self.cores().part(outside(left))) if left else self._core_side.account()
+            if engine is None or len(self._recorders) < 2:
+                core = account_of(self.cores().part(outside(left))) if left else self._core_side.account()
+            else:
+                mine = self.trace().cores_of(engine)
+                core = account_of(mine.part(outside(left)) if left else mine)
             found = self.ask(lambda so_far: summary_so_far(so_far, engine, core, warmup=warmup))
             if found is not None:
                 return found

@@ -7,7 +7,7 @@ process. What its trace does not hold yet is read from the ring.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from kvhook.core_schema import (
     CORE_UNIX,
 )
 from kvhook.records.block_lives import block_lives, prefixes
+from kvhook.records.claims import claim, claimed_by
 from kvhook.records.clock import Clock, readings_in
 from kvhook.records.columns import Table
 from kvhook.records.engines import Engines
@@ -41,6 +42,8 @@ NO_CORE = (
     "no engine core was recorded: kvhook was installed with core='off', after the engine was made, or the engine core "
     "ran where kvhook could not follow it"
 )
+#: The same of a part of a run.
+NONE_OF_THEM = "the engine cores of this run belong to other engines of it"
 
 
 class CoreRecords:
@@ -53,9 +56,10 @@ class CoreRecords:
         absent: why there is none, if there is none.
 
     Attributes:
-        facts: what is known of each core: its block size, number of KV blocks, process and so on.
+        facts: what is known of each core: its block size, number of KV blocks, process and so on. ``of_engines`` are
+            the numbers of the run's engines that it may be the core of, where that is known.
         absent: column -> why it is not known.
-        lost: records of all kinds that are not there.
+        origins: of each core what it was read from, so that it can be known again.
     """
 
     def __init__(
@@ -66,13 +70,13 @@ class CoreRecords:
         ledgers: Sequence[Sequence[SlotSource]] = (),
     ) -> None:
         self.name = name
-        self._ledgers = [list(sources) for sources in ledgers]
         self._cores = [list(sources) for sources in cores]
+        self._ledgers = [list(sources) for sources in ledgers] or [[] for _ in self._cores]
         self._intervals: list[Interval] | None = None
         self._steps_of_part: dict[int, Any] = {}
         self.facts: list[dict[str, Any]] = []
-        self.absent: dict[str, str] = {}
-        self.lost = 0
+        self.origins: list[Hashable] = [object() for _ in self._cores]
+        self.lost_of: list[int] = []
         self.why_none = "" if self._cores else absent or NO_CORE
         self._clocks: list[Clock] = []
         for sources in self._cores:
@@ -83,13 +87,65 @@ class CoreRecords:
             self.facts.append(next(iter(engines.facts()), {}))
             told = {h.monotonic_ns: h.realtime_ns for h in headers} | readings_in(self.facts[-1].get("clocks"))
             self._clocks.append(Clock(told | engines.events.clocks))
-            self.lost += sum(engines.lost_and_dropped())
-        for facts in self.facts:
-            for reasons in facts.get("absent", {}).values():
-                self.absent |= reasons
+            self.lost_of.append(sum(engines.lost_and_dropped()))
+        self.absent = _absent(self.facts)
 
     def __len__(self) -> int:
         return len(self._cores)
+
+    @property
+    def lost(self) -> int:
+        """Records of all kinds that are not there."""
+        return sum(self.lost_of)
+
+    # ---- some of them, or those of several runs --------------------------------------------------------------------
+
+    def only(self, wanted: Sequence[int], why_none: str = "") -> CoreRecords:
+        """Some of these cores; they are numbered anew.
+
+        Args:
+            wanted: their numbers.
+            why_none: what to say if there is none.
+        """
+        some = copy.copy(self)
+        for name in _OF_EACH:
+            of = getattr(self, name)
+            setattr(some, name, [of[core] for core in wanted])
+        some.absent = _absent(some.facts)
+        some._steps_of_part = {}  # noqa: SLF001 (of this very class)
+        some.why_none = "" if wanted else self.why_none or why_none
+        return some
+
+    def of_engines(self, engines: Iterable[int]) -> CoreRecords:
+        """The cores that may be those of some engines of the run."""
+        kept = set(engines)
+        of = map(claimed_by, self.facts)
+        mine = [core for core, theirs in enumerate(of) if theirs is None or theirs & kept]
+        return self if len(mine) == len(self) else self.only(mine, NONE_OF_THEM)
+
+    @classmethod
+    def together(cls, runs: Sequence[CoreRecords], name: str) -> CoreRecords:
+        """The cores of several runs, one after the other; one that several of them have is there once.
+
+        Args:
+            runs: whose ``of_engines`` count the engines of all of them.
+            name: what to call all in errors.
+        """
+        every = cls([], name, "; ".join(dict.fromkeys(run.why_none for run in runs if run.why_none)))
+        place: dict[Hashable, int] = {}
+        for run in runs:
+            for core, origin in enumerate(run.origins):
+                if origin in place:
+                    first = every.facts[place[origin]]
+                    both = claimed_by(first), claimed_by(run.facts[core])
+                    claim(first, None if None in both else frozenset().union(*filter(None, both)))
+                    continue
+                place[origin] = len(every.facts)
+                for of in _OF_EACH:
+                    getattr(every, of).append(getattr(run, of)[core])
+        every.absent = _absent(every.facts)
+        every.why_none = "" if len(every) else every.why_none
+        return every
 
     def go_over(self, take: Callable[[int, Slots, Layout, int], None]) -> None:
         """Hand on all records, some thousands at a time, in the order of each core.
@@ -236,12 +292,18 @@ class CoreRecords:
         return prefixes(self.blocks(core), self.block_sizes())
 
     def block_sizes(self) -> dict[int, int]:
-        """KV cache group -> tokens of a block."""
-        facts = self.facts[0] if self.facts else {}
-        groups = facts.get("kv_groups") or []
-        if len(groups) < 2:
-            return {0: int(facts.get("block_size") or 0)}
-        return {number: int(group.get("block_size") or 0) for number, group in enumerate(groups)}
+        """KV cache group -> tokens of a block; 0 where that is not known, or where the cores differ."""
+        each = [_sizes(facts) for facts in self.facts] or [{0: 0}]
+        return {g: size if all(one.get(g) == size for one in each) else 0 for g, size in each[0].items()}
+
+    def clock_ahead(self, core: int) -> int:
+        """What to add to the monotonic times of a core to have them on the clock of the first one: not 0 if they ran
+        on two machines, or a reboot lay between."""
+        first, here = (self._clocks[n].readings for n in (0, core))
+        if not first or not here:
+            return 0
+        ahead = (here[0][1] - here[0][0]) - (first[0][1] - first[0][0])
+        return ahead if abs(ahead) > _SAME_CLOCK_NS else 0
 
     def chunks(self, kind: str, core: int) -> Iterator[Table]:
         """Rows of one kind as they are stored, some thousands at a time: a long run has more than memory
@@ -286,6 +348,27 @@ class CoreRecords:
             for slots in source.chunks():
                 slots = self._of_part(core, slots[usable(slots, CORE_KINDS)], source.layout)
                 yield slots[slot_head(slots)["kind"] == code], source.layout
+
+
+#: Adjustments of a machine's clock are smaller, the times at which two machines were started lie further apart.
+_SAME_CLOCK_NS = 10**9
+
+
+def _sizes(facts: Mapping[str, Any]) -> dict[int, int]:
+    groups = facts.get("kv_groups") or []
+    if len(groups) < 2:
+        return {0: int(facts.get("block_size") or 0)}
+    return {number: int(group.get("block_size") or 0) for number, group in enumerate(groups)}
+
+
+#: What there is one of for each core.
+_OF_EACH = ("_cores", "_ledgers", "facts", "_clocks", "origins", "lost_of")
+
+
+def _absent(cores: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Column -> why not every core has it."""
+    kinds = [reasons for facts in cores for reasons in facts.get("absent", {}).values()]
+    return {name: why for reasons in kinds for name, why in reasons.items()}
 
 
 def _at_steps(times: Table, steps: Any) -> Any:

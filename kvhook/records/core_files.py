@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,22 +57,24 @@ def open_cores(paths: Iterable[Path], name: str, absent: str = "", session: str 
         absent: why there is none, if there is none.
         session: only files of this recording; "" for all.
     """
-    streams: dict[str, dict[str, list[FileSlots]]] = {"core": {}, "blocks": {}}
+    streams: dict[str, dict[tuple[str, str], list[FileSlots]]] = {"core": {}, "blocks": {}}
     for path in sorted(paths, key=order_of):
         with contextlib.suppress(KvhookError, OSError):
             file = FileSlots(path)
             meta = file.header.meta if file.header is not None else {}
             stream = meta.get("stream")
             if stream in streams and session in ("", meta.get("session")):
-                streams[stream].setdefault(core_of(path), []).append(file)
+                streams[stream].setdefault((stem_of(path), core_of(path)), []).append(file)
     cores = streams["core"]
     ledgers = [streams["blocks"].get(core, []) for core in cores]
-    return CoreRecords(
+    records = CoreRecords(
         [[*files, *_ring(files, CORE_KINDS)] for files in cores.values()],
         name,
         absent,
         [[*files, *_ring(files, BLOCKS_KINDS)] for files in ledgers],
     )
+    records.origins = list(cores)
+    return records
 
 
 def open_rings(rings: Iterable[Path], name: str, parent: int) -> CoreRecords:
@@ -118,6 +121,11 @@ def rest_in_ring(engines: Engines) -> list[SlotSource]:
 def core_of(path: Path) -> str:
     """Which core of which process: ``0-4711`` of ``run.core0-4711-2.kvh``."""
     return "-".join(map(str, order_of(path)[:2]))
+
+
+def stem_of(path: Path) -> str:
+    """What the files of all cores of a recording begin with: ``/there/run`` of ``run.core0-4711-2.kvh``."""
+    return os.path.join(os.path.realpath(path.parent), _NAME.sub("", path.name))
 
 
 def order_of(path: Path) -> tuple[int, int, int]:

@@ -46,7 +46,8 @@ def as_cores(tables: Mapping[str, Columns], told: Any, name: str) -> CoreRecords
     ledgers = [[_ledger(tables["blocks"], core)] if "blocks" in tables else [] for core in range(count)]
     records = CoreRecords(cores, name, ledgers=ledgers)
     lost = told.get("lost")
-    records.lost = lost if type(lost) is int else 0
+    if count:
+        records.lost_of = [lost if type(lost) is int else 0] + [0] * (count - 1)
     return records
 
 

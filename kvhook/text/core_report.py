@@ -45,7 +45,8 @@ def as_text(r: CoreReport, name: str = "") -> str:
 
 
 def _lines(r: CoreReport, name: str) -> Iterator[str]:
-    yield f"{f'{name}: ' if name else ''}{r.num_steps:,} steps of the engine core, {r.num_requests:,} requests ended"
+    cores = "the engine core" if r.num_cores == 1 else f"{r.num_cores:,} engine cores"
+    yield f"{f'{name}: ' if name else ''}{r.num_steps:,} steps of {cores}, {r.num_requests:,} requests ended"
     yield _row("scheduled", f"{r.num_scheduled_tokens:,} tokens: {_split(r)}")
     for text in _again(r):
         yield _row("", text)
@@ -135,8 +136,12 @@ def _room(r: CoreReport) -> Iterator[str]:
     memory = ""
     if r.bytes_per_block:
         memory = f", {of_bytes(r.num_kv_blocks_peak * r.bytes_per_block)}"
-    peak = percent(r.num_kv_blocks_peak / r.num_kv_blocks) if r.num_kv_blocks else "?"
-    yield _row("KV blocks", f"peak {r.num_kv_blocks_peak:,} of {r.num_kv_blocks:,} ({peak}{memory})")
+    each = " in the core that used most" if r.num_cores > 1 else ""
+    if r.num_kv_blocks:
+        share = percent(r.num_kv_blocks_peak / r.num_kv_blocks)
+        yield _row("KV blocks", f"peak {r.num_kv_blocks_peak:,} of {r.num_kv_blocks:,} ({share}{memory}){each}")
+    else:
+        yield _row("KV blocks", f"peak {r.num_kv_blocks_peak:,}{each}")
     yield _row(
         "",
         f"not in use, on average: {r.num_kv_blocks_cached_mean:,.1f} cached, {r.num_kv_blocks_empty_mean:,.1f} empty",

@@ -130,6 +130,7 @@ def _of_core(cores: CoreRecords, core: int) -> dict[str, Any]:
     arrived[ended], finished[ended] = life["arrived_step"], life["finished_step"]
     t_ns = first["t_ns"].copy()
     t_ns[ended] = np.where(life["t_arrived_ns"] >= 0, life["t_arrived_ns"], t_ns[ended])
+    t_ns += cores.clock_ahead(core)
     _check_numbers(numbers, prompt, generated)
     counts = (prompt + np.maximum(generated - 1, 0)) // size
     if counts.sum() > _MOST_BLOCKS * (len(first) + len(steps)):

@@ -74,6 +74,8 @@ def below_a_block(signs: Signs) -> Finding | None:
     if core is None or core.first_lookups < FEW_LOOKUPS:
         return None
     size, requests = signs.account.block_size, core.first_lookups
+    if not size:
+        return None  # the cores have blocks of different sizes
     if core.short >= _HALF * requests:
         text = (
             f"{core.short:,} of {requests:,} prompts are shorter than a block of {size} tokens: nothing of them is "
