@@ -1,10 +1,11 @@
 """The recipes of docs/howto/stream.md, each against the real library, which sends nothing anywhere.
 
-W&B and MLflow are installed by ``make frameworks``. Where they are not, their tests are skipped.
+W&B, MLflow and TensorBoard are installed by ``make frameworks``. Where they are not, their tests are skipped.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ def test_mlflow_has_every_step(fresh: Path, tmp_path: Path, monkeypatch: pytest.
         mlflow.end_run()
     assert sorted((m.step, m.value) for m in history) == [(n, n / 100) for n in range(40)]
     assert sum(m.value for m in tokens) == sum(range(40))
+
+
+def test_tensorboard_has_every_step(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("torch")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.chdir(tmp_path)
+    begun = time.time()
+    send("TensorBoard")["writer"].close()
+    found = accumulator.EventAccumulator(str(tmp_path / "runs/kv-cache"), size_guidance={"scalars": 0}).Reload()
+    usage, tokens = (found.Scalars(f"kv_cache/{name}") for name in ("kv_cache_usage", "num_generation_tokens"))
+    assert [(one.step, pytest.approx(one.value)) for one in usage] == [(n, n / 100) for n in range(40)]
+    assert sum(one.value for one in tokens) == sum(range(40))
+    assert begun <= usage[0].wall_time <= usage[-1].wall_time <= time.time()
 
 
 def values(data: Any) -> dict[str, float]:

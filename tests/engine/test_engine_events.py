@@ -20,11 +20,11 @@ pytestmark = pytest.mark.skipif(not vllm_here.since(0, 28), reason="the calls ar
 PROMPT = [3 + i % 200 for i in range(3 * BLOCK_SIZE + 5)]
 
 
-def update_first_layer_weights(worker: Any) -> float:
-    """What a trainer does to the weights, in every worker; gives what it has changed."""
-    weights = next(p for name, p in worker.model_runner.model.named_parameters() if "layers.0" in name and p.dim() == 2)
+def update_embedding_weights(worker: Any) -> float:
+    """What a trainer does to the weights, in every worker; gives how much there was to change."""
+    (weights,) = (p for name, p in worker.model_runner.model.named_parameters() if "embed_tokens" in name)
     before = float(weights.abs().sum())
-    weights.data.mul_(-3.0)
+    weights.data.copy_(weights.data.flip(0))
     return before
 
 
@@ -60,10 +60,12 @@ class Work:
 
 
 @pytest.fixture
-def recording(make_llm: MakeLLM, tmp_path: Path) -> Iterator[tuple[kvhook.Session, Work]]:
+def recording(
+    request: pytest.FixtureRequest, make_llm: MakeLLM, tmp_path: Path
+) -> Iterator[tuple[kvhook.Session, Work]]:
     kvhook.uninstall()
     with kvhook.install(trace=tmp_path / "run.kvh") as session:
-        yield session, Work(make_llm(enable_lora=True, max_lora_rank=8, max_loras=2))
+        yield session, Work(make_llm(**getattr(request, "param", {})))
 
 
 def test_what_is_done_between_generations_is_marked_between_their_steps(recording: Any, tmp_path: Path):
@@ -77,7 +79,7 @@ def test_what_is_done_between_generations_is_marked_between_their_steps(recordin
     llm.sleep(level=1)
     llm.wake_up()
     assert work()[0] == first
-    (changed,) = llm.collective_rpc(update_first_layer_weights)
+    (changed,) = llm.collective_rpc(update_embedding_weights)
     assert changed > 0
     assert llm.reset_prefix_cache()
     assert work()[0] != first  # the weights are others
@@ -91,7 +93,7 @@ def test_what_is_done_between_generations_is_marked_between_their_steps(recordin
         ("prefix_cache_reset", "", "done"),
         ("sleep", "level 1", "done"),
         ("wake_up", "", "done"),
-        ("weights_updated", "update_first_layer_weights", "done"),
+        ("weights_updated", "update_embedding_weights", "done"),
         ("prefix_cache_reset", "", "done"),
         ("weights_updated", "reload_weights", "done"),
         ("prefix_cache_reset", "", "done"),
@@ -112,6 +114,7 @@ def test_what_is_done_between_generations_is_marked_between_their_steps(recordin
     assert (totals["sleep"], totals["wake_up"], totals["weights_updated"]) == (1, 1, 2)
 
 
+@pytest.mark.parametrize("recording", [{"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}], indirect=True)
 def test_adapters_are_marked_when_they_are_loaded_used_and_removed(recording: Any, tmp_path: Path):
     from vllm.lora.request import LoRARequest  # type: ignore[import-not-found, unused-ignore]
 

@@ -200,6 +200,32 @@ def test_two_api_servers_over_one_core_are_one_account(engine_environment: dict[
     assert trace.summary().num_finished_reqs == len(answers)
 
 
+def test_two_data_parallel_ranks_behind_the_server_are_two_cores_and_one_account(
+    engine_environment: dict[str, str], model: str, folder: Path
+):
+    """``--data-parallel-size 2``: vLLM starts as many API servers by itself, unless it is told another number."""
+    place = folder / "ranks"
+    place.mkdir()
+    with vllm_serve(model, place, ["--trace", "run.kvh"], ("--data-parallel-size", "2")) as this:
+        answers = asyncio.run(at_the_same_time(this))
+        settled(this)
+        this.stop()
+    log = this.log.read_text(errors="replace")
+    trace: Any = kvhook.open(place)
+    steps, requests, cores = trace.steps(), trace.requests(), trace.cores()
+    assert Counter(requests["num_generation_tokens"].tolist()) == Counter(a.generated for a in answers), log[-4000:]
+    assert steps["num_generation_tokens"].sum() == sum(a.generated for a in answers)
+    assert steps["num_prompt_tokens"].sum() == sum(a.prompt for a in answers)
+    assert set(steps["engine_index"].tolist()) == {0, 1}
+    assert (trace.meta["records_lost"], cores.lost) == (0, 0)
+    assert sorted(facts["data_parallel_rank"] for facts in cores.facts) == [0, 1]
+    each = [cores.requests(core)["num_generation_tokens"].tolist() for core in (0, 1)]
+    assert all(each), "one of them had nothing to do"
+    assert Counter(each[0] + each[1]) == Counter(a.generated for a in answers)
+    account = trace.summary().core
+    assert (account.num_cores, account.num_requests) == (2, len(answers))
+
+
 async def at_the_same_time(this: Server) -> list[Answer]:
     """Requests over connections of their own, so that both API servers have some."""
 
