@@ -36,9 +36,9 @@ NOW = 10_000_000_000
 class Core:
     """The ring of an engine core, made by hand."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Recording, **more: Any) -> None:
         path = recording.path.with_suffix(".core")
-        facts = {"engine": 0, "stream": "core", "parent": recording.pid, "pid": recording.pid}
+        facts = {"engine": 0, "stream": "core", "parent": recording.pid, "pid": recording.pid} | more
         self.ring = RingWriter(path, core_layout(), 256, facts | {"pid_namespace": pid_namespace()})
         self.n = 0
 
@@ -128,6 +128,30 @@ def test_what_only_the_core_knows_comes_from_its_ring(tmp_path: Path):
     assert view.limits == [("kv_blocks", 0.6), ("none_waiting", 0.4)]
     assert (view.recomputed, view.evicted) == (70, 20)
     assert advice(view).startswith("too few KV blocks: requests were preempted, and 70 tokens")
+
+
+def test_ranks_have_what_their_own_cores_know_whichever_began_first(tmp_path: Path):
+    recordings = [busy(tmp_path, engine=rank, engine_index=rank) for rank in (0, 1)]
+    cores = [Core(recordings[1 - place], data_parallel_rank=place) for place in (1, 0)]  # found in another order
+    for rank, core in zip((1, 0), cores, strict=True):
+        core.step(step=0, t_end_ns=NOW - 500_000_000, num_recomputed_tokens=100 + rank)
+    views = watched(tmp_path, window=1.0, now_ns=NOW + 1)
+    assert [(view.engine, view.recomputed) for view in views] == [(0, 100), (1, 101)]
+
+
+def test_a_core_keeps_its_engine_when_another_one_ends(tmp_path: Path):
+    recordings = [busy(tmp_path, engine=number) for number in (0, 1)]
+    cores = [Core(recording) for recording in recordings]
+    watch = Watch(lambda: [tmp_path], clock=iter(range(0, 1000, 10)).__next__)
+    for number, core in enumerate(cores):
+        core.step(step=0, t_end_ns=NOW - 500_000_000, num_recomputed_tokens=100 + number)
+    watch.refresh()
+    cores[0].ring.close()
+    watch.refresh()
+    cores[1].step(step=1, t_end_ns=NOW - 400_000_000, num_recomputed_tokens=1)
+    watch.refresh()
+    assert [view.recomputed for view in watch.views(1.0, NOW + 1)] == [100, 102]
+    watch.close()
 
 
 def test_what_is_not_known_is_none(tmp_path: Path):

@@ -49,6 +49,7 @@ class Watch:
         self._looked = -1e9
         self._engines: dict[Path, tuple[RingReader, Live]] = {}
         self._cores: dict[Path, RingReader] = {}
+        self._front_ends: dict[Path, Live] = {}
         self._ended: list[Live] = []
         self._seen: set[Path] = set()
 
@@ -133,14 +134,33 @@ class Watch:
         if gone:
             reader.close()
             del self._cores[path]
+            self._front_ends.pop(path, None)
 
     def _front_end_of(self, path: Path, header: Header) -> Live | None:
-        """The engine that a core belongs to: of those of its parent process, the one at its place in their order."""
-        parent = header.meta.get("parent")
-        fronts = [live for reader, live in self._engines.values() if reader.header.pid == parent]
-        cores = [p for p, reader in self._cores.items() if reader.header.meta.get("parent") == parent]
+        """The engine that a core belongs to. Once it has been found it stays, whichever engines and cores end."""
+        if path not in self._front_ends:
+            found = self._find_front_end(path, header)
+            if found is None:
+                return None
+            self._front_ends[path] = found
+        return self._front_ends[path]
+
+    def _find_front_end(self, path: Path, header: Header) -> Live | None:
+        """Of the engines of its process: the one of its rank, else the one at its place in their order."""
+        whose = _process_of(header)
+        fronts = [(reader.header.meta, live) for reader, live in self._engines.values() if reader.header.pid == whose]
+        ranks = {facts.get("engine_index"): live for facts, live in fronts}
+        if None not in ranks and len(ranks) == len(fronts) > 1:
+            return ranks.get(header.meta.get("data_parallel_rank"))
+        cores = [p for p, reader in self._cores.items() if _process_of(reader.header) == whose]
         place = cores.index(path)
-        return fronts[place] if place < len(fronts) else None
+        return fronts[place][1] if place < len(fronts) else None
+
+
+def _process_of(core: Header) -> int:
+    """The process of the front end of an engine core. A forked child carries out its parent's plan."""
+    here = core.meta.get("own_process") is False
+    return core.pid if here else int(core.meta.get("parent") or 0)
 
 
 def descends_from(pid: int) -> Callable[[int, int], bool]:
