@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from kvhook.analysis.core_report import CoreReport
 from kvhook.analysis.labelled import of_label
 from kvhook.analysis.peaks import NEEDED, cores_of_engine
 from kvhook.analysis.prompt_groups import prompt_groups
@@ -64,6 +65,9 @@ class Parts(Records, abc.ABC):
             return joined
         wanted = [core for core, origin in enumerate(cores.origins) if origin in joined.origins]
         return cores.only(wanted, NONE_OF_THEM)
+
+    def _account(self, engine: int | None) -> CoreReport | None:
+        return account_of(self.cores_of(engine), self if engine is None else None)
 
     def whole_run(self: P) -> P:
         """The run that this is a part of, or a part of a part."""
@@ -121,7 +125,7 @@ class Parts(Records, abc.ABC):
             return printed(of_label(summarize(part), part.requests()))
         if scope is None and self._engines is None and (totals := add_up(self, warmup=warmup)) is not None:
             # nothing is to be left out: one pass over the file has found that out, and has added it up
-            return printed(summary_of(totals, self, engine, account_of(self.cores_of(engine))))
+            return printed(summary_of(totals, self, engine, self._account(engine)))
         part, left_out = self.measured(scope, warmup)
         summary = dataclasses.replace(summarize(part, engine, part.cores_of(engine)), left_out=left_out)
         return printed(summary)

@@ -256,6 +256,7 @@ FACT_FIELDS: tuple[FactField, ...] = (
     FactField("pipeline_parallel_size", "i8", "", "pipeline-parallel ranks"),
     FactField("data_parallel_size", "i8", "", "data-parallel ranks"),
     FactField("data_parallel_rank", "i8", "", "number of this rank"),
+    FactField("executor", "text", "", "what runs the workers: uni, mp, ray, external_launcher, or a class"),
     # the account of the records
     FactField("records_published", "count", "records", "records that were made"),
     FactField(

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 import kvhook
+from kvhook.adapters.config import engine_facts
 from kvhook.core.recorder import CoreRecorder
 from kvhook.core.writer import Writer
 from kvhook.core_schema import CORE_STEP_FIELDS
-from kvhook.recording import recorder
+from kvhook.recording import owner, recorder
 from kvhook.recording.spool import Spool
 from tests.standin import fake_vllm, step_stats
 
@@ -25,13 +26,15 @@ from tests.standin import fake_vllm, step_stats
 BLOCKS = 60
 
 
-def front(path: Path, used: Sequence[int], *, pid: int, parent: int = 1, **more: Any) -> str:
-    """Record a front end: blocks in use at the end of each of its steps. Gives the name of the recording."""
+def front(path: Path, used: Sequence[int], *, pid: int, parent: int = 1, **about: Any) -> str:
+    """Record a front end: blocks in use at the end of each of its steps. `about` are facts about the engine. Gives the
+    name of the recording."""
     kvhook.uninstall()
     told = recorder.process_facts()
     with pytest.MonkeyPatch.context() as patch:
-        facts = told | {"pid": pid, "parent_pid": parent} | more
+        facts = told | {"pid": pid, "parent_pid": parent}
         patch.setattr(recorder, "process_facts", lambda: facts)
+        patch.setattr(owner, "engine_facts", lambda adapter, engine: engine_facts(adapter, engine) | about)
         with fake_vllm() as vllm, kvhook.install(ring_dir=path.parent / "rings", trace=path, core="off") as session:
             engine = vllm.engine(num_gpu_blocks=BLOCKS + 1)
             for blocks in used:

@@ -191,6 +191,53 @@ def test_two_engines_of_one_process_whose_cores_cannot_be_told_apart_have_no_acc
     assert summary(trace).core.num_cores == 2
 
 
+@pytest.fixture
+def launched(tmp_path: Path) -> Path:
+    """Four ranks that torchrun started: two engines, each over two ranks that do the same."""
+    for rank in range(4):
+        used = [3, 4] if rank < 2 else [1]
+        about = {"rank": rank, "executor": "external_launcher", "tensor_parallel_size": 2, "data_parallel_size": 2}
+        session = front(tmp_path / f"run-rank{rank}.kvh", used, pid=10 + rank, **about)
+        most = [blocks + 1 for blocks in used]
+        own = {"own_process": False}
+        core(tmp_path / "run.kvh", used, most, pid=10 + rank, parent=10 + rank, session=session, **own)
+    return tmp_path
+
+
+def test_ranks_that_did_the_same_work_are_counted_once(
+    launched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    every = kvhook.open(launched)
+    assert len(every.steps()) == 2 * 2 + 2 * 1  # each rank can be looked at
+    assert len(every.cores()) == 4
+    whole = summary(every)
+    assert (whole.steps, whole.num_generation_tokens, whole.engines, whole.replicas) == (3, 3, 2, 2)
+    assert (whole.core.num_cores, whole.core.num_steps) == (2, 3)
+    assert "2 ranks did the same work" in str(whole)
+    assert [summary(every, engine).num_generation_tokens for engine in range(4)] == [2, 2, 1, 1]
+    assert [summary(every, engine).core.num_steps for engine in range(4)] == [2, 2, 1, 1]
+    # one rank alone, and one of each engine, are not replicas of anything
+    assert summary(kvhook.open(launched / "run-rank1.kvh")).num_generation_tokens == 2
+    two = kvhook.open(launched / "run-rank1.kvh", launched / "run-rank2.kvh")
+    assert (summary(two).num_generation_tokens, summary(two).replicas) == (3, 0)
+    assert main(["cache", str(launched), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_steps"] == 3
+    assert main(["report", str(launched), "-o", str(tmp_path / "page.html")]) == 0
+    every.dump(tmp_path / "all.csv")
+    assert summary(kvhook.open(tmp_path / "all.csv")).num_generation_tokens == 3
+
+
+def test_the_same_ranks_of_another_job_are_not_replicas(tmp_path: Path):
+    for name, job in (("a-rank0", 0), ("a-rank1", 0), ("b-rank0", 1), ("b-rank1", 1)):
+        about = {"rank": int(name[-1]), "executor": "external_launcher", "tensor_parallel_size": 2}
+        front(tmp_path / f"{name}.kvh", [3] * (2 + job), pid=10 + job, **about)
+    assert (summary(kvhook.open(tmp_path)).steps, summary(kvhook.open(tmp_path)).replicas) == (5, 2)
+
+
+def test_ranks_without_a_launcher_are_engines_of_their_own(ranks: Path):
+    assert (summary(kvhook.open(ranks)).steps, summary(kvhook.open(ranks)).replicas) == (5, 0)
+
+
 def test_commands_take_a_pattern_and_count_each_core_once(
     ranks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

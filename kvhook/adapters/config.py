@@ -31,6 +31,7 @@ FACTS: Mapping[str, str] = {
     "pipeline_parallel_size": "parallel_config.pipeline_parallel_size",
     "data_parallel_size": "parallel_config.data_parallel_size",
     "data_parallel_rank": "parallel_config.data_parallel_rank",
+    "executor": "parallel_config.distributed_executor_backend",
     "device": "device_config.device_type",
 }
 

@@ -71,7 +71,7 @@ def measure(records: Records, cores: CoreRecords | None = None) -> Measured:
     totals = Totals()
     with np.errstate(all="ignore"):
         records.go_over(totals.take)
-        summary = summary_of(totals, records, None, account_of(cores))
+        summary = summary_of(totals, records, None, account_of(cores, records))
         steps = _steps_of(records)
         spreads: dict[str, Spread | str] = {name: _ratio(name, summary, steps) or TOO_SHORT for name in RATIOS}
         if isinstance(spreads["prefix_cache_hit_rate"], str):  # requests come in a few waves: each of them counts

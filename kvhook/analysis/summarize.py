@@ -16,6 +16,7 @@ from kvhook.analysis.summary import GroupRate, Summary
 from kvhook.analysis.summed import numbers_of, ratio
 from kvhook.analysis.totals import Totals
 from kvhook.records.core import CoreRecords
+from kvhook.records.replicas import counted
 from kvhook.records.run import Run
 from kvhook.records.tables import Records
 from kvhook.schema import NAMES
@@ -31,7 +32,7 @@ def summarize(records: Records, engine: int | None = None, cores: CoreRecords | 
     """
     totals = add_up(records)
     assert totals is not None
-    return summary_of(totals, records, engine, account_of(cores))
+    return summary_of(totals, records, engine, account_of(cores, records if engine is None else None))
 
 
 def add_up(records: Records, *, warmup: bool = True) -> Totals | None:
@@ -41,8 +42,15 @@ def add_up(records: Records, *, warmup: bool = True) -> Totals | None:
         return totals if records.go_over(totals.take, warmup=warmup) else None
 
 
-def account_of(cores: CoreRecords | None) -> CoreReport | None:
-    """The account of a run's engine cores; None without any."""
+def account_of(cores: CoreRecords | None, run: Run | None = None) -> CoreReport | None:
+    """The account of a run's engine cores; None without any.
+
+    Args:
+        cores: of the run.
+        run: where only the cores of its engines count, and of replicas those of one.
+    """
+    if cores is not None and run is not None:
+        cores = cores.of_engines(counted(run.engines.facts()))
     return report(cores, ledger=False) if cores is not None and len(cores) else None
 
 
@@ -56,7 +64,9 @@ def summary_of(totals: Totals, run: Run, engine: int | None = None, core: CoreRe
         core: the account of the engine cores of what is meant: of this engine, or of all together.
     """
     columns = {kind: frozenset(c.name for c in run.columns(kind)) for kind in ("step", "request")}
-    engines = [e for e in run.meta["engines"] if engine is None or e["engine"] == engine]
+    known = run.meta["engines"]
+    wanted = counted(known) if engine is None else [engine]
+    engines = [e for e in known if e["engine"] in wanted]
     part = Part(totals, engines, columns)
     with np.errstate(all="ignore"):
         summary = Summary(**numbers_of(totals, part, run.meta))
@@ -64,7 +74,12 @@ def summary_of(totals: Totals, run: Run, engine: int | None = None, core: CoreRe
         prompts = part.requests.prompt_groups.outline()
         events = event_totals(run.engine_events, engine, part.steps.span if summary.part else None)
         summary = dataclasses.replace(
-            summary, by_label=by_label, by_lora_name=by_lora_name, by_prompt=prompts, engine_events=events
+            summary,
+            replicas=len(known) - len(engines) if engine is None else 0,
+            by_label=by_label,
+            by_lora_name=by_lora_name,
+            by_prompt=prompts,
+            engine_events=events,
         )
         if core is not None and core.num_steps:
             peak = summary.kv_cache_usage_peak_in_step

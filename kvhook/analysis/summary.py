@@ -176,6 +176,8 @@ class Summary:
     part: str = ""
     #: what was left out because it is warm-up; None if nothing was
     left_out: LeftOut | None = None
+    #: engines that are left out because they did the work of others once more: ranks that an external launcher started
+    replicas: int = 0
     #: the requests by their labels and by their LoRA adapters, those with the most prompt tokens first; empty where no
     #: request has one
     by_label: list[GroupRate] = dataclasses.field(default_factory=list)

@@ -7,7 +7,13 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from kvhook.records.replicas import counted
+
+if TYPE_CHECKING:
+    from kvhook.records.core import CoreRecords
+    from kvhook.trace import Trace
 
 
 class CacheCommand:
@@ -40,7 +46,7 @@ class CacheCommand:
         from kvhook.text.core_report import as_text
 
         path = Path(args.trace)
-        cores = open_cores([path], args.trace) if is_of_core(path) else open_run(args.trace).cores()
+        cores = open_cores([path], args.trace) if is_of_core(path) else _counted(open_run(args.trace))
         if not len(cores):
             raise KvhookError(f"there are no files of engine cores beside {args.trace}: {cores.why_none}")
         found = report(cores)
@@ -49,6 +55,11 @@ class CacheCommand:
         else:
             print(as_text(found, args.trace))
         return 0
+
+
+def _counted(trace: Trace) -> CoreRecords:
+    """The engine cores of a run; of ranks that do the same work one."""
+    return trace.cores().of_engines(counted(trace.engines.facts()))
 
 
 def _plain(value: Any) -> Any:

@@ -65,13 +65,20 @@ def may_be_beside(trace: Path, engines: Iterable[Facts] = ()) -> list[Path]:
     if trace.suffix != TRACE_SUFFIX:
         return []
     stem = trace.name.removesuffix(TRACE_SUFFIX)
-    stems = {stem, _OWN.sub("", stem) or stem}
+    stems = {stem, asked_for(trace.name)}
     for facts in engines:
         # in a folder a process has a file with its number, and the one that started it too
         mine, parent = f"-{facts.get('pid')}", facts.get("parent_pid")
         if stem.endswith(mine) and parent:
             stems.add(f"{stem.removesuffix(mine)}-{parent}")
     return [path for one in sorted(stems) for path in core_files(trace.with_name(one + TRACE_SUFFIX))]
+
+
+def asked_for(name: str) -> str:
+    """The name that a trace was asked for, without its suffix: ``run`` of ``run-rank1-pid4711.kvh``. It may be too
+    little of a name that ends so by itself."""
+    stem = name.removesuffix(TRACE_SUFFIX)
+    return _OWN.sub("", stem) or stem
 
 
 def _beside(trace: Path, engines: Sequence[Facts], name: str) -> CoreRecords:

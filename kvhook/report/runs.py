@@ -16,6 +16,7 @@ from kvhook.analysis.values import Values
 from kvhook.records.core import CoreRecords
 from kvhook.records.engine_events import EngineEvent
 from kvhook.records.events import Scope
+from kvhook.records.replicas import counted
 from kvhook.records.tables import Records, reason_texts
 from kvhook.report.buckets import Floats
 from kvhook.report.lines import Line, StepLines, core_lines
@@ -99,7 +100,8 @@ def read(records: Records, cores: CoreRecords, name: str) -> Run:
     with np.errstate(all="ignore"):
         records.go_over(take)
         events = cores.num_block_events()
-        core = report(cores, ledger=events <= MOST_EVENTS) if len(cores) else None
+        once = cores.of_engines(counted(records.engines.facts()))
+        core = report(once, ledger=events <= MOST_EVENTS) if len(once) else None
         summary = summary_of(totals, records, None, core)
         there = {c.name for c in records.columns("step")}
         lines = [_present(line, there) for line in steps.lines()] + list(core_lines(cores))

@@ -73,6 +73,12 @@ def _head(s: Summary) -> Iterator[str]:
         yield _row("only", s.part)
     if s.left_out:
         yield _row("left out", _left_out(s.left_out))
+    if s.replicas:
+        ranks = "1 rank" if s.replicas == 1 else f"{s.replicas:,} ranks"
+        yield _row(
+            "counted once",
+            f"{ranks} did the same work as another one, and {'is' if s.replicas == 1 else 'are'} left out",
+        )
 
 
 def _steps(s: Summary) -> Iterator[str]:

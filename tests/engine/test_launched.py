@@ -92,12 +92,12 @@ def test_each_rank_has_the_core_of_its_own_process_and_its_peaks(run: Run):
         assert "num_kv_blocks_peak" in (trace.steps().dtype.names or ())
 
 
-def test_side_by_side_they_are_two_engines_which_can_be_asked_one_by_one(run: Run):
-    """kvhook says what each rank did. Since the ranks of one tensor-parallel group do the same work, the sum over both
-    counts each token twice: one of them is the engine's account."""
+def test_side_by_side_the_work_is_counted_once_and_each_can_be_asked(run: Run):
     both = kvhook.open(run.folder)
     once = sum(len(tokens) for _, tokens, _ in run.ranks[0]["done"])
     assert [facts["rank"] for facts in both.meta["engines"]] == [0, 1]
     assert [both.summary(engine).num_generation_tokens for engine in (0, 1)] == [once, once]
-    assert both.summary().num_generation_tokens == RANKS * once
+    assert (both.summary().num_generation_tokens, both.summary().replicas) == (once, 1)
+    account: Any = both.summary().core
+    assert (account.num_cores, account.num_requests) == (1, len(run.ranks[0]["done"]))
     assert len(both.cores()) == RANKS
