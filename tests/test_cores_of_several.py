@@ -196,7 +196,12 @@ def launched(tmp_path: Path) -> Path:
     """Four ranks that torchrun started: two engines, each over two ranks that do the same."""
     for rank in range(4):
         used = [3, 4] if rank < 2 else [1]
-        about = {"rank": rank, "executor": "external_launcher", "tensor_parallel_size": 2, "data_parallel_size": 2}
+        about: dict[str, Any] = {
+            "rank": rank,
+            "executor": "external_launcher",
+            "tensor_parallel_size": 2,
+            "data_parallel_size": 2,
+        }
         session = front(tmp_path / f"run-rank{rank}.kvh", used, pid=10 + rank, **about)
         most = [blocks + 1 for blocks in used]
         own = {"own_process": False}
@@ -229,7 +234,7 @@ def test_ranks_that_did_the_same_work_are_counted_once(
 
 def test_the_same_ranks_of_another_job_are_not_replicas(tmp_path: Path):
     for name, job in (("a-rank0", 0), ("a-rank1", 0), ("b-rank0", 1), ("b-rank1", 1)):
-        about = {"rank": int(name[-1]), "executor": "external_launcher", "tensor_parallel_size": 2}
+        about: dict[str, Any] = {"rank": int(name[-1]), "executor": "external_launcher", "tensor_parallel_size": 2}
         front(tmp_path / f"{name}.kvh", [3] * (2 + job), pid=10 + job, **about)
     assert (summary(kvhook.open(tmp_path)).steps, summary(kvhook.open(tmp_path)).replicas) == (5, 2)
 

@@ -33,7 +33,8 @@ def work(model: str, results: str) -> None:
 
 def in_a_child(method: str) -> Callable[[str, str], None]:
     def way(model: str, results: str) -> None:
-        child = multiprocessing.get_context(method).Process(target=work, args=(model, results))
+        context: Any = multiprocessing.get_context(method)
+        child = context.Process(target=work, args=(model, results))
         child.start()
         child.join()
         assert child.exitcode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -148,7 +149,7 @@ def watch(terminal: Terminal, engine: Engine) -> None:
     assert number(screen, r"used (\d+) %") > 0
     for width, height in ((120, 40), (60, 15), (200, 50), (80, 24)):
         terminal.resize(width, height)
-        screen = terminal.until(lambda screen, w=width: fits(screen, w))
+        screen = terminal.until(functools.partial(fits, width))
         assert len(screen.splitlines()) == height
         assert str(engine.pid) in screen
         assert ("100 %" in screen) == (height >= 40)  # the chart's scale, where there is room for one
@@ -171,7 +172,7 @@ def watch(terminal: Terminal, engine: Engine) -> None:
         time.sleep(0.05)
 
 
-def fits(screen: str, width: int) -> bool:
+def fits(width: int, screen: str) -> bool:
     """Whether it is drawn for a terminal of this width, to its end."""
     lines = screen.splitlines()
     rule = next((line for line in lines if line.startswith("---")), "")

@@ -51,7 +51,12 @@ def main() -> None:
             llm.generate(kept, params, use_tqdm=False)
             finished += KEPT
         held = [block for block in pool.blocks if block.block_hash is not None and not block.ref_cnt]
-        answer = {"finished": finished, "steps": steps, "cached blocks": len(held), "blocks": len(pool.blocks) - 1}
+        answer: dict[str, float] = {
+            "finished": finished,
+            "steps": steps,
+            "cached blocks": len(held),
+            "blocks": len(pool.blocks) - 1,
+        }
         answer |= {"hit rate": cached_tokens / prompt_tokens if prompt_tokens else 0.0}
         print(json.dumps(answer), flush=True)
 
