@@ -42,11 +42,13 @@ class CacheCommand:
         from kvhook.analysis.core_report import report
         from kvhook.cli.common import open_run
         from kvhook.errors import KvhookError
-        from kvhook.records.core_files import is_of_core, open_cores
+        from kvhook.records.core_files import core_files, is_of_core, open_cores
         from kvhook.text.core_report import as_text
 
         path = Path(args.trace)
-        cores = open_cores([path], args.trace) if is_of_core(path) else _counted(open_run(args.trace))
+        # the front end may have left no trace
+        files = [path] if is_of_core(path) else [] if path.exists() else core_files(path)
+        cores = open_cores(files, args.trace) if files else _counted(open_run(args.trace))
         if not len(cores):
             raise KvhookError(f"there are no files of engine cores beside {args.trace}: {cores.why_none}")
         found = report(cores)
