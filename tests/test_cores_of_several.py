@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import kvhook
 from kvhook.cli import main
 from kvhook.errors import KvhookError
+from kvhook.options import Options
+from kvhook.recording.core_side import CoreSide
 from tests.recorded_by_processes import BLOCKS, core, front
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -172,6 +175,21 @@ def test_an_engine_of_a_forked_child_has_the_core_that_is_in_the_child(tmp_path:
     assert peaks(kvhook.open(tmp_path / "run.kvh")) == {0: [6]}
     assert peaks(kvhook.open(tmp_path / "run-pid12.kvh")) == {0: [9]}
     assert peaks(kvhook.open(tmp_path / "run.kvh", tmp_path / "run-pid12.kvh")) == {0: [6], 1: [9]}
+
+
+def test_a_session_does_not_count_what_a_forked_child_s_core_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    side = CoreSide(Options(trace=tmp_path / "run.kvh"), tmp_path / "rings")
+    monkeypatch.setattr(CoreSide, "session", "s")
+    side.arm()
+    try:
+        for pid, used in ((os.getpid(), [3, 4]), (12, [1])):
+            about = {"parent": os.getpid(), "session": "s", "own_process": False}
+            core(tmp_path / "run.kvh", used, used, pid=pid, **about)
+        assert [facts["pid"] for facts in side.records("run").facts] == [os.getpid()]
+        account: Any = side.account()
+        assert (account.num_cores, account.num_steps) == (1, 2)
+    finally:
+        side.disarm()
 
 
 def test_what_cannot_be_joined_leaves_the_others_as_they_are(tmp_path: Path):

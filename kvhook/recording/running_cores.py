@@ -14,7 +14,7 @@ from kvhook.analysis.core_totals import CoreTotals
 from kvhook.core_schema import CORE_KINDS
 from kvhook.errors import KvhookError
 from kvhook.recording.running import CHUNK_BYTES
-from kvhook.records.core_files import core_of, order_of, rest_in_ring
+from kvhook.records.core_files import core_of, is_of_session, order_of, rest_in_ring
 from kvhook.records.engines import Engines
 from kvhook.records.sources import FileSlots, usable
 
@@ -69,7 +69,7 @@ class RunningCores:
             with contextlib.suppress(KvhookError, OSError):
                 file = FileSlots(path)
                 meta = file.header.meta if file.header is not None else {}
-                if meta.get("stream") == "core" and meta.get("session") == session:
+                if meta.get("stream") == "core" and is_of_session(meta, session):
                     self._files[path] = file, 0
                     self._cores.setdefault(core_of(path), Engines(kinds=CORE_KINDS)).begin(file)
             if path not in self._files:

@@ -373,7 +373,7 @@ class Spool:
 
     def _new_file(self, layout: Layout) -> TraceWriter:
         told = next(iter(self._metas.values()))
-        names = ("kvhook", "vllm", "stream", "session", *(("engine",) if "stream" in told else ()))
+        names = ("kvhook", "vllm", "stream", "session", *(("engine", "pid", "own_process") if "stream" in told else ()))
         meta = {key: told[key] for key in names if key in told}
         file = self._create(layout, meta | {"pid_namespace": pid_namespace()})
         self._made += 1

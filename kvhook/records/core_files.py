@@ -9,9 +9,9 @@ import contextlib
 import glob
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvhook.core_schema import BLOCKS_KINDS, CORE_KINDS
 from kvhook.errors import KvhookError
@@ -55,7 +55,7 @@ def open_cores(paths: Iterable[Path], name: str, absent: str = "", session: str 
         paths: the files, in any order; those that are none are left out.
         name: what to call the run.
         absent: why there is none, if there is none.
-        session: only files of this recording; "" for all.
+        session: only files of this recording of this process; "" for all.
     """
     streams: dict[str, dict[tuple[str, str], list[FileSlots]]] = {"core": {}, "blocks": {}}
     for path in sorted(paths, key=order_of):
@@ -63,7 +63,7 @@ def open_cores(paths: Iterable[Path], name: str, absent: str = "", session: str 
             file = FileSlots(path)
             meta = file.header.meta if file.header is not None else {}
             stream = meta.get("stream")
-            if stream in streams and session in ("", meta.get("session")):
+            if stream in streams and (not session or is_of_session(meta, session)):
                 streams[stream].setdefault((stem_of(path), core_of(path)), []).append(file)
     cores = streams["core"]
     ledgers = [streams["blocks"].get(core, []) for core in cores]
@@ -116,6 +116,13 @@ def rest_in_ring(engines: Engines) -> list[SlotSource]:
             return [LaterSlots(ArraySlots(reader.now(), reader.header), {engine: last})]
     except (KvhookError, OSError):
         return []
+
+
+def is_of_session(header: Mapping[str, Any], session: str) -> bool:
+    """Whether a file of an engine core is of this process's recording of that name. A forked child carries out the plan
+    of its parent: the core of an engine that it makes in its own process is not the parent's."""
+    childs = header.get("own_process") is False and header.get("pid") not in (None, os.getpid())
+    return header.get("session") == session and not childs
 
 
 def core_of(path: Path) -> str:
