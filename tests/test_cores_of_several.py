@@ -183,7 +183,7 @@ def test_a_session_does_not_count_what_a_forked_child_s_core_did(tmp_path: Path,
     side.arm()
     try:
         for pid, used in ((os.getpid(), [3, 4]), (12, [1])):
-            about = {"parent": os.getpid(), "session": "s", "own_process": False}
+            about: dict[str, Any] = {"parent": os.getpid(), "session": "s", "own_process": False}
             core(tmp_path / "run.kvh", used, used, pid=pid, **about)
         assert [facts["pid"] for facts in side.records("run").facts] == [os.getpid()]
         account: Any = side.account()
