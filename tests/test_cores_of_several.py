@@ -15,6 +15,9 @@ from kvhook.cli import main
 from kvhook.errors import KvhookError
 from kvhook.options import Options
 from kvhook.recording.core_side import CoreSide
+from kvhook.records.claims import claimed_by
+from kvhook.records.replicas import counted
+from kvhook.records.whose import belongs, may_be_beside
 from tests.recorded_by_processes import BLOCKS, core, front
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -248,6 +251,29 @@ def test_ranks_that_did_the_same_work_are_counted_once(
     assert main(["report", str(launched), "-o", str(tmp_path / "page.html")]) == 0
     every.dump(tmp_path / "all.csv")
     assert summary(kvhook.open(tmp_path / "all.csv")).num_generation_tokens == 3
+
+
+@pytest.mark.parametrize("odd", ["../../x", -1, None, [], {"a": 1}, 1.5, "external_launcher"])
+def test_facts_may_be_anything(tmp_path: Path, odd: Any):
+    """A file may be edited or forged."""
+    names = (
+        "rank",
+        "executor",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "session",
+        "trace",
+        "pid",
+        "parent_pid",
+    )
+    told = {"engine": 0, "rank": 1, "executor": "external_launcher", "tensor_parallel_size": 2, "pid": 5}
+    for name in names:
+        facts = [told | {name: odd}, told | {"engine": 1}]
+        assert counted(facts) in ([0], [0, 1])
+        assert may_be_beside(tmp_path / "run-5.kvh", facts) == []
+        for change in ({}, {"own_process": odd}, {"num_front_ends": odd}, {"parent": odd}, {"pid": odd}):
+            assert belongs({"pid": 5, "parent": 5, "session": "s"} | change, facts[0], named=True) in (True, False)
+    assert claimed_by({"of_engines": odd}) in (None, frozenset())
 
 
 def test_the_same_ranks_of_another_job_are_not_replicas(tmp_path: Path):

@@ -26,7 +26,7 @@ def replicas(engines: Sequence[Mapping[str, Any]]) -> dict[int, int]:
     found = {}
     for facts in engines:
         rank = facts.get("rank")
-        size = (facts.get("tensor_parallel_size") or 1) * (facts.get("pipeline_parallel_size") or 1)
+        size = _count(facts, "tensor_parallel_size") * _count(facts, "pipeline_parallel_size")
         if facts.get("executor") != _LAUNCHED or size < 2 or type(rank) is not int:
             continue
         folder, name = os.path.split(str(facts.get("trace") or ""))
@@ -37,6 +37,11 @@ def replicas(engines: Sequence[Mapping[str, Any]]) -> dict[int, int]:
         if same != number:
             found[number] = same
     return found
+
+
+def _count(facts: Mapping[str, Any], name: str) -> int:
+    count = facts.get(name)
+    return count if type(count) is int and count > 0 else 1
 
 
 def counted(engines: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -68,9 +68,9 @@ def may_be_beside(trace: Path, engines: Iterable[Facts] = ()) -> list[Path]:
     stems = {stem, asked_for(trace.name)}
     for facts in engines:
         # in a folder a process has a file with its number, and the one that started it too
-        mine, parent = f"-{facts.get('pid')}", facts.get("parent_pid")
-        if stem.endswith(mine) and parent:
-            stems.add(f"{stem.removesuffix(mine)}-{parent}")
+        pid, parent = facts.get("pid"), facts.get("parent_pid")
+        if type(pid) is type(parent) is int and stem.endswith(f"-{pid}"):
+            stems.add(f"{stem.removesuffix(f'-{pid}')}-{parent}")
     return [path for one in sorted(stems) for path in core_files(trace.with_name(one + TRACE_SUFFIX))]
 
 
