@@ -130,6 +130,23 @@ def test_what_only_the_core_knows_comes_from_its_ring(tmp_path: Path):
     assert advice(view).startswith("too few KV blocks: requests were preempted, and 70 tokens")
 
 
+@pytest.mark.parametrize(("caching", "cached"), [(True, 0.3 + 0.19), (False, 0.3)])
+def test_what_the_last_request_left_behind_is_cached_rather_than_empty(tmp_path: Path, caching: bool, cached: float):
+    """The core counts cached blocks when it has scheduled: what comes free at the end is not among them. The last
+    block of each of the requests that finished in it (one) was not full."""
+    core = Core(busy(tmp_path, enable_prefix_caching=caching))
+    core.step(
+        step=0,
+        t_end_ns=NOW - 500_000_000,
+        num_kv_blocks=100,
+        num_kv_blocks_peak=20,
+        num_kv_blocks_used=0,
+        num_kv_blocks_cached=30,
+    )
+    (view,) = watched(tmp_path, window=1.0, now_ns=NOW + 1)
+    assert [view.used, view.cached, view.empty] == pytest.approx([0.0, cached, 1 - cached])
+
+
 def test_ranks_have_what_their_own_cores_know_whichever_began_first(tmp_path: Path):
     recordings = [busy(tmp_path, engine=rank, engine_index=rank) for rank in (0, 1)]
     cores = [Core(recordings[1 - place], data_parallel_rank=place) for place in (1, 0)]  # found in another order

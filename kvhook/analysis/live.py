@@ -230,7 +230,7 @@ class Live:
         if blocks > 0:
             used, cached = int(last["num_kv_blocks_used"]), int(last["num_kv_blocks_cached"])
             # cached blocks are counted when the batch was scheduled, used ones at the end of the step
-            cached = min(cached, blocks - used)
+            cached = min(cached + self._left_cached(int(last["num_kv_blocks_peak"]) - used), blocks - used)
             found = {"cached": cached / blocks, "empty": (blocks - used - cached) / blocks, "used": used / blocks}
         if len(steps):
             why = Counter(steps["limited_by"].tolist())
@@ -238,6 +238,16 @@ class Live:
             found["recomputed"] = int(steps["num_recomputed_tokens"].sum())
             found["evicted"] = int(steps["num_kv_blocks_evicted"].sum())
         return found
+
+    def _left_cached(self, given_back: int) -> int:
+        """How many of the blocks that came free in the last step stay cached: all but a last, unfilled one of each
+        request that finished in it."""
+        newest = self._steps.newest(1)
+        if given_back <= 0 or newest is None or not has(newest, "num_finished_reqs"):
+            return 0
+        if self._facts.get("enable_prefix_caching") is False:
+            return 0
+        return max(0, given_back - max(0, int(newest["num_finished_reqs"][-1])))
 
 
 #: Field of a `View` -> series of single latencies.
