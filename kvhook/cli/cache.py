@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from kvhook.records.replicas import counted
 
 if TYPE_CHECKING:
     from kvhook.records.core import CoreRecords
@@ -43,12 +42,16 @@ class CacheCommand:
         from kvhook.cli.common import open_run
         from kvhook.errors import KvhookError
         from kvhook.records.core_files import core_files, is_of_core, open_cores
+        from kvhook.ring.trace_file import TRACE_SUFFIX
         from kvhook.text.core_report import as_text
 
         path = Path(args.trace)
-        # the front end may have left no trace
-        files = [path] if is_of_core(path) else [] if path.exists() else core_files(path)
-        cores = open_cores(files, args.trace) if files else _counted(open_run(args.trace))
+        if is_of_core(path):
+            cores = open_cores([path], args.trace)
+        elif path.suffix == TRACE_SUFFIX and not path.exists() and not glob.has_magic(args.trace):
+            cores = open_cores(core_files(path), args.trace)  # the front end may have left no trace
+        else:
+            cores = _counted(open_run(args.trace))
         if not len(cores):
             raise KvhookError(f"there are no files of engine cores beside {args.trace}: {cores.why_none}")
         found = report(cores)
@@ -61,6 +64,8 @@ class CacheCommand:
 
 def _counted(trace: Trace) -> CoreRecords:
     """The engine cores of a run; of ranks that do the same work one."""
+    from kvhook.records.replicas import counted
+
     return trace.cores().of_engines(counted(trace.engines.facts()))
 
 
