@@ -180,8 +180,8 @@ class Bench:
             leave_out(seed, repr(error))
 
     def _fails_alone(self, case: Case, error: Exception) -> bool:
-        """Whether an engine without kvhook raises the same: when it is made, or in this case. With asynchronous scheduling
-        the last batch of a case is read in the next one, so that the cases before it are run there, too."""
+        """Whether an engine without kvhook raises the same: when it is made, or in this case. With asynchronous
+        scheduling the last batch of a case is read in the next one, so that the cases before it are run there, too."""
         options = COMMON | case.settings.options | of_kind(case.settings)
         driver = None
         with forced(case.settings):
