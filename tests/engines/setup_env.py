@@ -1,10 +1,11 @@
 """Make `.venv` with the real vLLM (CPU build), the development tools and kvhook itself.
 
 `make demo`, `make test` and the others call this first. Everything is pinned: `lock/0.32.0.txt` is the
-engine, `dev.txt` the tools. Only the standard library is used, and only syntax that Python 3.7 can read,
-because it runs under whatever `python3` the machine has. The environment itself is made with a Python 3.11,
-the version for which the lock was made and tested (for 3.10 some of its packages have no wheel, and with
-3.12 and later vLLM asks for more packages than it lists).
+engine, `dev.txt` the tools, and `hashes.txt` has the hash of each file; another file is not installed.
+Only the standard library is used, and only syntax that Python 3.7 can read, because it runs under whatever
+`python3` the machine has. The environment itself is made with a Python 3.11, the version for which the lock
+was made and tested (for 3.10 some of its packages have no wheel, and with 3.12 and later vLLM asks for more
+packages than it lists).
 
 The second run compares one stamp file and installs nothing. A run that was cut short is taken up again:
 what is whole stays, what is half there is installed anew.
@@ -26,6 +27,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 LOCK = os.path.join(HERE, "lock", "0.32.0.txt")
 DEV = os.path.join(HERE, "dev.txt")
+PIP = os.path.join(HERE, "pip.txt")
 ENGINE_PYTHON = (3, 11)
 NEEDED = "CPython 3.11 on Linux x86-64 with glibc 2.28 or newer"
 # Raise this when the way of installing changes, so that older environments are gone through again.
@@ -377,7 +379,8 @@ def clean_environment() -> dict[str, str]:
     """The environment for pip: with the user's indexes and proxies, without what would install elsewhere."""
     drop = {"PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "__PYVENV_LAUNCHER__"}
     drop |= {"PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_CONSTRAINT", "PIP_REQUIREMENT", "PIP_DRY_RUN"}
-    drop |= {"PIP_QUIET", "PIP_VERBOSE", "PIP_NO_BINARY"}
+    # With PIP_REQUIRE_HASHES pip would refuse kvhook itself, which is a folder.
+    drop |= {"PIP_QUIET", "PIP_VERBOSE", "PIP_NO_BINARY", "PIP_REQUIRE_HASHES"}
     drop |= {"PIP_REQUIRE_VIRTUALENV"}  # it would refuse `pip --python`
     env = {name: value for name, value in os.environ.items() if name not in drop}
     env["PIP_USER"] = "0"
@@ -393,6 +396,18 @@ class Pip:
         self.venv = venv
         self.lock_fd = lock_fd
         self.log = os.path.join(venv, ".kvhook-setup.log")
+
+    def install_checked(self, label: str, pins: dict[str, str]) -> tuple[bool, str]:
+        """Install pins whose files have the hashes that are known of them; else a SetupError says what is wrong."""
+        wishes = os.path.join(self.venv, ".kvhook-wanted.txt")
+        write_wishes(wishes, pins)
+        worked, output = self(label, ["--no-deps", "--only-binary=:all:", "--require-hashes", "-r", wishes], pins)
+        os.remove(wishes)
+        if not worked:
+            told = hashes().mismatches(output)
+            if told:
+                raise SetupError(hashes().mismatch_message(told))
+        return worked, output
 
     def __call__(self, label: str, arguments: list[str], pins: dict[str, str]) -> tuple[bool, str]:
         """Run `pip install`; returns whether it worked and what it printed."""
@@ -446,6 +461,25 @@ class Pip:
         elif progress.live:
             sys.stdout.write("\r\033[K")
         return child.returncode == 0, "".join(said)
+
+
+def hashes() -> Any:
+    """The module beside this one: under -I the folder of a script is not where Python looks for modules."""
+    if HERE not in sys.path:
+        sys.path.insert(0, HERE)
+    import hashes  # type: ignore[import-not-found]
+
+    return hashes
+
+
+def write_wishes(path: str, pins: dict[str, str]) -> None:
+    """A requirements file with the hash of everything in it."""
+    try:
+        lines = hashes().with_hashes("{}=={}".format(name, version) for name, version in pins.items())
+    except (OSError, ValueError) as error:
+        raise SetupError(str(error)) from error
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(line + "\n" for line in lines)
 
 
 def how_far(said: list[str], pins: dict[str, str], venv: str) -> str:
@@ -503,8 +537,10 @@ def make_venv(venv: str, python: str, facts: dict[str, Any], key: dict[str, Any]
     steps = [[python, "-m", "venv", *without, venv]]
     if without:
         # Debian's python3 without python3-venv: the pip that is there puts one into the environment.
-        inside = os.path.join(venv, "bin", "python")
-        steps.append([python, "-m", "pip", "--python", inside, "install", "--quiet", "pip"])
+        inside, wishes = os.path.join(venv, "bin", "python"), os.path.join(venv, ".kvhook-wanted.txt")
+        write_wishes(wishes, read_pins(PIP))
+        checked = ["--no-deps", "--only-binary=:all:", "--require-hashes", "-r", wishes]
+        steps.append([python, "-m", "pip", "--python", inside, "install", "--quiet", *checked])
     for step in steps:
         done = subprocess.run(
             step,
@@ -616,7 +652,7 @@ def install_torch(pip: Pip, venv: str, pin: str) -> None:
     compiles kernels, and so the engine goes the same way with either build.
     The libraries come before torch, so that an interrupted run finds torch lacking and goes on here.
     """
-    worked, output = pip("torch", ["--no-deps", "--only-binary=:all:", "torch==" + pin], {"torch": pin})
+    worked, output = pip.install_checked("torch", {"torch": pin})
     if worked:
         return
     if "No matching distribution found" not in output or "from versions: none" in output:
@@ -630,8 +666,8 @@ def install_torch(pip: Pip, venv: str, pin: str) -> None:
     )
     need_disk(DISK_CUDA_GB)
     libraries = TORCH_CUDA.format(plain)
-    install_pins(pip, venv, "CUDA libraries", libraries, remove_halves(venv, read_pins(libraries)))
-    worked, output = pip("torch", ["--no-deps", "--only-binary=:all:", "torch==" + plain], {"torch": plain})
+    install_pins(pip, "CUDA libraries", libraries, remove_halves(venv, read_pins(libraries)))
+    worked, output = pip.install_checked("torch", {"torch": plain})
     if not worked:
         raise pip_failure("torch", output, pip.log)
 
@@ -645,18 +681,14 @@ def need_disk(gigabytes: int) -> None:
         raise SetupError(text.format(free, gigabytes))
 
 
-def install_pins(pip: Pip, venv: str, label: str, path: str, todo: list[str]) -> None:
+def install_pins(pip: Pip, label: str, path: str, todo: list[str]) -> None:
     """Install the packages of one lock file that are lacking."""
     pins = {name: version for name, version in read_pins(path).items() if name in todo}
     if not pins:
         return
-    wishes = os.path.join(venv, ".kvhook-wanted.txt")
-    with open(wishes, "w", encoding="utf-8") as f:
-        f.writelines("{}=={}\n".format(name, version) for name, version in pins.items())
-    worked, output = pip(label, ["--no-deps", "--only-binary=:all:", "-r", wishes], pins)
+    worked, output = pip.install_checked(label, pins)
     if not worked:
         raise pip_failure(label, output, pip.log)
-    os.remove(wishes)
 
 
 def set_up(venv: str, named: str, key: dict[str, Any], lock_fd: int) -> None:
@@ -684,8 +716,8 @@ def set_up(venv: str, named: str, key: dict[str, Any], lock_fd: int) -> None:
     if "torch" in todo:
         install_torch(pip, venv, engine["torch"])
         todo.remove("torch")
-    install_pins(pip, venv, "vLLM (CPU build)", LOCK, todo)
-    install_pins(pip, venv, "development tools", DEV, todo)
+    install_pins(pip, "vLLM (CPU build)", LOCK, todo)
+    install_pins(pip, "development tools", DEV, todo)
     editable = ["--no-deps", "--no-build-isolation", "-e", ROOT]
     worked, output = pip("kvhook, editable", editable, {"kvhook": ""})
     if not worked:
