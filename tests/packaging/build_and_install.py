@@ -7,8 +7,8 @@
 4. A new environment gets the wheel with pip, then the sdist with a C compiler and without one; in it `kvhook` runs,
    without vLLM, on the step path in C or the one in Python.
 
-The environment lies in a temporary folder. wrapt and numpy come from the package index at the versions that the
-tests use.
+The environment lies in a temporary folder. wrapt and numpy, and what builds the sdist, are fetched at the versions that
+the tests use, and checked against their hashes; pip then finds nothing but these.
 """
 
 from __future__ import annotations
@@ -24,8 +24,17 @@ from pathlib import Path
 from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/engines"))
+
+import hashes  # type: ignore[import-not-found]  # noqa: E402
+
 DIST = ROOT / "dist"
 PINS = (ROOT / "tests/engines/lock/0.32.0.txt", ROOT / "tests/engines/dev.txt")
+#: What kvhook needs, and what builds it; the versions are those of PINS.
+FETCHED = (
+    *("numpy", "wrapt"),
+    *("hatchling", "packaging", "pathspec", "pluggy", "setuptools", "tomlkit", "trove-classifiers"),
+)
 #: What a packager, or somebody who wants to run the tests, looks for in the sdist.
 IN_THE_SDIST = (
     "CHANGELOG.md",
@@ -62,12 +71,14 @@ def main() -> int:
     run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
     compare_with_checkout(wheel, sdist)
     with tempfile.TemporaryDirectory(prefix="kvhook-package-") as folder:
-        python = make_environment(Path(folder))
-        install(python, wheel)
+        python, fetched = make_environment(Path(folder)), Path(folder) / "fetched"
+        fetch(python, fetched)
+        install(python, fetched, wheel)
         use(python, Path(folder), "c")
-        install(python, "--force-reinstall", "--no-deps", sdist)
+        again = ("--force-reinstall", "--no-deps")
+        install(python, fetched, *again, sdist)
         use(python, Path(folder), "c")
-        install(python, "--force-reinstall", "--no-deps", "--no-cache-dir", sdist, CC="/bin/false", CXX="/bin/false")
+        install(python, fetched, *again, "--no-cache-dir", sdist, CC="/bin/false", CXX="/bin/false")
         use(python, Path(folder), "python")
     print(f"\nThe packages are whole and work: {wheel.relative_to(ROOT)}, {sdist.relative_to(ROOT)}")
     return 0
@@ -116,12 +127,19 @@ def make_environment(folder: Path) -> Path:
     return folder / "venv" / "bin" / "python"
 
 
-def install(python: Path, *what: str | Path, **environment: str) -> None:
-    """pip install, with the versions that the tests use."""
-    pins = python.parents[1] / "pins.txt"
+def fetch(python: Path, folder: Path) -> None:
+    """What kvhook needs goes into a folder, each file checked against its hash."""
     lines = [line for path in PINS for line in path.read_text(encoding="utf-8").splitlines()]
-    pins.write_text("\n".join(line for line in lines if line.startswith(("numpy==", "wrapt=="))), encoding="utf-8")
-    options = ("--quiet", "--disable-pip-version-check", "--constraint", pins)
+    pins = [line for line in lines if line.partition("==")[0] in FETCHED]
+    listed = python.parents[1] / "requirements.txt"
+    listed.write_text("\n".join(hashes.with_hashes(pins)) + "\n", encoding="utf-8")
+    options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--require-hashes")
+    run(python, "-m", "pip", "download", *options, "--dest", folder, "--requirement", listed)
+
+
+def install(python: Path, fetched: Path, *what: str | Path, **environment: str) -> None:
+    """pip install, which finds nothing but what was fetched, also where it builds."""
+    options = ("--quiet", "--disable-pip-version-check", "--no-index", "--find-links", fetched)
     run(python, "-m", "pip", "install", *options, *what, more=environment)
 
 
