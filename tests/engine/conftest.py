@@ -39,6 +39,7 @@ _V1 = (
     "test_faults.py",
     "test_seams.py",
     "test_others.py",
+    "test_many.py",
     "test_harmless.py",
     "test_light.py",
     "test_own_process.py",

@@ -11,13 +11,12 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import kvhook
 from kvhook.recording.spool import SEGMENTS
+from tests.faults.long_run import descriptors, is_trace, memory_kb, run, threads
 from tests.standin import fake_vllm, step_stats
 
 RATE = 2000
@@ -75,21 +74,6 @@ class Soaked(NamedTuple):
         if self.disk_bytes > HISTORY + (16 << 20):
             wrong.append(f"{self.disk_bytes} bytes on disk")
         return wrong
-
-
-def memory_kb() -> int:
-    """Resident memory of this process, without files that are mapped."""
-    fields = Path("/proc/self/statm").read_text().split()
-    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE") // 1024
-
-
-def threads() -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
-def descriptors() -> int:
-    """Open files but the trace's, of which there are more and more until the history is full."""
-    return len([fd for fd in map(int, os.listdir("/proc/self/fd")) if not _is_trace(fd)])
 
 
 class Pace:
@@ -169,7 +153,7 @@ def soak(seconds: float, seed: int = 1) -> Soaked:
         grown, opened = memory_kb() - before[0], descriptors() - before[1]
         health, trace = session.health(), session.trace()
         meta, numbers = trace.meta, trace.steps(columns=["step"])["step"]
-        files = {os.fstat(fd).st_ino: os.fstat(fd) for fd in map(int, os.listdir("/proc/self/fd")) if _is_trace(fd)}
+        files = {os.fstat(fd).st_ino: os.fstat(fd) for fd in map(int, os.listdir("/proc/self/fd")) if is_trace(fd)}
         return Soaked(
             pace.elapsed,
             pace.steps,
@@ -193,24 +177,9 @@ def soak(seconds: float, seed: int = 1) -> Soaked:
         )
 
 
-def _is_trace(fd: int) -> bool:
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}").endswith(".kvh")
-    except OSError:
-        return False
-
-
 def main() -> int:
     """Prints what came of it; 1 if something is wrong."""
-    seconds = float(os.environ.get("KVHOOK_SOAK_SECONDS") or 8)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["KVHOOK_DIR"] = folder
-        found = soak(seconds)
-    for name, value in found._asdict().items():
-        print(f"{name:12} {value:,.0f}")
-    for complaint in found.complaints():
-        print(f"WRONG: {complaint}")
-    return 1 if found.complaints() else 0
+    return run(lambda seconds, _: soak(seconds), short=8)
 
 
 if __name__ == "__main__":
