@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from kvhook.records.core import CoreRecords
 from tests.engine import vllm_here
 from tests.engine.conftest import Recorded
 from tests.entry_point import python_path
+from tests.processes import output_of
 from tests.workloads import USABLE, workload
 
 PROMPTS = [prompt for call in workload() for prompt in call.prompts]
@@ -66,28 +66,23 @@ class Runs:
         return self._runs[name]
 
     def _make(self, process: str, names: list[str]) -> None:
-        done = subprocess.run(
+        log = output_of(
             [sys.executable, Path(__file__).with_name("core_process.py"), self._model, self.folder, *names],
-            env={
+            self.folder,
+            {
                 **self._environment,
                 "PYTHONPATH": self._python_path,
                 "KVHOOK_DIR": str(self.folder / "rings"),
                 "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(process != "inside")),
                 "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn" if process == "spawned" else "fork",
             },
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
             timeout=500,
-            check=False,
         )
-        assert done.returncode == 0, done.stdout[-8000:]
         for name in names:
             stem = self.folder / name.replace(":", "-")
             notes = stem.with_suffix(".notes").read_text().splitlines()
             trace = stem.with_suffix(".kvh")
-            results = json.loads(stem.with_suffix(".json").read_text()) | {"log": done.stdout}
+            results = json.loads(stem.with_suffix(".json").read_text()) | {"log": log}
             self._runs[name] = Run(
                 list(map(json.loads, notes)), results, kvhook.open(trace) if trace.exists() else None
             )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.engine import vllm_here
 from tests.engine.ranks import REQUESTS
+from tests.processes import results_of
 
 #: Read here: a test finds none of kvhook's variables.
 WANTED = os.environ.get("KVHOOK_RANKS") == "1"
@@ -26,25 +23,13 @@ def run(engine_environment: dict[str, str], model: str, tmp_path_factory: pytest
     if not vllm_here.since(0, 11):
         pytest.skip("vLLM before 0.11 has no data parallelism on a CPU")
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("ranks.py"), model, folder / "results.json"],
-        env={
-            **engine_environment,
-            "PYTHONPATH": f"{ROOT}:{engine_environment.get('PYTHONPATH', '')}",
-            "KVHOOK_DIR": str(folder / "rings"),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork",
-        },
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return results | {"log": done.stdout}
+    environment = {
+        **engine_environment,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork",
+    }
+    script = Path(__file__).with_name("ranks.py")
+    return results_of(script, model, folder=folder, environment=environment, timeout=500)
 
 
 def test_each_rank_is_a_core_with_its_number_and_process(run: dict[str, Any]):

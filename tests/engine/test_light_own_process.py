@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.engine import vllm_here
+from tests.processes import results_of
 from tests.workloads import CALM_HITS, USABLE, calm_workload
 
 SENT = [prompt for call in calm_workload() for prompt in call.prompts]
@@ -21,28 +18,15 @@ both = pytest.mark.parametrize("which", ["LLM", "AsyncLLM"])
 @pytest.fixture(scope="module")
 def run(engine_environment: dict[str, str], model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("light")
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("light_processes.py"), model, folder / "results.json"],
-        env={
-            **engine_environment,
-            "PYTHONPATH": str(ROOT),
-            "KVHOOK_DIR": str(folder / "rings"),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "VLLM_LOG_STATS_INTERVAL": "0.001",
-            # AsyncLLM takes the outputs of a step in slices of so many
-            "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "2",
-        },
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    results["log"] = done.stdout
-    return results
+    environment = {
+        **engine_environment,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_LOG_STATS_INTERVAL": "0.001",
+        # AsyncLLM takes the outputs of a step in slices of so many
+        "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "2",
+    }
+    script = Path(__file__).with_name("light_processes.py")
+    return results_of(script, model, folder=folder, environment=environment, timeout=400)
 
 
 @both

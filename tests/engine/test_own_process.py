@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.engine import vllm_here
+from tests.processes import results_of
 from tests.workloads import CALM_HITS, OLD_NAMES, USABLE, calm_workload
 
 SENT = [prompt for call in calm_workload() for prompt in call.prompts]
@@ -21,26 +18,13 @@ both = pytest.mark.parametrize("which", ["off", "on"])
 @pytest.fixture(scope="module")
 def run(engine_environment: dict[str, str], model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("own")
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("own_process.py"), model, folder / "results.json"],
-        env={
-            **engine_environment,
-            "PYTHONPATH": str(ROOT),
-            "KVHOOK_DIR": str(folder / "rings"),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "VLLM_LOG_STATS_INTERVAL": "0.001",
-        },
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    results["log"] = done.stdout
-    return results
+    environment = {
+        **engine_environment,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_LOG_STATS_INTERVAL": "0.001",
+    }
+    script = Path(__file__).with_name("own_process.py")
+    return results_of(script, model, folder=folder, environment=environment, timeout=400)
 
 
 @both

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.engine.tensor_parallel import REQUESTS
+from tests.processes import results_of
 
 
 @pytest.fixture(scope="module")
@@ -20,24 +17,12 @@ def run(engine_environment: dict[str, str], model: str, tmp_path_factory: pytest
     if torch.cuda.device_count() < 2:
         pytest.skip("tensor parallelism takes two GPUs, and there are fewer here")
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("tensor_parallel.py"), model, folder / "results.json"],
-        env={
-            **engine_environment,
-            "PYTHONPATH": f"{ROOT}:{engine_environment.get('PYTHONPATH', '')}",
-            "KVHOOK_DIR": str(folder / "rings"),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        },
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return results
+    environment = {
+        **engine_environment,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
+    script = Path(__file__).with_name("tensor_parallel.py")
+    return results_of(script, model, folder=folder, environment=environment, timeout=300)
 
 
 def test_it_is_one_engine_with_one_core(run: dict[str, Any]):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.engine import vllm_here
 from tests.engine.conftest import ENVIRONMENT
+from tests.processes import output_of
 
 #: Nothing is fetched, and nobody is told.
 QUIET = {
@@ -73,18 +73,7 @@ def run(project: Path, environment: dict[str, str]) -> Run:
     def run(command: Sequence[str]) -> str:
         # kvhook's own command lies in the environment below this one
         ours = [sys.executable, "-m"] if command[0] == "kvhook" else []
-        done = subprocess.run(
-            [*ours, *command],
-            cwd=project,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-8000:]
-        return done.stdout
+        return output_of([*ours, *command], project, environment, timeout=900)
 
     return run
 

@@ -5,6 +5,7 @@
     python tests/step/torture.py steps 100e6       so many steps of the front end only
     python tests/step/torture.py differences 3000  so many scenarios of the differential test in this process
     python tests/step/torture.py attacks 3000      so many scenarios with attributes that do harm
+    python tests/step/torture.py suite 1           tests/step and tests/ring under ASan and UBSan, so many times
     python tests/step/torture.py ring 1e9          so many reads of a ring by one C process that another one writes
 
 With the sanitizers the extension is built anew, into a folder of its own, and loaded in the place of the usual one.
@@ -171,6 +172,26 @@ def sanitized(scenarios: int) -> int:
     return _under("address", [["differences", str(scenarios)], ["attacks", str(scenarios)], more])
 
 
+def tests(times: int) -> int:
+    """The tests of the step path and of the ring, in this process, with the extension that it has loaded."""
+    import pytest
+
+    from kvhook import _step
+
+    assert _step.native is not None, _step.why_not
+    print("the extension is", _step.native.__file__)
+    for _ in range(times):
+        code = pytest.main(["-q", "-p", "no:cacheprovider", str(ROOT / "tests/step"), str(ROOT / "tests/ring")])
+        if code:
+            return int(code)
+    return 0
+
+
+def suite(times: int) -> int:
+    """The same under ASan and UBSan."""
+    return _under("address", [["tests", str(times)]])
+
+
 def threads(scenarios: int) -> int:
     """Attributes that do harm while another thread runs, with the extension under ThreadSanitizer."""
     return _under("thread", [["attacks", str(scenarios)]], ["setarch", "-R"])
@@ -226,6 +247,8 @@ def main() -> int:
         "steps": steps,
         "ring": ring,
         "sanitized": sanitized,
+        "tests": tests,
+        "suite": suite,
         "threads": threads,
     }
     if len(sys.argv) == 3 and sys.argv[1] in parts:
@@ -236,6 +259,7 @@ def main() -> int:
     return (
         sanitized(300)
         or threads(100)
+        or suite(1)
         or differences(2000)
         or attacks(3000)
         or refcounts(10_000_000)
