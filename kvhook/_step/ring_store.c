@@ -1,10 +1,8 @@
 /* The ring's writer as an object of Python's, in place of the function that kvhook/ring/writer.py makes: called as
    `publish(n, record)`. The protocol itself is in ring_protocol.h.
 
-   One thread writes a ring, and it holds the GIL while it does. On a free-threaded build nothing here would be shared
-   between threads either: each engine has its own ring, its own publisher and its own thread. The module does not claim
-   that, though: it does not set Py_mod_gil, so a free-threaded Python turns its GIL on when it is imported, because
-   other threads may add a request to an engine while its step is being published. */
+   One thread writes a ring, and it holds the GIL while it does. A free-threaded build is refused (module.c): there
+   other threads could add a request to an engine while its step is being published. */
 
 #include "step.h"
 
