@@ -38,7 +38,7 @@ def results_of(
     path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     more = {"PYTHONPATH": ":".join(path), "KVHOOK_DIR": str(folder / "rings")}
     results = folder / "results.json"
-    command = [sys.executable, script, *arguments, results]
+    command: list[str | Path] = [sys.executable, script, *arguments, results]
     log = output_of(command, folder, {**environment, **more}, timeout)
     found: dict[str, Any] = json.loads(results.read_text())
     return found | {"log": log}
