@@ -23,6 +23,9 @@ NEEDED_COLUMNS: dict[str, frozenset[str]] = {
 _MOST_TEXT = 4096
 _MOST_DEPTH = 6
 _MOST_NUMBER = 1 << 62
+#: Facts that each record of the engine has as a number of 32 bits.
+_IN_RECORDS = frozenset({"engine"})
+_MOST_IN_RECORDS = (1 << 31) - 1
 
 _TYPES = {field.name: field.type for field in FACT_FIELDS}
 _RUN_TYPES = {field.name: field.type for field in RUN_FIELDS}
@@ -35,6 +38,8 @@ def clean_facts(raw: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for name, value in raw.items():
         kind = _TYPES.get(name, "")
+        if name in _IN_RECORDS and type(value) is int and value > _MOST_IN_RECORDS:
+            continue
         if kind == "reasons":
             facts[name] = _reasons(value)
         elif (value is None and kind != "count") or _fits(kind, value):

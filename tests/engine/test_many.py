@@ -1,6 +1,6 @@
 """Many real engines, one after the other in one process: nothing of kvhook's stays but what is told of them.
 
-KVHOOK_MANY_ENGINES=200 makes so many, instead of 17, after three others.
+KVHOOK_MANY_ENGINES=200 makes so many, instead of 10, after three others.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tests.conftest import ROOT
 
 #: vLLM itself, torch and kvhook load what they need with the first engines.
 WARM = 3
-COUNT = int(os.environ.get("KVHOOK_MANY_ENGINES") or 17)
+COUNT = int(os.environ.get("KVHOOK_MANY_ENGINES") or 10)
 #: Rings of engines that are gone are kept, for `kvhook recover`; the oldest are removed.
 KEPT_RINGS = 16
 #: What the process may grow by for each engine, beyond what it grows by without kvhook.
-KB_EACH = 300
+KB_EACH = 700
 
 
 def made(mode: str, model: str, folder: Path, environment: dict[str, str]) -> Any:

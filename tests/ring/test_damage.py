@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kvhook.analysis.autopsy import examine
@@ -443,6 +443,9 @@ KNOWN_FACTS = st.sampled_from(FACT_NAMES.split())
 
 @slow
 @given(st.dictionaries(KNOWN_FACTS, JSON, max_size=5), st.sampled_from(["trace", "ring"]))
+@example({"engine": (1 << 31) - 1}, "ring")
+@example({"engine": 1 << 31}, "ring")  # it was told as it is, and no record has room for it
+@example({"engine": 1 << 31}, "trace")
 def test_any_facts_with_all_checksums_right(files: Files, facts: dict[str, Any], kind: str):
     if kind == "ring":
         path = files.put(forged(files.ring, set_to(**facts)), RING_NAME)
