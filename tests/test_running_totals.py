@@ -67,7 +67,7 @@ def as_read(session: kvhook.Session, engine: int | None = None) -> dict[str, Any
 @pytest.mark.parametrize("seed", range(4))
 def test_it_is_that_of_the_files_at_any_moment(fresh: Path, seed: int):
     rng = random.Random(seed)
-    with fake_vllm() as vllm, kvhook.install(trace="run.kvh") as session:
+    with fake_vllm() as vllm, kvhook.install(trace=fresh / "run.kvh") as session:
         engines = [vllm.engine(num_gpu_blocks=60), vllm.engine(log_stats=True)]
         for _ in range(12):
             work(rng.choice(engines), rng.choice([1, 7, 300]), rng)

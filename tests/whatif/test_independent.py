@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kvhook.whatif.distances import lru_curve
@@ -29,7 +31,8 @@ def found_by_libcachesim(requests: BlockRequests, blocks: int) -> int:
 
 
 @pytest.mark.parametrize("seed", [11, 12])
-def test_an_independent_simulator_finds_as_much(seed: int):
+def test_an_independent_simulator_finds_as_much(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # it makes a folder there as soon as it is imported
     requests = Sent(seed, 300, 4).requests()
     curve = lru_curve(requests)
     sizes = range(requests.longest, requests.num_distinct + 100, 120)
