@@ -30,18 +30,23 @@ def serves_an_engine(frame: FrameType | None) -> bool:
     return False
 
 
-#: What a process of an engine core's own runs, in every release that has one.
-_CORE_LOOP = ("vllm.v1.engine.core", "run_engine_core")
+#: The module by which a front end makes an engine core in its own process, in every release of V1.
+_CLIENTS = "vllm.v1.engine.core_client"
+#: Where a process of `multiprocessing` begins. One that was forked has what its parent was doing below it.
+_BEGINNING = ("multiprocessing.process", "_bootstrap")
 
 
 def is_of_a_core(frame: FrameType | None) -> bool:
-    """Whether this is a process of an engine core's own, rather than one in which somebody makes an engine.
+    """Whether an engine core is made in a process that is there for it, rather than by a front end in the same process.
 
     Args:
         frame: a function that the core's making has called.
     """
     while frame is not None:
-        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _CORE_LOOP:
+        module = frame.f_globals.get("__name__")
+        if module == _CLIENTS:
+            return False
+        if (module, frame.f_code.co_name) == _BEGINNING:
             return True
         frame = frame.f_back
-    return False
+    return True

@@ -39,8 +39,8 @@ def encoder_decoder_scheduler() -> type:
         pytest.skip("this vLLM has no cache for an encoder-decoder model of its own")
 
     class EncoderDecoder(scheduler):  # type: ignore[misc, valid-type, unused-ignore]
-        @functools.wraps(scheduler.__init__)
-        def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc, unused-ignore]
+        @functools.wraps(scheduler.__init__)  # type: ignore[misc, unused-ignore]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.is_encoder_decoder = True
             self.max_num_encoder_input_tokens = 4 * ENCODER_TOKENS
