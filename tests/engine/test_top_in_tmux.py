@@ -36,7 +36,10 @@ class Terminal:
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self._tmux = ["tmux", "-S", str(folder / "tmux"), "-f", "/dev/null"]
         self._environment = environment | {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
-        command = f"exec {sys.executable} -m kvhook top --dir {folder / 'rings'}"
+        # tmux does not always know with what a program has ended
+        self.code = folder / "code"
+        top = f"{sys.executable} -m kvhook top --dir {folder / 'rings'}"
+        command = f"{top}; echo $? >{self.code}.new; mv {self.code}.new {self.code}"
         self("new-session", "-d", "-x", "80", "-y", "24", command, ";", "set", "-g", "remain-on-exit", "on")
 
     def __call__(self, *words: str) -> str:
@@ -168,10 +171,8 @@ def watch(terminal: Terminal, engine: Engine) -> None:
     assert f"{did['finished']} finished, 0 aborted" in screen
     assert number(screen, r"steps +([\d,]+);") == did["steps"]
     terminal("send-keys", "q")
-    give_up = time.monotonic() + PATIENCE
-    while (ended := terminal("display", "-p", "#{pane_dead} #{pane_dead_status}").strip()) != "1 0":
-        assert time.monotonic() < give_up, ended
-        time.sleep(0.05)
+    terminal.until(lambda screen: terminal.code.exists())
+    assert terminal.code.read_text() == "0\n"
 
 
 def fits(width: int, height: int, screen: str) -> bool:
