@@ -11,16 +11,21 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 #: So many readings of the clocks are kept of a run: one for each ten seconds of half a day.
 MOST_READINGS = 4096
+#: No clock shows more nanoseconds than this, some 146 years: a damaged file does.
+_MOST_NS = 1 << 62
 
 
 def readings_in(raw: Any) -> dict[int, int]:
     """Readings as `Clock.readings` gives them, out of a file; what is none is left out."""
     pairs = raw if isinstance(raw, list) else []
     return {
-        pair[0]: pair[1]
-        for pair in pairs
-        if isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and 0 <= n < 1 << 62 for n in pair)
+        pair[0]: pair[1] for pair in pairs if isinstance(pair, list) and len(pair) == 2 and all(map(_is_shown, pair))
     }
+
+
+def _is_shown(ns: Any) -> bool:
+    """Whether a clock can show this."""
+    return type(ns) is int and 0 <= ns < _MOST_NS
 
 
 class Clock:
@@ -29,11 +34,11 @@ class Clock:
     Args:
         readings: monotonic -> realtime, both read at the same moment: one when the recording began, and more while it
             went on. Between two readings the difference of the clocks is taken to change evenly; before the first and
-            after the last it is that of the nearest.
+            after the last it is that of the nearest. What no clock can show is left out.
     """
 
     def __init__(self, readings: Mapping[int, int]) -> None:
-        at = sorted(readings)
+        at = sorted(one for one, real in readings.items() if _is_shown(one) and _is_shown(real))
         if len(at) > MOST_READINGS:
             # evenly, first and last among them; to thin out once more changes nothing
             at = [at[i * (len(at) - 1) // (MOST_READINGS - 1)] for i in range(MOST_READINGS)]

@@ -418,6 +418,7 @@ def test_any_damage_anywhere(files: Files, kind: str, what: list[tuple[str, floa
 
 
 @slow
+@example("trace", [("flip", 0.36328125, 255)])  # the time since 1970
 @given(st.sampled_from(["trace", "ring"]), damages())
 def test_any_damage_in_the_words_of_the_header(files: Files, kind: str, what: list[tuple[str, float, int]]):
     data = getattr(files, kind)
