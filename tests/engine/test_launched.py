@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import pytest
 import kvhook
 from tests.conftest import ROOT
 from tests.engine import vllm_here
+from tests.processes import output_of
 from tests.workloads import CALM_HITS
 
 RANKS = 2
@@ -39,25 +39,20 @@ class Run(NamedTuple):
 @pytest.fixture(scope="module")
 def run(engine_environment: dict[str, str], model: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("launched")
-    done = subprocess.run(
+    output_of(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"),
             *("-m", "tests.engine.launched", model, folder / "run.kvh", folder),
         ],
-        env={
+        ROOT,
+        {
             **engine_environment,
             "PYTHONPATH": f"{ROOT}:{engine_environment.get('PYTHONPATH', '')}",
             "KVHOOK_DIR": str(folder / "rings"),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         },
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
         timeout=500,
-        check=False,
     )
-    assert done.returncode == 0, done.stdout[-8000:]
     return Run([json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)], folder)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import kvhook
 from tests.conftest import ROOT
 from tests.engine import vllm_here
 from tests.engine.two_engines import BLOCKS
+from tests.processes import output_of
 
 BOTH = (0, 1)
 pytestmark = pytest.mark.skipif(not vllm_here.since(0, 16), reason="older engines do not live together in one process")
@@ -39,22 +39,17 @@ def run(
 ) -> Run:
     folder = tmp_path_factory.mktemp("two")
     own = request.param != "in the process"
-    done = subprocess.run(
+    output_of(
         [sys.executable, "-m", "tests.engine.two_engines", model, folder / "run.kvh", folder / "results.json"],
-        env={
+        ROOT,
+        {
             **engine_environment,
             "PYTHONPATH": f"{ROOT}:{engine_environment.get('PYTHONPATH', '')}",
             "KVHOOK_DIR": str(folder / "rings"),
             "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own)),
         },
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
         timeout=500,
-        check=False,
     )
-    assert done.returncode == 0, done.stdout[-8000:]
     return Run(json.loads((folder / "results.json").read_text()), kvhook.open(folder / "run.kvh"), own)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.engine.settings import cases, release
+from tests.processes import output_of
 
 #: Chunked prefill and asynchronous scheduling: here stats come without outputs.
 ENGINES = (1, 8)
@@ -30,22 +30,17 @@ SEEDS = release.run(number * cases.PER_ENGINE + i for number in NUMBERS for i in
 def results(engine_environment: dict[str, str], model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     folder = tmp_path_factory.mktemp("own")
     numbers = [str(number) for number in dict.fromkeys(seed // cases.PER_ENGINE for seed in SEEDS)]
-    done = subprocess.run(
+    output_of(
         [sys.executable, Path(__file__).with_name("own_process.py"), model, folder / "results.json", *numbers],
-        env={
+        folder,
+        {
             **engine_environment,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "KVHOOK_DIR": str(folder / "rings"),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         },
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
         timeout=900,
-        check=False,
     )
-    assert done.returncode == 0, done.stdout[-8000:]
     return {one["seed"]: one for one in json.loads((folder / "results.json").read_text())}
 
 
