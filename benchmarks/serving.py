@@ -22,9 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 START = 600.0
 
 OPTIONS = (
-    *("--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "512", "--block-size", "32"),
+    *("--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "2048", "--block-size", "32"),
     *("--num-gpu-blocks-override", "400", "--max-num-seqs", "64", "--served-model-name", "tiny"),
 )
+#: Tokens of a request that its client leaves: more than are made before the server sees it, also on a busy machine.
+LEFT_TOKENS = 1900
 #: The two ways to start it: what stands before the options.
 API_SERVER = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
 VLLM_SERVE = (str(Path(sys.executable).with_name("vllm")), "serve")

@@ -171,6 +171,25 @@ def test_a_core_keeps_its_engine_when_another_one_ends(tmp_path: Path):
     watch.close()
 
 
+def test_what_a_core_did_before_its_engine_was_found_is_not_lost(tmp_path: Path):
+    """The core's ring is made before the front end's, and a look may fall between the two."""
+    elsewhere, place = tmp_path / "elsewhere", tmp_path / "place"
+    elsewhere.mkdir()
+    place.mkdir()
+    recording = busy(elsewhere)
+    core = Core(recording)
+    core.ring.path.rename(place / core.ring.path.name)
+    watch = Watch(lambda: [place], clock=iter(range(0, 1000, 10)).__next__)
+    watch.refresh()
+    core.step(step=0, t_end_ns=NOW - 500_000_000, num_recomputed_tokens=100)
+    watch.refresh()
+    recording.path.rename(place / recording.path.name)
+    watch.refresh()
+    watch.refresh()
+    assert [view.recomputed for view in watch.views(1.0, NOW + 1)] == [100]
+    watch.close()
+
+
 def test_what_is_not_known_is_none(tmp_path: Path):
     recording = Recording(tmp_path)
     (view,) = watched(tmp_path)

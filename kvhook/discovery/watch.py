@@ -126,8 +126,9 @@ class Watch:
     def _take_core(self, path: Path, reader: RingReader, *, gone: bool) -> None:
         live = self._front_end_of(path, reader.header)
         try:
-            batch = reader.poll(_MOST)
-            if live is not None and len(batch.slots):
+            # the core's ring is made first: what is in it is left there until its front end has been found
+            batch = None if live is None else reader.poll(_MOST)
+            if live is not None and batch is not None and len(batch.slots):
                 live.take_core(CoreRecords([[ArraySlots(batch.slots, reader.header)]], str(path)).steps())
         except KvhookError:
             gone = True

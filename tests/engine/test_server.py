@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import kvhook
-from benchmarks.serving import Answer, ask, client_of, server
+from benchmarks.serving import LEFT_TOKENS, Answer, ask, client_of, server
 from tests.engine import vllm_here
 
 pytestmark = pytest.mark.skipif(not vllm_here.since(0, 22), reason="the options of the server are those of 0.22")
@@ -72,7 +72,8 @@ async def conversation(this: Any) -> list[Answer]:
     """Eight clients at the same time, half of them streaming, and one that goes away."""
     async with client_of(this) as client:
         asked = [ask(client, f"Where is book {n}?", 10 + n, stream=n % 2 == 0) for n in range(8)]
-        return list(await asyncio.gather(*asked, ask(client, "Tell me everything", 300, leave_after=LEFT_AFTER)))
+        left = ask(client, "Tell me everything", LEFT_TOKENS, leave_after=LEFT_AFTER)
+        return list(await asyncio.gather(*asked, left))
 
 
 def test_tokens_are_those_that_clients_were_given_and_those_of_vllm_s_counters(served: Served):

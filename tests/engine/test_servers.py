@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import kvhook
-from benchmarks.serving import ROOT, VLLM_SERVE, Answer, Server, ask, client_of, server
+from benchmarks.serving import LEFT_TOKENS, ROOT, VLLM_SERVE, Answer, Server, ask, client_of, server
 from tests.engine import vllm_here
 
 #: Read here: a test finds none of kvhook's variables.
@@ -65,7 +65,7 @@ async def one_after_the_other(this: Server) -> list[Answer]:
     """The same batches every time: each request is alone. Half of them stream; one goes away."""
     async with client_of(this) as client:
         done = [await ask(client, f"Where is book {n}? " * 3, 10 + n, stream=n % 2 == 0) for n in range(8)]
-        return [*done, await ask(client, "Tell me everything. " * 20, 300, leave_after=3)]
+        return [*done, await ask(client, "Tell me everything. " * 20, LEFT_TOKENS, leave_after=3)]
 
 
 def settled(this: Server) -> dict[str, float]:
