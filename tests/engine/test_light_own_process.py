@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engine import vllm_here
+from tests.entry_point import python_path
 from tests.processes import results_of
 from tests.workloads import CALM_HITS, USABLE, calm_workload
 
@@ -20,6 +21,7 @@ def run(engine_environment: dict[str, str], model: str, tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp("light")
     environment = {
         **engine_environment,
+        "PYTHONPATH": python_path(folder / "plugin"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_LOG_STATS_INTERVAL": "0.001",
         # AsyncLLM takes the outputs of a step in slices of so many
