@@ -101,7 +101,9 @@ def make_llm(engine_environment: dict[str, str], model: str) -> MakeLLM:
 
     def make(**options: Any) -> Any:
         vllm_here.collect_engines()
-        return LLM(model=model, **vllm_here.options() | options)
+        llm = LLM(model=model, **vllm_here.options() | options)
+        vllm_here.end_workers_with(llm.llm_engine)
+        return llm
 
     return make
 

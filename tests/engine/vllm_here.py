@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import weakref
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -135,6 +136,16 @@ def collect_engines() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def end_workers_with(engine: Any) -> None:
+    """End an engine's worker processes when the engine is deleted. vLLM does not where its core is in this process:
+    from 0.20 to 0.22 a CPU engine has a worker process, which stays and takes a core for itself."""
+    core = getattr(getattr(engine, "engine_core", None), "engine_core", None)
+    executor = getattr(core, "model_executor", None)
+    if getattr(executor, "workers", None):
+        assert executor is not None
+        weakref.finalize(engine, executor.shutdown)
 
 
 def stand_numba() -> None:
