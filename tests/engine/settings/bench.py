@@ -279,6 +279,7 @@ def rules(settings: Settings, view: View) -> Rules:
         caching=view.caching,
         by_priority="scheduling_policy" in options,
         unhashed_first=release.unhashed_first(),
+        last_look_up_told=release.last_look_up_told(),
     )
 
 

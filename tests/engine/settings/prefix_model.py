@@ -29,6 +29,8 @@ class Rules(NamedTuple):
     by_priority: bool
     #: blocks without a hash are put at the front of the free queue
     unhashed_first: bool
+    #: a request that was preempted before its first token is told what its last look-up found, not its first
+    last_look_up_told: bool
 
 
 @dataclasses.dataclass
@@ -245,17 +247,21 @@ class Model:
     def _look_up(self, one: Running) -> list[int]:
         """At most all tokens but the last, which has to be computed."""
         if not (one.looks_up and self.rules.caching):
-            if self.cached[one.number] is None:
-                self.cached[one.number] = 0
+            self._tell(one, 0)
             return []
         found = self.pool.look_up(self._hashes(one, (one.known - 1) // self.rules.block_size))
         kind = "prefix_cache_preempted" if one.preempted else "prefix_cache"
         hits = len(found) * self.rules.block_size
         for what, by in (("requests", 1), ("queries", one.known), ("hits", hits)):
             setattr(self.now, f"{kind}_{what}", getattr(self.now, f"{kind}_{what}") + by)
-        if self.cached[one.number] is None:
-            self.cached[one.number] = hits
+        self._tell(one, hits)
         return found
+
+    def _tell(self, one: Running, hits: int) -> None:
+        """What vLLM says of the request: how many of its tokens were found."""
+        again = self.rules.last_look_up_told and not one.given
+        if self.cached[one.number] is None or again:
+            self.cached[one.number] = hits
 
     def _hashes(self, one: Running, blocks: int) -> list[int]:
         """A number for each whole block and all that is before it."""

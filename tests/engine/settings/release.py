@@ -61,6 +61,13 @@ def asserts_stats() -> bool:
     return says("v1/engine/llm_engine.py", "assert outputs.scheduler_stats is not None")
 
 
+def last_look_up_told() -> bool:
+    """Whether a request that was preempted before its first token is told what its last look-up found. The first one's
+    is written over up to 0.25."""
+    scheduler = "v1/core/sched/scheduler.py"
+    return says(scheduler, "request.prefill_stats.set(") and not says(scheduler, "request.num_preemptions <= 0")
+
+
 def unhashed_first() -> bool:
     """Whether freed blocks without a hash are taken before all others, rather than in the order of freeing. 0.23 does
     so with those of sliding windows alone, and asks for it by an argument."""
