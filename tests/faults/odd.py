@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,8 @@ VALUES: dict[str, Any] = {
     "bytes": b"\xff",
 }
 
-BLOCKED = 0.05
+#: Seconds that a value takes. KVHOOK_BLOCKED_SECONDS=1 for the long form.
+BLOCKED = float(os.environ.get("KVHOOK_BLOCKED_SECONDS") or 0.05)
 
 #: Name of a behaviour -> what happens in place of giving the value.
 BEHAVIOURS: dict[str, Callable[[Any], Any]] = {}
