@@ -40,7 +40,8 @@ def build(folder: Path) -> Path:
     wanted = hashlib.sha256(f"{base}\n{sys.version}\n".encode() + PINS.read_bytes()).hexdigest()
     if stamp.is_file() and stamp.read_text() == wanted:
         return python
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    # without the setuptools that Python brings, which can be too old to build: pip and setuptools are those of `.venv`
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True)
     packages = folder / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
     (packages / "base.pth").write_text(f"{base}\n")
     give_usual_name(packages)
