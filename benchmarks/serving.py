@@ -25,7 +25,7 @@ OPTIONS = (
     *("--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "2048", "--block-size", "32"),
     *("--num-gpu-blocks-override", "400", "--max-num-seqs", "64", "--served-model-name", "tiny"),
 )
-#: Tokens of a request that its client leaves: more than are made before the server sees it, also on a busy machine.
+#: Tokens of a request that its client leaves: so many that the server mostly sees it before it has made them.
 LEFT_TOKENS = 1900
 #: The two ways to start it: what stands before the options.
 API_SERVER = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")

@@ -127,9 +127,8 @@ class Watch:
         live = self._front_end_of(path, reader.header)
         try:
             # the core's ring is made first: what is in it is left there until its front end has been found
-            batch = None if live is None else reader.poll(_MOST)
-            if live is not None and batch is not None and len(batch.slots):
-                live.take_core(CoreRecords([[ArraySlots(batch.slots, reader.header)]], str(path)).steps())
+            if live is not None and len(slots := reader.poll(_MOST).slots):
+                live.take_core(CoreRecords([[ArraySlots(slots, reader.header)]], str(path)).steps())
         except KvhookError:
             gone = True
         if gone:
