@@ -30,9 +30,10 @@ def ours() -> dict[str, int]:
 
 
 def state(rings: Path) -> dict[str, Any]:
-    """What this process has, when the engine is gone."""
+    """What this process has, when the engine is gone. Frozen objects are not among those that are counted; they are
+    frozen again afterwards, see `collect_engines`."""
     gc.unfreeze()
-    return {
+    found = {
         "kb": settled_kb(),
         "descriptors": descriptors(),
         "threads": threads(),
@@ -40,6 +41,8 @@ def state(rings: Path) -> dict[str, Any]:
         "maps of rings": Path("/proc/self/maps").read_text().count(str(rings)),
         "objects": ours(),
     }
+    gc.freeze()
+    return found
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from tests.engine.settings import bench, release
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     told = bench.told()
     left = [f"{count} cases left out, {why}" for why, count in sorted(release.left_out.items())]
-    if told:
+    if told or left:
         terminalreporter.write_sep("-", "settings test")
         for line in (*told, *left):
             terminalreporter.write_line(line)

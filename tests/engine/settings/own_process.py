@@ -1,12 +1,15 @@
-"""Run by test_settings_own_process.py: cases on engines whose core has a process of its own.
+"""Run by test_settings_own_process.py: the cases of one engine whose core has a process of its own.
 
-Arguments: the model, the file for the results (JSON), and the numbers of the engines.
+Arguments: the model, the file for the results (JSON), and the number of the engine. With KVHOOK_ALONE=1 the cases are
+run without kvhook, and there are no results.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,22 +35,21 @@ COUNTS = (
 ROW = ("request_id", "finish_reason", "num_prompt_tokens", "num_generation_tokens", "num_cached_tokens", "max_tokens")
 
 
-def engine(model: str, number: int) -> list[dict[str, Any]]:
+def engine(model: str, number: int, session: kvhook.Session | None) -> list[dict[str, Any]]:
     """The cases of one engine: what came back, and what was recorded."""
     from vllm import LLM  # type: ignore[import-not-found, unused-ignore]
 
-    can = release.can()
-    settings = cases.settings(number, can)
+    settings = cases.settings(number, release.can())
+    options = COMMON | settings.options | of_kind(settings)
+    llm = LLM(model=model, **options, disable_log_stats=not settings.stats_on)
+    driver = Driver(llm, in_process=False)
     found = []
-    with forced(settings), kvhook.install(level=settings.level) as session:
-        options = COMMON | settings.options | of_kind(settings)
-        llm = LLM(model=model, **options, disable_log_stats=not settings.stats_on)
-        driver = Driver(llm, in_process=False)
-        for seed in range(number * cases.PER_ENGINE, (number + 1) * cases.PER_ENGINE):
-            steps, rows, calls = len(session.steps()), len(session.requests()), driver.calls
-            case = cases.case(seed, can)
-            llm.llm_engine.reset_prefix_cache()
-            asked = driver.run(case)
+    for seed in range(number * cases.PER_ENGINE, (number + 1) * cases.PER_ENGINE):
+        steps, rows = (len(session.steps()), len(session.requests())) if session else (0, 0)
+        calls = driver.calls
+        llm.llm_engine.reset_prefix_cache()
+        asked = driver.run(cases.case(seed, release.can()))
+        if session:
             found.append(
                 {
                     "seed": seed,
@@ -66,10 +68,14 @@ def told(table: Any, columns: tuple[str, ...]) -> dict[str, list[Any]]:
     return {name: table[name].tolist() for name in columns if name in (table.dtype.names or ())}
 
 
-def main(model: str, results: str, *numbers: str) -> None:
-    everything = [one for number in numbers for one in engine(model, int(number))]
+def main(model: str, results: str, number: str) -> None:
+    settings = cases.settings(int(number), release.can())
+    alone = os.environ.get("KVHOOK_ALONE") == "1"
+    with forced(settings), contextlib.nullcontext() if alone else kvhook.install(level=settings.level) as session:
+        found = engine(model, int(number), session)
     assert "vllm.v1.worker.cpu_worker" not in sys.modules, "the core has no process of its own"
-    Path(results).write_text(json.dumps(everything))
+    if not alone:
+        Path(results).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
