@@ -6,6 +6,7 @@
     python tests/step/torture.py differences 3000  so many scenarios of the differential test in this process
     python tests/step/torture.py attacks 3000      so many scenarios with attributes that do harm
     python tests/step/torture.py suite 1           tests/step and tests/ring under ASan and UBSan, so many times
+    python tests/step/torture.py races 1           the same under ThreadSanitizer
     python tests/step/torture.py ring 1e9          so many reads of a ring by one C process that another one writes
 
 With the sanitizers the extension is built anew, into a folder of its own, and loaded in the place of the usual one.
@@ -161,9 +162,12 @@ SANITIZERS = {
     "thread": (
         "-fsanitize=thread -Wno-tsan -fno-omit-frame-pointer -g -O1",
         "libtsan.so",
-        {"TSAN_OPTIONS": "halt_on_error=1"},
+        # a report is an error; a child that was forked off beside other threads may start threads of its own
+        {"TSAN_OPTIONS": "halt_on_error=1 die_after_fork=0"},
     ),
 }
+#: ThreadSanitizer wants memory at the addresses that it knows.
+STILL = ["setarch", "-R"]
 
 
 def sanitized(scenarios: int) -> int:
@@ -194,7 +198,12 @@ def suite(times: int) -> int:
 
 def threads(scenarios: int) -> int:
     """Attributes that do harm while another thread runs, with the extension under ThreadSanitizer."""
-    return _under("thread", [["attacks", str(scenarios)]], ["setarch", "-R"])
+    return _under("thread", [["attacks", str(scenarios)]], STILL)
+
+
+def races(times: int) -> int:
+    """The tests of the step path and of the ring under ThreadSanitizer."""
+    return _under("thread", [["tests", str(times)]], STILL)
 
 
 def _under(sanitizer: str, parts: list[list[str]], launcher: list[str] | None = None) -> int:
@@ -250,6 +259,7 @@ def main() -> int:
         "tests": tests,
         "suite": suite,
         "threads": threads,
+        "races": races,
     }
     if len(sys.argv) == 3 and sys.argv[1] in parts:
         return parts[sys.argv[1]](int(float(sys.argv[2])))
@@ -260,6 +270,7 @@ def main() -> int:
         sanitized(300)
         or threads(100)
         or suite(1)
+        or races(1)
         or differences(2000)
         or attacks(3000)
         or refcounts(10_000_000)
