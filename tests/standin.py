@@ -129,6 +129,13 @@ def fake_vllm(
         yield FakeVllm()
 
 
+def play(engine: Any, *steps: Any) -> None:
+    """Have an engine of the stand-in take these steps."""
+    engine.plan += steps
+    for _ in steps:
+        assert engine.step() == ["output of the step"]
+
+
 def step_stats(
     *,
     prefix: dict[str, Any] | None = None,
