@@ -75,7 +75,8 @@ BOTH_PATHS = (
     "ring/test_spool.py",
     "ring/test_torn.py",
     "test_aborted_requests.py",
-    "test_no_silent_loss.py",
+    "test_no_silent_loss_engines.py",
+    "test_no_silent_loss_processes.py",
     "test_ring_basics.py",
     "test_session.py",
 )
