@@ -168,4 +168,10 @@ def step_stats(
     return scheduler, it, None
 
 
+def looked_up(queries: int, hits: int, finished: int = 0) -> Any:
+    """A step with one look-up, and so many requests that finish."""
+    requests = [{"finish_reason": 1, "num_prompt_tokens": queries, "num_cached_tokens": hits}] * finished
+    return step_stats(prefix={"queries": queries, "hits": hits}, generated=1, finished=requests)
+
+
 NO_STATS = (None, None, None)
