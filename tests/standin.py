@@ -129,6 +129,13 @@ def fake_vllm(
         yield FakeVllm()
 
 
+def play(engine: Any, *steps: Any) -> None:
+    """Have an engine of the stand-in take these steps."""
+    engine.plan += steps
+    for _ in steps:
+        assert engine.step() == ["output of the step"]
+
+
 def step_stats(
     *,
     prefix: dict[str, Any] | None = None,
@@ -159,6 +166,12 @@ def step_stats(
             one.kvhook_ttft = request["ttft"]
         it.finished_requests.append(one)
     return scheduler, it, None
+
+
+def looked_up(queries: int, hits: int, finished: int = 0) -> Any:
+    """A step with one look-up, and so many requests that finish."""
+    requests = [{"finish_reason": 1, "num_prompt_tokens": queries, "num_cached_tokens": hits}] * finished
+    return step_stats(prefix={"queries": queries, "hits": hits}, generated=1, finished=requests)
 
 
 NO_STATS = (None, None, None)

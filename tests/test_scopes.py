@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import threading
-import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +16,10 @@ import pytest
 import kvhook
 from kvhook.cli import main
 from kvhook.errors import KvhookError
-from kvhook.records.events import Events, Scope, described, from_meta, scope_events
 from tests.conftest import ROOT
-from tests.standin import fake_vllm, step_stats
+from tests.standin import fake_vllm, looked_up, play
 
 pytestmark = pytest.mark.usefixtures("fresh")
-
-
-def play(engine: Any, *steps: Any) -> None:
-    engine.plan += steps
-    for _ in steps:
-        engine.step()
-
-
-def looked_up(queries: int, hits: int, finished: int = 0) -> Any:
-    """A step with one look-up, and so many requests that finish."""
-    requests = [{"finish_reason": 1, "num_prompt_tokens": queries, "num_cached_tokens": hits}] * finished
-    return step_stats(prefix={"queries": queries, "hits": hits}, generated=1, finished=requests)
 
 
 def test_a_warm_up_is_left_out_of_the_summary_which_says_so():
@@ -266,136 +250,3 @@ def test_parts_by_step_and_by_time():
         trace.between("now", 4)  # type: ignore[arg-type]
     with pytest.raises(KvhookError, match="there are 'unix' and 'monotonic'"):
         trace.between(1, 4, clock="sidereal")
-
-
-# Calls of LLM
-
-
-class LLM:
-    """In the place of vLLM's: its methods run an engine of the stand-in."""
-
-    def __init__(self, engine: Any) -> None:
-        self.llm_engine = engine
-
-    def generate(self, prompts: Any, sampling_params: Any = None, *, use_tqdm: bool = True) -> str:
-        play(self.llm_engine, *[looked_up(10, 5)] * 2)
-        return "outputs"
-
-    def chat(self, messages: Any, sampling_params: Any = None) -> str:
-        return self.generate([str(m) for m in messages], sampling_params)
-
-    def embed(self, prompts: Any, **kwargs: Any) -> None:
-        raise ValueError("no such model")
-
-
-class SamplingParams:
-    def __init__(self, n: int = 1, temperature: float = 1.0, max_tokens: int | None = 16, stop: str = "") -> None:
-        self.n, self.temperature, self.max_tokens, self.stop = n, temperature, max_tokens, stop
-
-
-@contextlib.contextmanager
-def vllm_with_llm() -> Iterator[tuple[Any, Any]]:
-    """The stand-in with a class ``LLM``."""
-    module: Any = types.ModuleType("vllm.entrypoints.llm")
-    module.LLM = type("LLM", (LLM,), {})
-    with fake_vllm(change=lambda modules: modules.update({module.__name__: module})) as vllm:
-        yield vllm, module.LLM
-
-
-def test_every_call_of_llm_is_a_scope_with_its_prompts_and_settings():
-    with vllm_with_llm() as (vllm, llm_class), kvhook.install() as session:
-        one, two = vllm.engine(), vllm.engine()
-        llm = llm_class(one)
-        params = SamplingParams(n=2, max_tokens=4, stop="secret")
-        assert llm.generate(["a", "b", "c"], params) == "outputs"
-        llm.generate([5, 6, 7])
-        llm.chat([{"role": "user"}], sampling_params=[params, params])
-        with pytest.raises(ValueError, match="no such model"):
-            llm.embed("text")
-        llm_class(two).generate(prompts="one")
-        told = [(s.name, s.num_prompts, s.params, s.engines) for s in session.scopes]
-        assert told == [
-            ("generate-0", 3, "n=2, max_tokens=4", (0,)),
-            ("generate-1", 1, "", (0,)),
-            ("chat-0", 1, "n=2, max_tokens=4 (the first of 2)", (0,)),
-            ("embed-0", 1, "", (0,)),
-            ("generate-2", 1, "", (1,)),
-        ]
-        assert session.summary(scope="generate").steps == 6
-        assert session.summary(scope="chat-0").prefix_cache_hits == 10
-        assert session.summary(scope="embed-0").steps == 0
-        assert "secret" not in str(session.meta)
-    assert session.faults == {}
-
-
-def test_calls_are_put_back_and_nothing_is_left():
-    with vllm_with_llm() as (_, llm_class):
-        before = dict(vars(llm_class))
-        with kvhook.install():
-            assert "generate" in vars(llm_class)
-        assert dict(vars(llm_class)) == before
-
-
-def test_a_call_whose_arguments_are_wrong_raises_what_it_raises_without_kvhook():
-    with vllm_with_llm() as (vllm, llm_class), kvhook.install() as session:
-        with pytest.raises(TypeError, match="nonsense"):
-            llm_class(vllm.engine()).generate(nonsense=1)
-        assert session.faults == {}
-        assert [s.num_prompts for s in session.scopes] == [-1]
-
-
-# Events out of files
-
-
-def test_events_of_a_file_are_believed_only_as_far_as_they_make_sense():
-    events = Events()
-    events.take(
-        [
-            ["scope", 0, "a\x1b[2J", "scope", -1, 5, False, [], -1, ""],
-            ["scope", "x", "b", "scope", -1, 5, False, [], -1, ""],
-            ["scope", 1, "short"],
-            ["scope", 2, "c", "scope", 7, 5, 1, ["q"], -1, ""],
-            ["end", 0, 9],
-            ["end", 0, "never"],
-            ["end", 3, 4],
-            ["name", "label", 0, "l"],
-            ["name", "nonsense", 0, "l"],
-            ["request", 0, 1, 2, 3, "x"],
-            ["newer", 1],
-            [], 7, None, [[]],
-        ]
-    )  # fmt: skip
-    events.take("nothing")
-    assert list(events.scopes) == [0]
-    assert (events.scopes[0].name, events.scopes[0].ended_ns) == ("a?[2J", 9)
-    assert events.names["label"] == {0: "l"}
-    assert not events.requests
-    events.take([["scope", 3, "late", "scope", -1, 1, False, [], -1, ""]])
-    assert events.scopes[3].ended_ns == 4
-
-
-def test_scopes_come_back_from_their_events_and_from_meta():
-    scopes = [Scope(0, "a", began_ns=1, ended_ns=9, warmup=True), Scope(1, "b", "chat", 0, 2, 5, False, (1,), 3, "n=2")]
-    events = Events()
-    for scope in scopes:
-        events.take(scope_events(scope))
-    assert list(events.scopes.values()) == scopes
-    told = described(events.scopes.values())
-    assert [(s.path, s.warmup) for s in told] == [("a", True), ("a/b", True)]
-    assert from_meta([s._asdict() for s in told]) == told
-    assert from_meta([{"number": "x", "name": "n"}, {"name": "n"}, 5, {"number": 1, "name": "n", "engines": 5}]) == []
-
-
-def test_putting_later_events_to_earlier_ones_leaves_them_as_they_are():
-    one, two, both = Events(), Events(), Events()
-    one.take([["scope", 0, "a", "scope", -1, 1, False, [], -1, ""], ["name", "label", 0, "x"]])
-    two.take([["end", 0, 7], ["scope", 1, "b", "scope", -1, 8, False, [], -1, ""], ["name", "label", 1, "y"]])
-    both.add(one)
-    both.add(two)
-    assert [(s.name, s.ended_ns) for s in both.scopes.values()] == [("a", 7), ("b", -1)]
-    assert both.names["label"] == {0: "x", 1: "y"}
-    assert one.scopes[0].ended_ns == -1
-    assert one.names["label"] == {0: "x"}
-    again = Events()
-    again.take(both.as_list())
-    assert (again.scopes, again.names) == (both.scopes, both.names)

@@ -42,6 +42,7 @@ _V1 = (
     "test_many.py",
     "test_harmless.py",
     "test_light.py",
+    "test_light_over_budget.py",
     "test_own_process.py",
     "test_light_own_process.py",
     "test_collector.py",
@@ -148,6 +149,16 @@ def record(make_llm: MakeLLM, install: dict[str, Any] | None = None, **options: 
         llm = make_llm(**options)
         seen = observe(llm, workload())
         return Recorded(seen, session, session.steps(), session.requests(), session.summary())
+
+
+@pytest.fixture
+def nothing_installed() -> Iterator[None]:
+    """Neither before a test nor after it."""
+    import kvhook
+
+    kvhook.uninstall()
+    yield
+    kvhook.uninstall()
 
 
 @pytest.fixture(scope="session")

@@ -159,6 +159,7 @@ class Entry(NamedTuple):
                 "test_faults.py",
                 "test_harmless.py",
                 "test_light.py",
+                "test_light_over_budget.py",
                 "settings/test_settings.py",
             ]
         return [f"tests/engine/{name}" for name in names]
