@@ -76,8 +76,8 @@ def test_prompts_that_were_never_looked_up_are_inferred(tmp_path: Path):
         run.front.finish(number, num_prompt_tokens=100, num_generation_tokens=1)
     run.front.step(num_prompt_tokens=2000, prefix_cache_queries=1000, prefix_cache_hits=500, num_running_reqs=0)
     found = run.findings(with_core=False)
-    if kvhook.open(run.front.path).summary().never_looked_up is not None:
-        assert "never_looked_up" in found
+    assert kvhook.open(run.front.path).summary().never_looked_up == (1000, 2000, True)
+    assert "never_looked_up" in found
 
 
 def test_a_summary_of_a_running_session_has_the_same_findings(fresh: Path):
