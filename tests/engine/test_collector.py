@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,11 +21,7 @@ def strict(answer: Any) -> str:
     return json.dumps(answer, allow_nan=False)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_installed() -> Iterator[None]:
-    kvhook.uninstall()
-    yield
-    kvhook.uninstall()
+pytestmark = pytest.mark.usefixtures("nothing_installed")
 
 
 # Basic collection: every key metric, from every source

@@ -16,11 +16,7 @@ from tests.workloads import Seen, observe, run, workload
 THROUGHPUT = "Avg prompt throughput"
 
 
-@pytest.fixture(autouse=True)
-def _nothing_installed() -> Any:
-    kvhook.uninstall()
-    yield
-    kvhook.uninstall()
+pytestmark = pytest.mark.usefixtures("nothing_installed")
 
 
 def test_outputs_are_the_same_with_and_without(recorded: Recorded, bare: Seen, bare_default: Seen):

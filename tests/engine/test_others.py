@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,11 +18,7 @@ PROMPT = list(range(2, 40))
 NEW_TOKENS = 4
 
 
-@pytest.fixture(autouse=True)
-def _nothing_installed() -> Iterator[None]:
-    kvhook.uninstall()
-    yield
-    kvhook.uninstall()
+pytestmark = pytest.mark.usefixtures("nothing_installed")
 
 
 # Wrappers of LLMEngine.step

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,7 @@ from tests.workloads import BLOCK_SIZE
 FOUR = ["basic_collection", "hit_rate_progression", "usage_progression", "every_method"]
 
 
-@pytest.fixture(autouse=True)
-def _nothing_installed() -> Iterator[None]:
-    kvhook.uninstall()
-    yield
-    kvhook.uninstall()
+pytestmark = pytest.mark.usefixtures("nothing_installed")
 
 
 def counters(llm: Any) -> dict[str, int]:
