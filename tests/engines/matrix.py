@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 # The neighbour of a script is found by its bare name.
-import hashes  # type: ignore[import-not-found]
+import hashes
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

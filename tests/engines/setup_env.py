@@ -467,7 +467,7 @@ def hashes() -> Any:
     """The module beside this one: under -I the folder of a script is not where Python looks for modules."""
     if HERE not in sys.path:
         sys.path.insert(0, HERE)
-    import hashes  # type: ignore[import-not-found]
+    import hashes
 
     return hashes
 
