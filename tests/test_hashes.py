@@ -119,16 +119,16 @@ def installed(environment: Path) -> bool:
 def pip(scripts: Any, environment: Path, tmp_path: Path) -> Any:
     """pip as setup_env.py calls it, and a descriptor that it hands on."""
     with (tmp_path / "guard").open("w") as guard:
-        yield scripts("setup_env").Pip(str(environment), guard.fileno())
+        yield scripts("setup_pip").Pip(str(environment), guard.fileno())
 
 
 def test_the_set_up_installs_a_file_with_the_right_hash_and_no_other(
     pip: Any, scripts: Any, environment: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    hashes, setup_env = scripts("hashes"), scripts("setup_env")
+    hashes = scripts("hashes")
     right = hashlib.sha256(wheel.read_bytes()).hexdigest()
     name_hashes(hashes, monkeypatch, tmp_path, OTHER, "1" * 64)
-    with pytest.raises(setup_env.SetupError) as caught:
+    with pytest.raises(scripts("setup_words").SetupError) as caught:
         pip.install_checked("trial", {"kvhook-trial": "1.0"})
     said = str(caught.value)
     assert "kvhook-trial==1.0" in said
@@ -152,7 +152,7 @@ def test_one_bit_in_the_file_is_enough(
     changed = bytearray(wheel.read_bytes())
     changed[40] ^= 1
     wheel.write_bytes(changed)
-    with pytest.raises(scripts("setup_env").SetupError, match=f"(?s)expected sha256 {right}.*got"):
+    with pytest.raises(scripts("setup_words").SetupError, match=f"(?s)expected sha256 {right}.*got"):
         pip.install_checked("trial", {"kvhook-trial": "1.0"})
 
 
