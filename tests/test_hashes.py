@@ -159,14 +159,15 @@ def test_one_bit_in_the_file_is_enough(
 def test_the_matrix_refuses_it_as_well(
     scripts: Any, environment: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    matrix = scripts("matrix")
+    environments, releases = scripts("matrix_environments"), scripts("matrix_releases")
     monkeypatch.setenv("KVHOOK_ENGINES", str(tmp_path / "engines"))
     name_hashes(scripts("hashes"), monkeypatch, tmp_path, OTHER)
-    builder = matrix.Builder(matrix.RELEASES["0.27.1"])
+    builder = environments.Builder(releases.RELEASES["0.27.1"])
     builder.home = environment
-    with pytest.raises(matrix.MatrixError, match=f"(?s)is not the one.*kvhook-trial==1.0.*expected sha256 {OTHER}"):
+    told = f"(?s)is not the one.*kvhook-trial==1.0.*expected sha256 {OTHER}"
+    with pytest.raises(environments.MatrixError, match=told):
         builder.pip(["kvhook-trial==1.0"])
-    with pytest.raises(matrix.MatrixError, match=f"(?s)is not the one.*kvhook-trial==1.0.*expected sha256 {OTHER}"):
+    with pytest.raises(environments.MatrixError, match=told):
         builder.pip(["kvhook-trial==1.0"], "download", "-d", str(tmp_path / "kernels"))
 
 
