@@ -23,7 +23,7 @@ from pathlib import Path
 from json_files import write_json
 from matrix_environments import MatrixError, build, total_size
 from matrix_places import alone, cache, place
-from matrix_releases import RELEASES, Release, entries_of
+from matrix_releases import RELEASES, Entry, Release, entries_of
 from matrix_run import Outcome, joined, run_entry, tiny_model, today
 from matrix_table import known, plain_table, show_list, write_table
 from setup_words import say
@@ -71,30 +71,39 @@ def main(arguments: list[str]) -> int:
 
 def run(releases: list[Release], options: argparse.Namespace) -> list[Outcome]:
     """Build what is lacking, and run every entry."""
-    outcomes = []
     model = tiny_model()
-    for release in releases:
-        entries = [entry for entry in entries_of(release) if options.entry in entry.name]
-        try:
-            build(release)
-        except MatrixError as error:
-            say(str(error))
-            first = str(error).splitlines()[0]
-            outcomes += [Outcome(entry.name, today(), failed=1, note=first) for entry in entries]
-            continue
-        for entry in entries:
-            say(f"vLLM {release.version}, {entry.engine}, {entry.process}: {entry.reason or 'running'}")
-            with alone(place("logs", f"{entry.name}.lock")):
-                outcome = run_entry(entry, model, shlex.split(options.under), shlex.split(options.pytest))
-                write_json(place("results", f"{entry.name}.json"), outcome._asdict())
-            outcomes.append(outcome)
-            if not entry.reason:
-                counts = f"{outcome.passed} passed, {outcome.failed} failed, {outcome.skipped} skipped"
-                say(f"  {joined(f'{outcome.verdict}: {counts}, {outcome.seconds:.0f} s', outcome.note)}")
-            if outcome.failed:
-                say(f"  the log: {place('logs', entry.name + '.txt')}")
+    outcomes = [outcome for release in releases for outcome in run_release(release, model, options)]
     say(f"\nTraces of the same workload: {cache() / 'traces'}\nDisk use: {total_size()}")
     return outcomes
+
+
+def run_release(release: Release, model: Path, options: argparse.Namespace) -> list[Outcome]:
+    """Build a release if it is lacking, and run its entries; where that fails, each of them has failed."""
+    entries = [entry for entry in entries_of(release) if options.entry in entry.name]
+    try:
+        build(release)
+    except MatrixError as error:
+        say(str(error))
+        first = str(error).splitlines()[0]
+        return [Outcome(entry.name, today(), failed=1, note=first) for entry in entries]
+    outcomes = []
+    for entry in entries:
+        say(f"vLLM {release.version}, {entry.engine}, {entry.process}: {entry.reason or 'running'}")
+        with alone(place("logs", f"{entry.name}.lock")):
+            outcome = run_entry(entry, model, shlex.split(options.under), shlex.split(options.pytest))
+            write_json(place("results", f"{entry.name}.json"), outcome._asdict())
+        outcomes.append(outcome)
+        tell(entry, outcome)
+    return outcomes
+
+
+def tell(entry: Entry, outcome: Outcome) -> None:
+    """What came out of an entry, and where its log is if something failed."""
+    if not entry.reason:
+        counts = f"{outcome.passed} passed, {outcome.failed} failed, {outcome.skipped} skipped"
+        say(f"  {joined(f'{outcome.verdict}: {counts}, {outcome.seconds:.0f} s', outcome.note)}")
+    if outcome.failed:
+        say(f"  the log: {place('logs', entry.name + '.txt')}")
 
 
 if __name__ == "__main__":

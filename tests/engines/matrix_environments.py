@@ -108,11 +108,23 @@ class Builder:
 
     def build(self) -> None:
         began = time.monotonic()
-        python = getattr(sys, "_base_executable", "") or sys.executable
+        self.make_room()
+        self.log.write_text("")
+        packages = wanted(self.release)
+        say(f"vLLM {self.release.version}: installing {len(packages)} packages (minutes; log: {self.log})")
+        self.call(getattr(sys, "_base_executable", "") or sys.executable, "-m", "venv", str(self.home))
+        cuda = self.install(list(packages.values()))
+        self.mend(cuda)
+        size, seconds, today = disk_use(self.home), time.monotonic() - began, datetime.date.today().isoformat()
+        stamp = {"key": key(self.release), "bytes": size, "seconds": round(seconds), "built": today}
+        write_json(self.home / STAMP, stamp)
+        say(f"vLLM {self.release.version}: built in {seconds:.0f} s, {size / 1e9:.1f} GB; {total_size()}")
+
+    def make_room(self) -> None:
+        """Look whether it can be made at all, and remove an older one."""
         if sys.version_info[:2] != ENGINE_PYTHON:
-            raise MatrixError(
-                "The lock files are for Python {}.{}. Run this with .venv/bin/python.".format(*ENGINE_PYTHON)
-            )
+            version = "{}.{}".format(*ENGINE_PYTHON)
+            raise MatrixError(f"The lock files are for Python {version}. Run this with .venv/bin/python.")
         cache().mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache()).free / 1e9
         if free < FREE_GB:
@@ -123,11 +135,9 @@ class Builder:
             if any(self.home.iterdir()) and not (self.home / "pyvenv.cfg").exists():
                 raise MatrixError(f"{self.home} is in the way and no environment.")
             shutil.rmtree(self.home)
-        self.log.write_text("")
-        packages = wanted(self.release)
-        say(f"vLLM {self.release.version}: installing {len(packages)} packages (minutes; log: {self.log})")
-        self.call(python, "-m", "venv", str(self.home))
-        cuda = self.install(list(packages.values()))
+
+    def mend(self, cuda: bool) -> None:
+        """Do what pip alone does not do, so that the engine runs on a CPU."""
         if cuda:
             self.recipe(STAND_INS, str(self.site / "torch"))
         # py-libnuma installs its tests as a package of this name, which would hide those of this checkout
@@ -140,15 +150,6 @@ class Builder:
         }
         for recipe in self.release.recipes:
             self.recipe(SCRIPTS[recipe], *special.get(recipe, [str(self.site)]))
-        size, seconds = disk_use(self.home), time.monotonic() - began
-        stamp = {
-            "key": key(self.release),
-            "bytes": size,
-            "seconds": round(seconds),
-            "built": datetime.date.today().isoformat(),
-        }
-        write_json(self.home / STAMP, stamp)
-        say(f"vLLM {self.release.version}: built in {seconds:.0f} s, {size / 1e9:.1f} GB; {total_size()}")
 
     def install(self, requirements: list[str]) -> bool:
         """Install exactly these; True if torch is a CUDA build."""

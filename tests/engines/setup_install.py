@@ -29,6 +29,16 @@ DISK_CPU_GB, DISK_CUDA_GB = 4, 12
 def set_up(venv: str, named: str, key: dict[str, Any], lock_fd: int) -> None:
     """Everything that is not done yet, from the first to the last step."""
     began = time.monotonic()
+    prepare(venv, named, key)
+    write_stamp(venv, {"complete": False, "key": key})
+    install_all(Pip(venv, lock_fd), venv)
+    check_engine(os.path.join(venv, "bin", "python"))
+    write_stamp(venv, {"complete": True, "key": key})
+    say("The environment in .venv is ready ({:.0f} s).".format(time.monotonic() - began))
+
+
+def prepare(venv: str, named: str, key: dict[str, Any]) -> None:
+    """Afterwards there is an environment to install into, an empty one or what an earlier run left."""
     state = look_at_old(venv)
     if state != "go on":
         python, facts = choose_python(venv, named)
@@ -38,11 +48,12 @@ def set_up(venv: str, named: str, key: dict[str, Any], lock_fd: int) -> None:
         make_venv(venv, python, facts, key)
     elif not read_stamp(venv).get("complete"):
         say("Completing the .venv that is there")
-    write_stamp(venv, {"complete": False, "key": key})
 
+
+def install_all(pip: Pip, venv: str) -> None:
+    """Install what is lacking of the engine and the tools, and kvhook itself in any case."""
     engine, tools = read_pins(LOCK), read_pins(DEV)
     todo = remove_halves(venv, dict(engine, **tools))
-    pip = Pip(venv, lock_fd)
     if todo:
         total = len(engine) + len(tools)
         say("Installing {} of {} packages (all of them: 2.5 GB on disk)".format(len(todo), total))
@@ -58,9 +69,6 @@ def set_up(venv: str, named: str, key: dict[str, Any], lock_fd: int) -> None:
     left = lacking(venv, dict(engine, **tools))
     if left:
         raise SetupError("pip reported no error, but these are not installed: {}".format(", ".join(left)))
-    check_engine(os.path.join(venv, "bin", "python"))
-    write_stamp(venv, {"complete": True, "key": key})
-    say("The environment in .venv is ready ({:.0f} s).".format(time.monotonic() - began))
 
 
 def install_torch(pip: Pip, venv: str, pin: str) -> None:

@@ -16,6 +16,11 @@ from setup_packages import lacking
 from setup_stamp import ROOT
 from setup_words import Progress, SetupError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import IO
+
 
 def clean_environment() -> dict[str, str]:
     """The environment for pip: with the user's indexes and proxies, without what would install elsewhere."""
@@ -54,11 +59,23 @@ class Pip:
     def __call__(self, label: str, arguments: list[str], pins: dict[str, str]) -> tuple[bool, str]:
         """Run `pip install`; returns whether it worked and what it printed."""
         python = os.path.join(self.venv, "bin", "python")
-        command = [python, "-m", "pip", "install", "--progress-bar", "off", "--no-warn-script-location"]
+        command = [python, "-m", "pip", "install", "--progress-bar", "off", "--no-warn-script-location", *arguments]
         progress = Progress(label)
+        said: list[str] = []
+        code = self.run(command, said, lambda: progress.show(how_far(said, pins, self.venv)))
+        if code < 0:
+            said.append("pip was ended by signal {}.\n".format(-code))
+        if code == 0:
+            progress.done("{} package{} installed".format(len(pins), "" if len(pins) == 1 else "s"))
+        elif progress.live:
+            sys.stdout.write("\r\033[K")
+        return code == 0, "".join(said)
+
+    def run(self, command: list[str], said: list[str], meanwhile: Callable[[], None]) -> int:
+        """Run a command to its end and put its lines into `said`; `meanwhile` is called twice a second."""
         # The set-up's lock goes along: should this script be killed, the next run waits until pip has ended.
         child = subprocess.Popen(
-            command + arguments,
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -66,20 +83,7 @@ class Pip:
             pass_fds=(self.lock_fd,),
             cwd=ROOT,
         )
-        assert child.stdout is not None
-        said: list[str] = []
-        stream = child.stdout
-
-        def listen() -> None:
-            with open(self.log, "a", encoding="utf-8") as log:
-                log.write("\n$ " + " ".join(command + arguments) + "\n")
-                for raw in stream:
-                    line = raw.decode("utf-8", "replace")
-                    said.append(line)
-                    log.write(line)
-                    log.flush()
-
-        ear = threading.Thread(target=listen, daemon=True)
+        ear = threading.Thread(target=self.listen, args=(command, child.stdout, said), daemon=True)
         ear.start()
         try:
             while True:
@@ -87,19 +91,23 @@ class Pip:
                     child.wait(timeout=0.5)
                     break
                 except subprocess.TimeoutExpired:
-                    progress.show(how_far(said, pins, self.venv))
+                    meanwhile()
         except BaseException:
             child.terminate()
             child.wait()
             raise
         ear.join(10)
-        if child.returncode < 0:
-            said.append("pip was ended by signal {}.\n".format(-child.returncode))
-        if child.returncode == 0:
-            progress.done("{} package{} installed".format(len(pins), "" if len(pins) == 1 else "s"))
-        elif progress.live:
-            sys.stdout.write("\r\033[K")
-        return child.returncode == 0, "".join(said)
+        return child.returncode
+
+    def listen(self, command: list[str], stream: IO[bytes], said: list[str]) -> None:
+        """Keep what a command prints, in the log and in `said`."""
+        with open(self.log, "a", encoding="utf-8") as log:
+            log.write("\n$ " + " ".join(command) + "\n")
+            for raw in stream:
+                line = raw.decode("utf-8", "replace")
+                said.append(line)
+                log.write(line)
+                log.flush()
 
 
 def write_wishes(path: str, pins: dict[str, str]) -> None:

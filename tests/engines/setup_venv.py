@@ -73,21 +73,25 @@ def look_at_old(venv: str) -> str:
     others = sorted(set(installed(venv)) - {"pip", "setuptools", "wheel"})
     if right_python and has_pip and not others and not moved(venv):
         return "go on"
-    version = venv_version(venv)
-    reason = "for Python " + ".".join(map(str, version))
-    if version[:2] in ((), ENGINE_PYTHON):
-        reason = "which does not run"
-    if right_python:
-        reason = "with packages of its own ({}{})".format(", ".join(others[:3]), ", ..." if others[3:] else "")
-        if not others:
-            reason = "moved here from another place" if has_pip else "without pip"
     raise SetupError(
         "There is a .venv already, {}. This script did not make it, so it was left alone.\n"
         "vLLM's CPU build needs an environment of its own, with {}.\n"
         "Move that .venv away, or remove it with `make clean-env`; then run the same make command again.\n\n{}".format(
-            reason, NEEDED, OWN_VLLM_ADVICE
+            described(venv, right_python, has_pip, others), NEEDED, OWN_VLLM_ADVICE
         )
     )
+
+
+def described(venv: str, right_python: bool, has_pip: bool, others: list[str]) -> str:
+    """What kind of environment somebody else's .venv is; `others` are the packages in it."""
+    if right_python and others:
+        return "with packages of its own ({}{})".format(", ".join(others[:3]), ", ..." if others[3:] else "")
+    if right_python:
+        return "moved here from another place" if has_pip else "without pip"
+    version = venv_version(venv)
+    if version[:2] in ((), ENGINE_PYTHON):
+        return "which does not run"
+    return "for Python " + ".".join(map(str, version))
 
 
 def runs(venv: str) -> tuple[bool, bool]:
