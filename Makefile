@@ -21,7 +21,7 @@ help:
 	@echo "make docs-outputs  run the pages' code and put what it prints into README.md and docs/"
 	@echo "make package    build the sdist and the wheel, check them, install them into an empty environment"
 	@echo "make setup      only make .venv (2.5 GB: vLLM's CPU build, pinned); the others do it by themselves"
-	@echo "make matrix     run the truth tests on ten vLLM releases, 0.6.6 to 0.32.0; one: make matrix VLLM=0.9.2"
+	@echo "make matrix     run the truth tests on 27 vLLM releases, 0.6.6 to 0.32.0; one: make matrix VLLM=0.9.2"
 	@echo "make surroundings  the tests that need no engine, as background job, from cron, in other locales ..."
 	@echo "make frameworks  lm-eval, TRL, Ray, LangChain, a notebook, ddtrace and openlit with kvhook; another 1 GB"
 	@echo "make torture    the step path in C under ASan and UBSan, its reference counts, and its ring; half an hour"

@@ -119,16 +119,16 @@ def installed(environment: Path) -> bool:
 def pip(scripts: Any, environment: Path, tmp_path: Path) -> Any:
     """pip as setup_env.py calls it, and a descriptor that it hands on."""
     with (tmp_path / "guard").open("w") as guard:
-        yield scripts("setup_env").Pip(str(environment), guard.fileno())
+        yield scripts("setup_pip").Pip(str(environment), guard.fileno())
 
 
 def test_the_set_up_installs_a_file_with_the_right_hash_and_no_other(
     pip: Any, scripts: Any, environment: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    hashes, setup_env = scripts("hashes"), scripts("setup_env")
+    hashes = scripts("hashes")
     right = hashlib.sha256(wheel.read_bytes()).hexdigest()
     name_hashes(hashes, monkeypatch, tmp_path, OTHER, "1" * 64)
-    with pytest.raises(setup_env.SetupError) as caught:
+    with pytest.raises(scripts("setup_words").SetupError) as caught:
         pip.install_checked("trial", {"kvhook-trial": "1.0"})
     said = str(caught.value)
     assert "kvhook-trial==1.0" in said
@@ -152,22 +152,25 @@ def test_one_bit_in_the_file_is_enough(
     changed = bytearray(wheel.read_bytes())
     changed[40] ^= 1
     wheel.write_bytes(changed)
-    with pytest.raises(scripts("setup_env").SetupError, match=f"(?s)expected sha256 {right}.*got"):
+    with pytest.raises(scripts("setup_words").SetupError, match=f"(?s)expected sha256 {right}.*got"):
         pip.install_checked("trial", {"kvhook-trial": "1.0"})
 
 
 def test_the_matrix_refuses_it_as_well(
     scripts: Any, environment: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    matrix = scripts("matrix")
+    environments, releases = scripts("matrix_environments"), scripts("matrix_releases")
     monkeypatch.setenv("KVHOOK_ENGINES", str(tmp_path / "engines"))
     name_hashes(scripts("hashes"), monkeypatch, tmp_path, OTHER)
-    builder = matrix.Builder(matrix.RELEASES["0.27.1"])
+    builder = environments.Builder(releases.RELEASES["0.27.1"])
     builder.home = environment
-    with pytest.raises(matrix.MatrixError, match=f"(?s)is not the one.*kvhook-trial==1.0.*expected sha256 {OTHER}"):
+    told = f"(?s)is not the one.*kvhook-trial==1.0.*expected sha256 {OTHER}"
+    with pytest.raises(environments.MatrixError, match=told):
         builder.pip(["kvhook-trial==1.0"])
-    with pytest.raises(matrix.MatrixError, match=f"(?s)is not the one.*kvhook-trial==1.0.*expected sha256 {OTHER}"):
+    with pytest.raises(environments.MatrixError, match=told):
         builder.pip(["kvhook-trial==1.0"], "download", "-d", str(tmp_path / "kernels"))
+    with pytest.raises(environments.MatrixError, match=r"(?s)No hash is known of kvhook-trial==2\.0.*update_hashes.py"):
+        builder.pip(["kvhook-trial==2.0"])
 
 
 def test_what_pip_cannot_find_is_no_wrong_hash(pip: Any, scripts: Any, wheel: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 
+from lock_files import lines_of, normal_name
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +25,7 @@ class HashError(ValueError):
 def normal(pin: str) -> str:
     """A pin with its name as packaging tools compare it."""
     name, _, version = pin.partition("==")
-    return "{}=={}".format(re.sub(r"[-_.]+", "-", name).lower(), version)
+    return "{}=={}".format(normal_name(name), version)
 
 
 def read_table(path: str = TABLE) -> dict[str, dict[str, str]]:
@@ -32,15 +34,11 @@ def read_table(path: str = TABLE) -> dict[str, dict[str, str]]:
     A line is `name==version sha256 file`. The order does not count.
     """
     table: dict[str, dict[str, str]] = {}
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            line = line.split("#")[0].strip()
-            if not line:
-                continue
-            parts = line.split()
-            if len(parts) != 3 or "==" not in parts[0] or not re.match(r"[0-9a-f]{64}$", parts[1]):
-                raise HashError("{} has a line that is no hash: {}".format(os.path.basename(path), line[:120]))
-            table.setdefault(normal(parts[0]), {})[parts[2]] = parts[1]
+    for line in lines_of(path):
+        parts = line.split()
+        if len(parts) != 3 or "==" not in parts[0] or not re.match(r"[0-9a-f]{64}$", parts[1]):
+            raise HashError("{} has a line that is no hash: {}".format(os.path.basename(path), line[:120]))
+        table.setdefault(normal(parts[0]), {})[parts[2]] = parts[1]
     return table
 
 

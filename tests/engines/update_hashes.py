@@ -18,8 +18,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# The neighbour of a script is found by its bare name.
-from hashes import TABLE, normal, read_table  # type: ignore[import-not-found]
+# The neighbours of a script are found by their bare names.
+from hashes import TABLE, normal, read_table
+from lock_files import lines_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -41,8 +42,7 @@ def pinned() -> list[str]:
     """Every `name==version` of the lock files, and of those with a CPU build of torch also the plain one."""
     found = set()
     for path in PINNED:
-        lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-        found |= {normal(line) for line in lines if line}
+        found |= {normal(line) for line in lines_of(path)}
     # where no CPU build is on offer, the plain one is taken
     found |= {pin.removesuffix("+cpu") for pin in found if pin.startswith("torch==")}
     return sorted(found)

@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/engines"))
 
-import hashes  # type: ignore[import-not-found]  # noqa: E402
+import hashes  # noqa: E402
+from lock_files import lines_of  # noqa: E402
 
 PINS = Path(__file__).with_name("pins.txt")
 
@@ -52,8 +53,7 @@ def build(folder: Path) -> Path:
 
 def install(python: Path, listed: Path) -> None:
     """Install what is pinned, each file checked against its hash."""
-    lines = (line.split("#")[0].strip() for line in PINS.read_text(encoding="utf-8").splitlines())
-    listed.write_text("\n".join(hashes.with_hashes(line for line in lines if line)) + "\n", encoding="utf-8")
+    listed.write_text("\n".join(hashes.with_hashes(lines_of(PINS))) + "\n", encoding="utf-8")
     # three have no wheel: they are built with the setuptools that is here, which was checked as well
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--require-hashes"]
     pip = [str(python), "-m", "pip", "install", *options, "-r", str(listed)]

@@ -26,7 +26,7 @@ from types import MappingProxyType
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/engines"))
 
-import hashes  # type: ignore[import-not-found]  # noqa: E402
+import hashes  # noqa: E402
 
 DIST = ROOT / "dist"
 PINS = (ROOT / "tests/engines/lock/0.32.0.txt", ROOT / "tests/engines/dev.txt")
