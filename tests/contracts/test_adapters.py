@@ -29,7 +29,8 @@ from kvhook.recording.recorder import Recorder
 from kvhook.schema import REQUEST_FIELDS, STEP_FIELDS
 from tests.contracts import extract
 from tests.contracts.behaviour import VllmLogger, animate, config_of, make_engine
-from tests.contracts.loader import ReleaseFacts, build_stub_modules, load, mutated, releases, stubs
+from tests.contracts.loader import build_stub_modules, load, mutated, releases, stubs
+from tests.contracts.release_facts import ReleaseFacts
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
