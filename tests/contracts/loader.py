@@ -21,7 +21,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from tests.contracts.extract import Json, known, load_raw
+from tests.contracts.extracting.stored import Json, known, load_raw
 from tests.contracts.release_facts import ReleaseFacts, from_raw
 from tests.contracts.stand_ins import StubBuilder
 

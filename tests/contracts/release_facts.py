@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests.contracts.extract import Json
+from tests.contracts.extracting.stored import Json
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tests.contracts.extract import ENVS
+from tests.contracts.extracting.wanted import ENVS
 from tests.contracts.release_facts import ClassFacts, FieldFacts, MethodFacts, ModuleFacts, ReleaseFacts, make_function
 
 Factory = Callable[[], Any]

@@ -27,8 +27,8 @@ from kvhook.adapters.table import Adapter
 from kvhook.errors import StatsOffError
 from kvhook.recording.recorder import Recorder
 from kvhook.schema import REQUEST_FIELDS, STEP_FIELDS
-from tests.contracts import extract
 from tests.contracts.behaviour import VllmLogger, animate, config_of, make_engine
+from tests.contracts.extracting.stored import version_key
 from tests.contracts.loader import build_stub_modules, load, mutated, releases, stubs
 from tests.contracts.release_facts import ReleaseFacts
 
@@ -46,8 +46,8 @@ BY_NAME = {a.name: a for a in ADAPTERS}
 
 
 def between(release: str, first: str, last: str | None = None) -> bool:
-    low, high = extract.version_key(first), extract.version_key(last or ALL[-1])
-    return low <= extract.version_key(release) <= high
+    low, high = version_key(first), version_key(last or ALL[-1])
+    return low <= version_key(release) <= high
 
 
 def since(first: str, last: str | None = None) -> list[str]:

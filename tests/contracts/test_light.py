@@ -28,9 +28,10 @@ from kvhook.errors import StatsOffError
 from kvhook.recording import budget as cost
 from kvhook.recording.recorder import Recorder
 from kvhook.schema import COUNTED, FULL_ONLY, STEP_FIELDS
-from tests.contracts import core, extract
+from tests.contracts import core
 from tests.contracts.behaviour import ASYNC, CLIENT, ENGINE, V0_ENGINE, VllmLogger, config_of, make_engine
 from tests.contracts.core import Prompt, Said, Sent, add
+from tests.contracts.extracting.stored import version_key
 from tests.contracts.loader import build_stub_modules, load, mutated, releases, stubs
 from tests.contracts.test_adapters import STEP_COLUMNS, between, everything, rename, resign, same, v0_stats
 
@@ -607,8 +608,8 @@ def test_an_engine_at_level_full_can_go_on_at_level_light(
 
 def test_the_adapters_of_both_levels_are_for_the_same_engines():
     assert {a.engine for a in LIGHT_ADAPTERS} == {a.engine for a in ADAPTERS}
-    assert {extract.version_key(a.until) for a in LIGHT_ADAPTERS if a.until} <= {
-        extract.version_key(until) for until in ("0.9.0", "0.9.1", "0.11.0")
+    assert {version_key(a.until) for a in LIGHT_ADAPTERS if a.until} <= {
+        version_key(until) for until in ("0.9.0", "0.9.1", "0.11.0")
     }
 
 
