@@ -225,7 +225,7 @@ class Group:
 
 @pytest.mark.parametrize("release", ["0.6.0", "0.6.6", "0.7.3", "0.9.2", "0.10.2"])
 def test_v0_has_a_row_for_each_aborted_request(release: str, monkeypatch: pytest.MonkeyPatch):
-    from tests.contracts.test_adapters import v0_stats
+    from tests.contracts.made_stats import v0_stats
 
     modules = engines_of(release)
     with stubs(modules):

@@ -14,22 +14,16 @@ import pytest
 
 from tests.contracts.extracting.drift import drift
 from tests.contracts.extracting.modules import module_facts
-from tests.contracts.extracting.stored import FACTS, FORMAT, load_raw, render, stable, version_key
+from tests.contracts.extracting.stored import FACTS, FORMAT, load_raw, render, stable
 from tests.contracts.extracting.wanted import MODULES, Wanted
-from tests.contracts.loader import build_stub_modules, load, mutated, releases, stubs
+from tests.contracts.loader import build_stub_modules, load, mutated, stubs
+from tests.contracts.releases import ALL, since
 
 STATS = "vllm.v1.metrics.stats"
 LOGGERS = "vllm.v1.metrics.loggers"
 ENGINE = "vllm.v1.engine.llm_engine"
 V0_ENGINE = "vllm.engine.llm_engine"
 V0_STATS = "vllm.engine.metrics_types"
-ALL = releases()
-
-
-def since(first: str, last: str | None = None) -> list[str]:
-    """The releases from `first` to `last`, both included."""
-    low, high = version_key(first), version_key(last or ALL[-1])
-    return [release for release in ALL if low <= version_key(release) <= high]
 
 
 # The files

@@ -23,7 +23,7 @@ from tests.contracts import core
 from tests.contracts.behaviour import ASYNC, ENGINE, VllmLogger, config_of, make_engine
 from tests.contracts.core import NoMore, Prompt, Said, Sent, add
 from tests.contracts.loader import build_stub_modules, load, releases, stubs
-from tests.contracts.test_adapters import between
+from tests.contracts.releases import between
 
 pytestmark = pytest.mark.usefixtures("fresh")
 

@@ -29,11 +29,15 @@ from kvhook.recording import budget as cost
 from kvhook.recording.recorder import Recorder
 from kvhook.schema import COUNTED, FULL_ONLY, STEP_FIELDS
 from tests.contracts import core
+from tests.contracts.adapters.expected import STEP_COLUMNS
 from tests.contracts.behaviour import ASYNC, CLIENT, ENGINE, V0_ENGINE, VllmLogger, config_of, make_engine
+from tests.contracts.changes import rename, resign
 from tests.contracts.core import Prompt, Said, Sent, add
 from tests.contracts.extracting.stored import version_key
 from tests.contracts.loader import build_stub_modules, load, mutated, releases, stubs
-from tests.contracts.test_adapters import STEP_COLUMNS, between, everything, rename, resign, same, v0_stats
+from tests.contracts.made_stats import v0_stats
+from tests.contracts.patching import everything, same
+from tests.contracts.releases import between
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
