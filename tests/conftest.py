@@ -58,8 +58,8 @@ def _signals_as_usual() -> Iterator[None]:
 #: Tests that run over both step paths, the extension's and Python's: files, and folders with all that is in them.
 BOTH_PATHS = (
     "contracts/adapters/",
-    "contracts/test_from_core.py",
-    "contracts/test_light.py",
+    "contracts/from_core/",
+    "contracts/light/",
     "core/test_ledger.py",
     "core/test_steps.py",
     "golden/test_golden.py",

@@ -22,9 +22,10 @@ from kvhook.recording import budget as cost
 from kvhook.schema import COUNTED, FULL_ONLY
 from tests.contracts.behaviour import V0_ENGINE, make_engine
 from tests.contracts.core import Prompt, Said, Sent, add
+from tests.contracts.core_engines import ON_LOOP, SYNC, engines_of
+from tests.contracts.light.script import begin, go
 from tests.contracts.loader import stubs
 from tests.contracts.made_stats import v0_stats
-from tests.contracts.test_light import ON_LOOP, SYNC, begin, engines_of, go
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
