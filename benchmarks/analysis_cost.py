@@ -16,6 +16,7 @@ import sys
 import tempfile
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,51 +69,101 @@ def append(writer: TraceWriter, piece: np.ndarray, n: int) -> int:
     return n + len(piece)
 
 
+class Steps(NamedTuple):
+    """What some steps of the run do, an array for each number. Every eighth step begins with a new request."""
+
+    number: np.ndarray
+    took: np.ndarray
+    ends: np.ndarray
+    running: np.ndarray
+    used: np.ndarray
+    begins: np.ndarray
+    hits: np.ndarray
+    prompt: np.ndarray
+
+    @property
+    def finishes(self) -> np.ndarray:
+        """In which steps a request finishes."""
+        return self.number % 8 == 7
+
+    @property
+    def listed(self) -> np.ndarray:
+        """In which steps the latencies differ, so that each is kept."""
+        return self.number % 16 == 5
+
+
 def _piece(layout: Layout, rng: np.random.Generator, first: int, count: int, clock: int, requests: int):
-    number = np.arange(first, first + count)
+    """The records of some steps; also the clock and the number of requests after them."""
+    steps = _made_up(rng, np.arange(first, first + count), clock)
+    ended, listed = steps.number[steps.finishes], steps.number[steps.listed]
+    parts = [
+        _slots(layout, "step", STEP, count, _scheduler_columns(rng, steps) | _iteration_columns(rng, steps)),
+        _request_slots(layout, rng, ended, requests),
+        _latency_slots(layout, rng, listed, steps.running[steps.listed]),
+    ]
+    # in the order in which kvhook writes them: what belongs to a step comes before it
+    order = np.argsort(np.concatenate([2 * steps.number + 1, 2 * ended, 2 * listed]), kind="stable")
+    return np.concatenate(parts)[order], int(steps.ends[-1]), requests + len(ended)
+
+
+def _made_up(rng: np.random.Generator, number: np.ndarray, clock: int) -> Steps:
+    """What the steps of these numbers do, the first of them beginning at `clock`."""
+    count = len(number)
     took = (2e6 + 3e5 * rng.exponential(size=count)).astype(np.int64)
     ends = clock + np.cumsum(took + 20_000)
     running = np.clip(40 + 24 * np.sin(number / 3000) + rng.integers(-3, 4, count), 0, 64).astype(np.int64)
     used = np.clip(running * 120 + rng.integers(0, 400, count), 0, BLOCKS)
-    finishes = number % 8 == 7
-    odd = number % 16 == 5
-    hits = np.where(number % 8 == 0, BLOCK_SIZE * rng.integers(0, 8, count), 0)
-    prompt = np.where(number % 8 == 0, hits + rng.integers(17, 400, count), 0)
-    itl = took / 1e9
-    columns = {
-        "step": number,
-        "t_start_ns": ends - took,
-        "t_end_ns": ends,
+    begins = number % 8 == 0
+    hits = np.where(begins, BLOCK_SIZE * rng.integers(0, 8, count), 0)
+    prompt = np.where(begins, hits + rng.integers(17, 400, count), 0)
+    return Steps(number, took, ends, running, used, begins, hits, prompt)
+
+
+def _scheduler_columns(rng: np.random.Generator, steps: Steps) -> dict:
+    """The columns of a step that come from the scheduler, and when the step was."""
+    return {
+        "step": steps.number,
+        "t_start_ns": steps.ends - steps.took,
+        "t_end_ns": steps.ends,
         "has_scheduler_stats": 1,
         "scheduler_stats_logged": 1,
-        "has_iteration_stats": 1,
-        "num_running_reqs": running,
-        "num_waiting_reqs": rng.integers(0, 3, count),
+        "num_running_reqs": steps.running,
+        "num_waiting_reqs": rng.integers(0, 3, len(steps.number)),
         "num_skipped_waiting_reqs": 0,
         "num_kv_blocks": BLOCKS,
-        "num_kv_blocks_used": used,
-        "num_kv_blocks_peak": used,
-        "num_added_reqs": number % 8 == 0,
-        "prefix_cache_requests": number % 8 == 0,
-        "prefix_cache_queries": prompt,
-        "prefix_cache_hits": hits,
-        "num_prompt_tokens": prompt,
-        "num_prompt_tokens_computed": prompt - hits,
-        "num_prompt_tokens_cached": hits,
-        "num_generation_tokens": running,
-        "num_finished_reqs": finishes,
-        "ttft_count": number % 8 == 0,
-        "itl_count": running,
-        "kvhook_ns": np.where(number % 8 == 0, rng.integers(2000, 30000, count), -1),
-        "kv_cache_usage": used / BLOCKS,
-        "kv_cache_usage_peak": used / BLOCKS,
-        "itl_sum": itl * running,
-        "itl_min": itl,
-        "itl_max": np.where(odd, itl + 1e-4, itl),
-        **{f"ttft_{what}": np.where(number % 8 == 0, 10 * itl, 0.0) for what in ("sum", "min", "max")},
+        "num_kv_blocks_used": steps.used,
+        "num_kv_blocks_peak": steps.used,
+        "kv_cache_usage": steps.used / BLOCKS,
+        "kv_cache_usage_peak": steps.used / BLOCKS,
+        "num_added_reqs": steps.begins,
+        "prefix_cache_requests": steps.begins,
+        "prefix_cache_queries": steps.prompt,
+        "prefix_cache_hits": steps.hits,
     }
-    parts = [_slots(layout, "step", STEP, count, columns)]
-    ended = number[finishes]
+
+
+def _iteration_columns(rng: np.random.Generator, steps: Steps) -> dict:
+    """The columns of a step that come from its outputs, and what kvhook took."""
+    itl = steps.took / 1e9
+    return {
+        "has_iteration_stats": 1,
+        "num_prompt_tokens": steps.prompt,
+        "num_prompt_tokens_computed": steps.prompt - steps.hits,
+        "num_prompt_tokens_cached": steps.hits,
+        "num_generation_tokens": steps.running,
+        "num_finished_reqs": steps.finishes,
+        "ttft_count": steps.begins,
+        **{f"ttft_{what}": np.where(steps.begins, 10 * itl, 0.0) for what in ("sum", "min", "max")},
+        "itl_count": steps.running,
+        "itl_sum": itl * steps.running,
+        "itl_min": itl,
+        "itl_max": np.where(steps.listed, itl + 1e-4, itl),
+        "kvhook_ns": np.where(steps.begins, rng.integers(2000, 30000, len(steps.number)), -1),
+    }
+
+
+def _request_slots(layout: Layout, rng: np.random.Generator, ended: np.ndarray, requests: int):
+    """Records of the requests that finished, one in each of these steps; `requests` is the first one's number."""
     request = requests + np.arange(len(ended))
     times = rng.exponential(0.5, (5, len(ended)))
     names = ("queued_time", "prefill_time", "decode_time", "inference_time", "e2e_latency")
@@ -129,16 +180,17 @@ def _piece(layout: Layout, rng: np.random.Generator, first: int, count: int, clo
         "time_to_first_token": 0.02,
         "mean_time_per_output_token": times[2] / 299,
     }
-    parts.append(_slots(layout, "request", REQUEST, len(ended), columns))
-    lists = _slots(layout, "values", VALUES, int(odd.sum()), {"step": number[odd], "series": 1, "count": running[odd]})
+    return _slots(layout, "request", REQUEST, len(ended), columns)
+
+
+def _latency_slots(layout: Layout, rng: np.random.Generator, listed: np.ndarray, running: np.ndarray):
+    """Records of single latencies between tokens, of these steps with so many requests."""
+    lists = _slots(layout, "values", VALUES, len(listed), {"step": listed, "series": 1, "count": running})
     at = FIELDS_AT + 8 * len(layout.columns["values"])
     room = layout.values_per_slot
     lists[:, at : at + 8 * room].view("<f8")[:] = rng.normal(2e-3, 1e-4, (len(lists), room))
-    fields_of(lists, layout.columns["values"])["count"] = np.minimum(running[odd], room)
-    parts.append(lists)
-    # in the order in which kvhook writes them: what belongs to a step comes before it
-    order = np.argsort(np.concatenate([2 * number + 1, 2 * ended, 2 * number[odd]]), kind="stable")
-    return np.concatenate(parts)[order], int(ends[-1]), requests + len(ended)
+    fields_of(lists, layout.columns["values"])["count"] = np.minimum(running, room)
+    return lists
 
 
 def _slots(layout: Layout, kind: str, code: int, count: int, columns: dict):

@@ -55,11 +55,11 @@ def _signals_as_usual() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-#: Tests that run over both step paths, the extension's and Python's.
+#: Tests that run over both step paths, the extension's and Python's: files, and folders with all that is in them.
 BOTH_PATHS = (
-    "contracts/test_adapters.py",
-    "contracts/test_from_core.py",
-    "contracts/test_light.py",
+    "contracts/adapters/",
+    "contracts/from_core/",
+    "contracts/light/",
     "core/test_ledger.py",
     "core/test_steps.py",
     "golden/test_golden.py",
@@ -89,7 +89,7 @@ PYTHON_PATH = ("test_step_cost.py",)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     here = Path(metafunc.module.__file__ or "")
     name = str(here.relative_to(ROOT / "tests")) if here.is_relative_to(ROOT / "tests") else ""
-    if name in BOTH_PATHS:
+    if name.startswith(BOTH_PATHS):
         metafunc.parametrize("step_path", ("c", "python"), indirect=True)
     elif name in PYTHON_PATH:
         metafunc.parametrize("step_path", ("python",), indirect=True)

@@ -16,7 +16,8 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tests.contracts.loader import build_stub_modules, load, make_function, stubs
+from tests.contracts.loader import build_stub_modules, load, stubs
+from tests.contracts.release_facts import make_function
 
 ENGINE = "vllm.v1.engine.llm_engine"
 LOGGERS = "vllm.v1.metrics.loggers"

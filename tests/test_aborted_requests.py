@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import functools
 import types
 from typing import Any
 
 import pytest
 
 import kvhook
-from tests.contracts import core
 from tests.contracts.behaviour import ASYNC, ENGINE, V0_ENGINE, make_engine
 from tests.contracts.core import Prompt, Said, Sent, add
-from tests.contracts.loader import build_stub_modules, load, stubs
+from tests.contracts.core_engines import engines_of
+from tests.contracts.loader import stubs
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -26,13 +25,6 @@ pytestmark = pytest.mark.usefixtures("fresh")
 V1_RELEASES = ["0.8.0", "0.8.5.post1", "0.9.2", "0.10.2", "0.13.0", "0.14.0", "0.19.1", "0.26.0", "0.32.0", "0.33.0"]
 SYNC, ON_LOOP = f"{ENGINE}:LLMEngine", f"{ASYNC}:AsyncLLM"
 ABORT, LENGTH = "abort", "length"
-
-
-@functools.cache
-def engines_of(release: str) -> dict[str, types.ModuleType]:
-    modules = build_stub_modules(load(release))
-    core.animate(load(release), modules)
-    return modules
 
 
 def play(engine: Any, *sent: Sent) -> None:
@@ -225,7 +217,7 @@ class Group:
 
 @pytest.mark.parametrize("release", ["0.6.0", "0.6.6", "0.7.3", "0.9.2", "0.10.2"])
 def test_v0_has_a_row_for_each_aborted_request(release: str, monkeypatch: pytest.MonkeyPatch):
-    from tests.contracts.test_adapters import v0_stats
+    from tests.contracts.made_stats import v0_stats
 
     modules = engines_of(release)
     with stubs(modules):

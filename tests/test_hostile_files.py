@@ -1,5 +1,5 @@
 """Whatever opens a file, or reads a condition or a variable, survives what somebody has forged. The long form: ``make
-fuzz``. Damaged traces and rings have a file of their own, `tests/ring/test_damage.py`."""
+fuzz``. Damaged and forged traces and rings have files of their own, in `tests/ring`."""
 
 from __future__ import annotations
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,20 +12,11 @@ from typing import Any
 import pytest
 
 import kvhook
-from tests.contracts import core
-from tests.contracts.behaviour import ASYNC, ENGINE, PROCESSOR, config_of, make_engine
+from tests.contracts.behaviour import ENGINE, PROCESSOR, config_of, make_engine
 from tests.contracts.core import Prompt, Said, Sent, add
-from tests.contracts.loader import build_stub_modules, load, stubs
+from tests.contracts.core_engines import ON_LOOP, SYNC, engines_of
+from tests.contracts.loader import stubs
 from tests.standin import fake_vllm
-
-SYNC, ON_LOOP = f"{ENGINE}:LLMEngine", f"{ASYNC}:AsyncLLM"
-
-
-@functools.cache
-def engines_of(release: str) -> dict[str, types.ModuleType]:
-    modules = build_stub_modules(load(release))
-    core.animate(load(release), modules)
-    return modules
 
 
 @pytest.fixture

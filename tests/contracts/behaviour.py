@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from tests.contracts.loader import MethodFacts, ReleaseFacts, make_function
+from tests.contracts.release_facts import MethodFacts, ReleaseFacts, make_function
 
 ENGINE = "vllm.v1.engine.llm_engine"
 ASYNC = "vllm.v1.engine.async_llm"

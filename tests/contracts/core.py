@@ -23,8 +23,8 @@ import numpy as np
 
 from tests.contracts import behaviour
 from tests.contracts.behaviour import ASYNC, CLIENT, ENGINE, PROCESSOR
-from tests.contracts.extract import version_key
-from tests.contracts.loader import ReleaseFacts
+from tests.contracts.extracting.stored import version_key
+from tests.contracts.release_facts import ReleaseFacts
 
 CORE = "vllm.v1.engine"
 STATS = "vllm.v1.metrics.stats"

@@ -12,21 +12,18 @@ from typing import Any
 
 import pytest
 
-from tests.contracts import extract
-from tests.contracts.loader import build_stub_modules, load, mutated, releases, stubs
+from tests.contracts.extracting.drift import drift
+from tests.contracts.extracting.modules import module_facts
+from tests.contracts.extracting.stored import FACTS, FORMAT, load_raw, render, stable
+from tests.contracts.extracting.wanted import MODULES, Wanted
+from tests.contracts.loader import build_stub_modules, load, mutated, stubs
+from tests.contracts.releases import ALL, since
 
 STATS = "vllm.v1.metrics.stats"
 LOGGERS = "vllm.v1.metrics.loggers"
 ENGINE = "vllm.v1.engine.llm_engine"
 V0_ENGINE = "vllm.engine.llm_engine"
 V0_STATS = "vllm.engine.metrics_types"
-ALL = releases()
-
-
-def since(first: str, last: str | None = None) -> list[str]:
-    """The releases from `first` to `last`, both included."""
-    low, high = extract.version_key(first), extract.version_key(last or ALL[-1])
-    return [release for release in ALL if low <= extract.version_key(release) <= high]
 
 
 # The files
@@ -47,17 +44,17 @@ def test_releases_are_sorted_by_version():
 
 def test_only_stable_releases_count():
     names = ["0.9.0rc1", "0.9.0", "0.9.0.dev3", "0.9.0.post1", "0.5.5", "0.10.0a1", "1.0.0"]
-    assert extract.stable(names) == ["0.9.0", "0.9.0.post1", "1.0.0"]
+    assert stable(names) == ["0.9.0", "0.9.0.post1", "1.0.0"]
 
 
 @pytest.mark.parametrize("release", ALL)
 def test_file_is_in_the_form_that_extract_writes(release: str):
-    text = (extract.FACTS / f"{release}.json").read_text("utf-8")
+    text = (FACTS / f"{release}.json").read_text("utf-8")
     raw = json.loads(text)
-    assert extract.render(raw) == text
+    assert render(raw) == text
     assert raw["release"] == release
-    assert raw["format"] == extract.FORMAT
-    assert set(raw["modules"]) == set(extract.MODULES)
+    assert raw["format"] == FORMAT
+    assert set(raw["modules"]) == set(MODULES)
     assert len(text) < 48_000
 
 
@@ -225,17 +222,17 @@ def test_environment():
 
 
 def test_drift_names_what_came_and_went():
-    changes = extract.drift(extract.load_raw("0.9.1"), extract.load_raw("0.9.2"))
+    changes = drift(load_raw("0.9.1"), load_raw("0.9.2"))
     assert f"- field {STATS}:SchedulerStats.gpu_cache_usage" in changes
     assert f"+ field {STATS}:SchedulerStats.kv_cache_usage: float = 0.0" in changes
-    assert extract.drift(extract.load_raw("0.9.0"), extract.load_raw("0.9.0.1")) == []
+    assert drift(load_raw("0.9.0"), load_raw("0.9.0.1")) == []
 
 
 def test_a_change_of_spelling_is_no_drift():
     old = "@dataclass\nclass S:\n    a: Optional['List[X]'] = None\n    b: Union[int, Dict[str, X]] = 0"
     new = "@dataclass\nclass S:\n    a: list[X] | None = None\n    b: int | dict[str, 'X'] = 0"
-    wanted = extract.Wanted(classes="S")
-    before, after = (extract.module_facts(text, "vllm.s", False, wanted)["classes"] for text in (old, new))
+    wanted = Wanted(classes="S")
+    before, after = (module_facts(text, "vllm.s", False, wanted)["classes"] for text in (old, new))
     assert before == after
 
 

@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tests.contracts.loader import ReleaseFacts, load
+from tests.contracts.loader import load
+from tests.contracts.release_facts import ReleaseFacts
 from tests.workloads import BLOCK_SIZE, BLOCKS, SMALL
 
 #: Chosen by vLLM's own variable, which only releases with both engines know.

@@ -28,10 +28,10 @@ from kvhook.hooks.wrappers import ROLES
 from kvhook.recording import notebook, owner, spool
 from kvhook.recording.recorder import Recorder
 from kvhook.ring import writer
-from tests.contracts import core
 from tests.contracts.behaviour import ENGINE, make_engine
 from tests.contracts.core import Prompt, Said, Sent, add
-from tests.contracts.loader import build_stub_modules, load, stubs
+from tests.contracts.core_engines import engines_of
+from tests.contracts.loader import stubs
 from tests.faults.odd import BEHAVIOURS, CONTAINED, PASSED_ON, VALUES, Odd, Quitting, odd_function
 from tests.standin import fake_vllm, step_stats
 
@@ -170,13 +170,6 @@ def test_numbers_that_are_none_can_be_read_summed_up_and_exported(behaviour: str
 
 RELEASE = "0.32.0"
 SYNC = f"{ENGINE}:LLMEngine"
-
-
-@functools.cache
-def engines_of(release: str) -> dict[str, types.ModuleType]:
-    modules = build_stub_modules(load(release))
-    core.animate(load(release), modules)
-    return modules
 
 
 SCRIPT = (

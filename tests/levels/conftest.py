@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvhook.recording import budget as cost
+from tests.contracts.core_engines import engines_of
 from tests.contracts.loader import stubs
-from tests.contracts.test_light import engines_of
 
 
 @pytest.fixture(autouse=True)

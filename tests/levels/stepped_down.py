@@ -6,7 +6,8 @@ from typing import Any
 
 import kvhook
 from tests.contracts.core import Said, Sent
-from tests.contracts.test_light import SYNC, begin, go
+from tests.contracts.core_engines import SYNC
+from tests.contracts.light.script import begin, go
 
 #: Every eighth step is measured, from the first one on: with windows of one sample these steps are the last of a level.
 CHANGES = {1: ("light", 1), 9: ("sparse", 4), 17: ("sparse", 16), 25: ("sparse", 64)}

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 import kvhook
-from tests.contracts.test_light import SYNC, begin, go
+from tests.contracts.core_engines import SYNC
+from tests.contracts.light.script import begin, go
 from tests.levels.stepped_down import script
 
 pytestmark = pytest.mark.usefixtures("fresh")

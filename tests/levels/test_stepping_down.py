@@ -15,9 +15,10 @@ from kvhook.hooks.tap import Tap
 from kvhook.recording import budget as cost
 from tests.contracts.behaviour import V0_ENGINE, make_engine
 from tests.contracts.core import Prompt, Said, Sent, add
+from tests.contracts.core_engines import ON_LOOP, SYNC, engines_of
+from tests.contracts.light.script import begin, go
 from tests.contracts.loader import stubs
-from tests.contracts.test_adapters import v0_stats
-from tests.contracts.test_light import ON_LOOP, SYNC, begin, engines_of, go
+from tests.contracts.made_stats import v0_stats
 from tests.levels.stepped_down import COUNTED_STEPS, STEPS, over_budget, script
 
 pytestmark = pytest.mark.usefixtures("fresh")

@@ -9,7 +9,8 @@ import pytest
 import kvhook
 from kvhook import VLLMMetricsCollector
 from kvhook.schema import COUNTED
-from tests.contracts.test_light import SYNC, begin, go
+from tests.contracts.core_engines import SYNC
+from tests.contracts.light.script import begin, go
 from tests.levels.stepped_down import CHANGES, STEPS, over_budget, script
 
 pytestmark = pytest.mark.usefixtures("fresh")

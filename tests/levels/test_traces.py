@@ -13,7 +13,8 @@ import kvhook
 from kvhook import hooks
 from kvhook.cli import main
 from kvhook.schema import COUNTED, FULL_ONLY
-from tests.contracts.test_light import SYNC, begin, go
+from tests.contracts.core_engines import SYNC
+from tests.contracts.light.script import begin, go
 from tests.levels.stepped_down import CHANGES, COUNTED_STEPS, STEPS, over_budget, script
 
 pytestmark = pytest.mark.usefixtures("fresh")
