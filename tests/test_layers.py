@@ -1,5 +1,5 @@
 """The layers of the package: a module imports from its own layer or from one below, also inside functions and for
-types alone. Nothing imports in a circle."""
+types alone. Nothing imports in a circle. A file of code has fewer than 400 lines, also of the tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import kvhook
+from tests.conftest import ROOT
 
 PACKAGE = Path(kvhook.__file__).parent
 
@@ -81,3 +82,12 @@ def test_no_modules_import_each_other_in_a_circle():
         TopologicalSorter(GRAPH).prepare()
     except CycleError as error:
         raise AssertionError(" <- ".join(error.args[1])) from None
+
+
+def test_every_file_has_fewer_than_400_lines():
+    code = (".py", ".c", ".h", ".js", ".css")
+    folders = ("kvhook", "tests", "benchmarks", "examples", "docs")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in code]
+    lines = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in files}
+    assert {name: count for name, count in lines.items() if count >= 400} == {}
+    assert len(lines) > 500, "the files of the checkout"
