@@ -76,7 +76,7 @@ def said(text: str) -> None:
 
 def measure(size: dict[str, int], folder: Path, first_line: float) -> tuple[dict[str, Any], offline.Seen]:
     """All figures as one document, and the run in this process for the picture."""
-    from hook_cost import machine
+    from measured_on import machine
 
     said("the engine starts")
     engine = offline.Engine(folder)

@@ -292,7 +292,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the JSON document there as well")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args()
-    from hook_cost import machine
+    from measured_on import machine
 
     llm = make_engine(args.size, max(args.batches))
     vllms = llm.llm_engine.logger_manager

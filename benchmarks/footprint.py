@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from cost_timing import middle
-from hook_cost import machine
+from measured_on import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 40

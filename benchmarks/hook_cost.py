@@ -19,11 +19,9 @@ several processes, medians with their spread and the system's load are as there.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -32,7 +30,6 @@ from typing import Any, NamedTuple
 
 import cost_report
 import cost_timing as timing
-import wrapt
 from cost_candidates import (
     BUILD,
     PROMETHEUS,
@@ -44,9 +41,7 @@ from cost_candidates import (
 )
 from cost_objects import KINDS_OF_STEP, Objects, StepKind, can_cache_envs, vllm_or_stand_ins
 from cost_recordings import RECORDINGS
-
-from kvhook import _step
-from kvhook.adapters.table import vllm_version
+from measured_on import machine
 
 ALL_STEPS = tuple(k.name for k in KINDS_OF_STEP)
 SOME_STEPS = ("decode, batch 1", "decode, batch 256", "8 prefills, 8 finished, batch 64")
@@ -103,24 +98,7 @@ def measure_step(
                 found[state][kind.name] = time_calls(whole, settings.calls[state])
 
 
-# ---- machine, workers, command line --------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = ""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": model or platform.processor(),
-        "python": platform.python_version(),
-        "step_path": "the extension" if _step.native is not None else f"Python ({_step.why_not})",
-        "wrapt": wrapt.__version__,
-        "wrapt_c_extension": wrapt.FunctionWrapper.__module__ != "wrapt.wrappers",
-        "vllm": vllm_version() or None,
-        "system": platform.platform(terse=True),
-    }
+# ---- workers, command line -----------------------------------------------------------------------------------------
 
 
 def worker(settings: Settings, answer: Path) -> None:

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hook_cost import machine
+from measured_on import machine
 
 from kvhook.ring.layout import make_layout
 from kvhook.ring.reader import RingReader

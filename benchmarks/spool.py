@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from hook_cost import machine
+from measured_on import machine
 
 from kvhook.recording import spool as module
 from kvhook.recording.spool import Spool
