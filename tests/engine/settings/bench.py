@@ -167,17 +167,19 @@ class Bench:
 
     def run(self, seed: int) -> Ran:
         case = cases.case(seed, release.can())
-        if why := self.not_made.get(case.settings.number):
-            leave_out(seed, why)
-        try:
-            ran = self._run(case, self._open(case.settings))
-            self.before.append(case)
-            return ran
-        except Exception as error:
-            self.close()  # what it left behind would be the next case's
-            if "kvhook" in type(error).__module__ or not self._fails_alone(case, error):
-                raise
-            leave_out(seed, repr(error))
+        why = self.not_made.get(case.settings.number)
+        if why is None:
+            try:
+                ran = self._run(case, self._open(case.settings))
+                self.before.append(case)
+                return ran
+            except Exception as error:
+                self.close()  # what it left behind would be the next case's
+                if "kvhook" in type(error).__module__ or not self._fails_alone(case, error):
+                    raise
+                why = repr(error)
+        # pytest keeps what is raised here. Raised above, it would keep the engine in the traceback, and its worker
+        leave_out(seed, why)
 
     def _fails_alone(self, case: Case, error: Exception) -> bool:
         """Whether an engine without kvhook raises the same: when it is made, or in this case. With asynchronous
