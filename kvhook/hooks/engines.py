@@ -18,7 +18,7 @@ from kvhook.errors import StatsOffError
 from kvhook.faults import USERS
 from kvhook.hooks.event_loop import EventLoopRecorder
 from kvhook.hooks.noted import Notes
-from kvhook.hooks.own_step import FirstOutputs, OutputCounts
+from kvhook.hooks.own_step import CountOutputs, FirstOutputs, OutputCounts
 from kvhook.hooks.quiet import do_nothing, make_no_stats
 from kvhook.hooks.registry import RecordedEngine, registry
 from kvhook.hooks.requests import request_methods, sees_requests
@@ -186,7 +186,7 @@ def _put_in(
 ) -> None:
     """Put into an engine everything that records it, and remember how that is taken out again."""
     key, known = id(engine), registry.engines[id(engine)]
-    first = None
+    first: FirstOutputs | None = None
     known.flush = functions.flush
     known.thread = threading.get_ident()
 
@@ -197,7 +197,7 @@ def _put_in(
         known.functions = functions
         if adapter.level == "full" and has_core_output(engine, adapter):
             known.counts = _output_counts(engine, failed)
-            first = FirstOutputs(engine, functions, _ask_owner(engine), known.counts)
+            first = FirstOutputs(engine, functions, _ask_owner(engine), known.counts, lambda: settled())
             known.flush = first.flush
 
     came = functions.outputs_came if isinstance(functions, EventLoopRecorder) else do_nothing
@@ -219,6 +219,7 @@ def _put_in(
     before = set(registry.records)
     remove_stats = TAPS[adapter.tap](tap)
     known.record_keys = tuple(registry.records.keys() - before)
+    settled = _publish_by(first, functions, key)
     remove_methods = replace(*methods)
 
     def remove() -> None:
@@ -262,13 +263,29 @@ def _output_counts(engine: Any, failed: Callable[[BaseException], None]) -> Outp
     return OutputCounts(core.processor, core.counter, failed)
 
 
-def _ask_owner(engine: Any) -> Callable[[bool], StepFunctions | None]:
+def _publish_by(
+    first: FirstOutputs | None, functions: StepFunctions | EventLoopRecorder, key: int
+) -> Callable[[], None]:
+    """Let steps be published by what looks at the first outputs; returns what ends that."""
+    if first is None or not first.watching or isinstance(functions, EventLoopRecorder):
+        return do_nothing
+    by_first, by_itself = first.publish, functions.publish
+    registry.steps[key] = by_first
+
+    def settled() -> None:
+        if registry.steps.get(key) is by_first:
+            registry.steps[key] = by_itself
+
+    return settled
+
+
+def _ask_owner(engine: Any) -> CountOutputs:
     """What changes an engine to being counted, see `Owner.count_outputs`."""
     alive = weakref.ref(engine)  # what is kept in the engine must not keep it alive
 
-    def change(exact: bool) -> StepFunctions | None:
+    def change(exact: bool, stepped: bool) -> StepFunctions | None:
         engine, owner = alive(), registry.owner
-        return None if engine is None or owner is None else owner.count_outputs(engine, exact)
+        return None if engine is None or owner is None else owner.count_outputs(engine, exact, stepped)
 
     return change
 

@@ -16,10 +16,12 @@ from kvhook.adapters.light import Counter, Counts
 from kvhook.adapters.requests import aborted_v1
 from kvhook.adapters.step_functions import StepFunctions
 from kvhook.faults import USERS
+from kvhook.hooks.quiet import do_nothing
+from kvhook.overlays import Overlay
 
-#: Changes an engine to counting. Is told whether all outputs so far can still be counted; returns the functions that
-#: record it from then on, or None if it cannot be done.
-CountOutputs = Callable[[bool], "StepFunctions | None"]
+#: Changes an engine to counting. Is told whether all outputs so far can still be counted, and whether vLLM's own step
+#: has run; returns the functions that record it from then on, or None if it cannot be done.
+CountOutputs = Callable[[bool, bool], "StepFunctions | None"]
 
 
 def size_of(processor: Any, failed: Callable[[BaseException], None]) -> int:
@@ -84,16 +86,22 @@ class FirstOutputs:
         functions: what records the engine so far.
         count_outputs: changes it to counting.
         counts: counts its outputs; None where that cannot be done.
+        settled: is called when it looks no further.
     """
 
     def __init__(
-        self, engine: Any, functions: StepFunctions, count_outputs: CountOutputs, counts: OutputCounts | None
+        self,
+        engine: Any,
+        functions: StepFunctions,
+        count_outputs: CountOutputs,
+        counts: OutputCounts | None,
+        settled: Callable[[], None] = do_nothing,
     ) -> None:
+        self._settled = settled
         self._functions, self._count_outputs, self._counts = functions, count_outputs, counts
         self._processor: Any = getattr(engine, "output_processor", None)
-        #: ``process_outputs`` as it was found, and what is in its place
-        self._there: Any = None
-        self._method: Any = None
+        #: what is in the place of ``process_outputs``
+        self._overlay: Overlay | None = None
         #: what was taken of the outputs before: arguments of `StepFunctions.take`
         self._before: tuple[Any, ...] | None = None
         self.watching = False
@@ -101,9 +109,8 @@ class FirstOutputs:
     def begin(self) -> None:
         """Look from now on. Comes last when an engine is tapped: `stop` must find its own function in place."""
         if self._counts is not None:
-            self._there = vars(self._processor).get("process_outputs")
-            self._method = self._counts.around(self._processor.process_outputs)
-            self._processor.process_outputs = self._method
+            method = self._counts.around(self._processor.process_outputs)
+            self._overlay = Overlay(self._processor, "process_outputs", method)
             self.watching = True
 
     def take(self, outputs: Any, num_free: int) -> None:
@@ -139,20 +146,28 @@ class FirstOutputs:
                 return functions.flush()
         return self._functions.flush()
 
+    def publish(self, t_start_ns: int, t_end_ns: int) -> None:
+        """In place of `StepFunctions.publish`: vLLM's own step has run. If it made no iteration stats although stats
+        and outputs came, somebody has turned them off."""
+        before = self._before
+        if self.watching and before is not None and before[0] is not None and self._functions.left().uncounted:
+            self._change(stepped=True)
+        self._functions.publish(t_start_ns, t_end_ns)
+
     def stop(self) -> None:
         """Look no further; put back what was there, if nobody has put something over it."""
-        if not self.watching or vars(self._processor).get("process_outputs") is not self._method:
+        if not self.watching or self._overlay is None or not self._overlay.is_on_top():
             return  # tried again with the next outputs: what measures single steps is there for one step
-        if self._there is None:
-            del self._processor.process_outputs
-        else:
-            self._processor.process_outputs = self._there
+        self._overlay.take_out()
         self.watching, self._before = False, None
+        self._settled()
 
-    def _change(self) -> StepFunctions | None:
+    def _change(self, stepped: bool = False) -> StepFunctions | None:
         """From here on outputs are counted; those that were not, belong to the first record of that kind."""
         before, self._before = (self._before, None) if self.watching else (None, None)
-        functions = self._count_outputs(before is not None)
+        functions = self._count_outputs(before is not None, stepped)
+        if functions is not None:
+            self._functions = functions
         if functions is not None and before is not None:
             functions.take(*before[:-1])
         return functions

@@ -38,12 +38,13 @@ class Owner(Protocol):
     def open_engine(self, engine: Any, adapter: Adapter, facts: dict[str, Any]) -> StepFunctions | None:
         """A new engine was built. Returns the functions that record it, or None if it is not to be recorded."""
 
-    def count_outputs(self, engine: Any, exact: bool) -> StepFunctions | None:
+    def count_outputs(self, engine: Any, exact: bool, stepped: bool) -> StepFunctions | None:
         """Nobody makes iteration stats of this engine's steps: outputs are to be counted from now on.
 
         Args:
             engine: an engine that is recorded.
             exact: whether the outputs that came so far can still be counted.
+            stepped: whether vLLM's own step has run, and made none.
 
         Returns:
             The functions that record it now, or None if its outputs cannot be counted.

@@ -9,6 +9,7 @@ from kvhook.adapters.step_functions import Record
 from kvhook.adapters.table import Adapter
 from kvhook.hooks.own_step import FirstOutputs, OutputCounts
 from kvhook.hooks.quiet import do_nothing
+from kvhook.overlays import Overlay
 
 Undo = Callable[[], None]
 
@@ -59,13 +60,11 @@ class Tap(NamedTuple):
 
 
 def replace(*replaced: tuple[Any, str, Callable[..., Any]]) -> Undo:
-    """Replace methods of single objects. The function that is returned takes out those that are still in place."""
-    for owner, name, function in replaced:
-        setattr(owner, name, function)
+    """Replace methods of single objects. The function that is returned puts back what was there."""
+    overlays = [Overlay(owner, name, function) for owner, name, function in replaced]
 
     def undo() -> None:
-        for owner, name, function in replaced:
-            if vars(owner).get(name) is function:
-                delattr(owner, name)
+        for overlay in reversed(overlays):
+            overlay.take_out()
 
     return undo

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from kvhook.adapters.step_functions import Counters
 from kvhook.adapters.table import Adapter, lookup
 from kvhook.faults import USERS
+from kvhook.overlays import Overlay
 
 clock = time.monotonic_ns
 
@@ -158,20 +159,16 @@ class StatsProbe:
             finally:
                 put_back()
 
-        there = vars(processor).get("process_outputs")  # what a tap has put there
-        vars(process_outputs_measured).update(probe=self, there=there)
-        self._armed, processor.process_outputs = True, process_outputs_measured
+        # the function alone holds what puts back the one before it: this object must not hold on to the engine
+        overlay, self._armed = Overlay(processor, "process_outputs", process_outputs_measured), True
+        vars(process_outputs_measured).update(probe=self, overlay=overlay)
 
     def disarm(self) -> None:
         """Take out what waits for the next step."""
         self._armed, processor = False, self._processor()
         mine: Any = vars(processor).get("process_outputs") if processor is not None else None
-        if processor is None or getattr(mine, "probe", None) is not self:
-            return
-        if mine.there is None:
-            del processor.process_outputs
-        else:
-            processor.process_outputs = mine.there
+        if getattr(mine, "probe", None) is self:
+            mine.overlay.take_out()
 
     def _begin(self, processor: Any) -> Callable[[], None]:
         """Time the methods from now on; returns a function that ends that. Raises nothing: it runs inside a step."""

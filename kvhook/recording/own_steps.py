@@ -16,6 +16,10 @@ WITHOUT_TIMES = (
     "step times"
 )
 COUNTED = "no iteration stats are made there: tokens are counted from the engine core's outputs, as at level light"
+TURNED_OFF = (
+    "the stats of its front end were turned off, or their logger taken away, after it was made: tokens are counted "
+    "from the engine core's outputs, as at level light"
+)
 NOT_COUNTED = "outputs of this {} came that nobody counted: the numbers of tokens of this run are not known"
 
 
@@ -41,12 +45,16 @@ class OwnSteps:
         self._write(recorder.number)
         log.warning("kvhook: %s%s", text, f"; {more}" if more else "")
 
-    def counted(self, engine: Any, recorder: Recorder, step: int) -> None:
-        """From this step on its outputs are counted."""
-        change = {"step": step, "level": "light", "every": 1, "why": COUNTED}
+    def counted(self, engine: Any, recorder: Recorder, step: int, stepped: bool) -> None:
+        """From this step on its outputs are counted. `stepped`: vLLM's own step drives it."""
+        why = TURNED_OFF if stepped else COUNTED
+        change = {"step": step, "level": "light", "every": 1, "why": why}
         before = recorder.meta["levels"] if step else []
         recorder.meta["levels"] = [*before, change]
-        self.without_times(engine, recorder, COUNTED)
+        if stepped:
+            log.warning("kvhook: %s: %s", type(engine).__qualname__, why)
+        else:
+            self.without_times(engine, recorder, why)
         self._write(recorder.number)
 
     def not_counted(self, recorder: Recorder) -> None:

@@ -119,7 +119,7 @@ class Owner(Readings):
 
         return orphan
 
-    def count_outputs(self, engine: Any, exact: bool) -> StepFunctions | None:
+    def count_outputs(self, engine: Any, exact: bool, stepped: bool) -> StepFunctions | None:
         """Nobody makes iteration stats of an engine's steps; see `kvhook.hooks.Owner`."""
         recorder = next(iter(self._recorders_of.get(id(engine), ())), None)
         if recorder is None:
@@ -143,7 +143,7 @@ class Owner(Readings):
             self._own_steps.not_counted(recorder)
         if functions is not None:
             self._monitors[recorder.number].at_light()
-            self._own_steps.counted(engine, recorder, begun)
+            self._own_steps.counted(engine, recorder, begun, stepped)
         return functions
 
     def not_counted(self, engine: Any) -> None:
