@@ -180,10 +180,11 @@ def on_step(callback: Callback, *, every: float = EVERY) -> Subscription:
     Each step is a dictionary: the columns of `Session.steps`, with None for what is not known, ``engine``, and
     ``time``, the end of the step in seconds since 1970. If the function is too slow, the oldest records are dropped and
     counted: ``dropped`` of what is returned. An exception in it is logged once and counted in `Session.faults`, and it
-    is called again. When the recording ends, it is called with what is left.
+    is called again. When the recording ends, it is called with what is left, and has 10 seconds for it. If it did not
+    get all, a warning and `Session.health` say so.
 
     Args:
-        callback: the function.
+        callback: the function; not an ``async`` one, which nobody would await.
         every: seconds between two calls.
 
     Returns:
