@@ -118,13 +118,18 @@ def install(
             _warn_of_engines(session)
             hooks.arm(session, session.level)
             session.arm_core()
+            session.by_logger = False
         return session
 
 
 def for_logger() -> Session:
     """The session that a `kvhook.StatLogger` records into: the one that is there, or a new one that patches nothing."""
     with lock:
-        return _reusable_session() or _new_session(Options(anonymous=is_anonymous()))
+        session = _reusable_session()
+        if session is None:
+            session = _new_session(Options(anonymous=is_anonymous()))
+            session.by_logger = True
+        return session
 
 
 def uninstall() -> None:
