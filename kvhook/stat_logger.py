@@ -45,8 +45,8 @@ log = logging.getLogger("kvhook")
 NO_TIMES = "kvhook.StatLogger sees no step of an LLMEngine; with kvhook.install() before it is made they are timed"
 IN_LLM_ENGINE = (
     "kvhook.StatLogger is in an LLMEngine, where it records only what vLLM hands to its loggers: no step times, "
-    "nothing of requests before they finish, nothing of steps that vLLM keeps from its loggers. kvhook.install() before "
-    "the engine is made records all of that, without this logger"
+    "nothing of requests before they finish, nothing of steps that vLLM keeps from its loggers. kvhook.install() "
+    "before the engine is made records all of that, without this logger"
 )
 
 
