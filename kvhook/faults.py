@@ -7,7 +7,7 @@ there. An error at a seam ends there. What belongs to the user goes on: `USERS`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 log = logging.getLogger("kvhook")
 
@@ -30,6 +30,13 @@ LIMITS: Mapping[str, int] = {
     "noting a call of LLM": 100,
     "noting the end of a call of LLM": 100,
 }
+
+#: Seams without which an engine is not recorded: an error there is the reason if there are no steps.
+NEEDED = (
+    *("patching vLLM", "looking at a new engine", "starting to record an engine", "turning vLLM's stats on"),
+    *("turning the engine core's stats on", "recording a step", "taking over the stats of a step"),
+    "counting what a step gave",
+)
 
 _MOST_TEXT = 500
 
@@ -77,6 +84,14 @@ class Faults:
             self.first_errors.setdefault(where, type(error).__name__)
             self.then.setdefault(where, then)
         return first
+
+    def first_of(self, seams: Iterable[str]) -> str:
+        """The first error at one of these places, as a reason; "" if there was none."""
+        where = next((each for each in self.first_errors if each in seams), "")
+        return (
+            where
+            and f"{where} failed ({self.first_errors[where]}); kvhook doctor says whether this vLLM can be recorded"
+        )
 
     def is_off(self, where: str) -> bool:
         """Whether a seam has failed so often that it is switched off."""

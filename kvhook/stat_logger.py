@@ -1,13 +1,16 @@
-"""`kvhook.StatLogger`, for those who want no name of vLLM patched: a stat logger to be handed to vLLM's AsyncLLM::
+"""`kvhook.StatLogger`, for those who want no name of vLLM patched: a stat logger to be handed to vLLM::
 
     engine = AsyncLLM.from_engine_args(args, stat_loggers=[kvhook.StatLogger])
     ...
     print(kvhook.StatLogger.session().summary())
 
-Or as a plug-in, in the package metadata of a project of one's own, for every AsyncLLM of the environment::
+Or as a plug-in, in the package metadata of a project of one's own, for every engine of the environment::
 
     [project.entry-points."vllm.stat_logger_plugins"]
     kvhook = "kvhook.stat_logger:StatLogger"
+
+In an `LLMEngine`, behind ``LLM``, it records what vLLM hands to its loggers, without step times; a warning says what
+`kvhook.install` has beyond that.
 
 vLLM asks for a subclass of its own `StatLoggerBase`, so the class is made, and vLLM imported, when it is first used.
 """
@@ -16,14 +19,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
+import sys
 import weakref
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from kvhook import hooks
-from kvhook.adapters.columns import FINISHED_HOOK
+from kvhook.adapters.columns import FINISHED_HOOK, SEES_REQUESTS
 from kvhook.adapters.fit import adapter_for
 from kvhook.adapters.step_functions import Record, StepFunctions
-from kvhook.adapters.v1 import ASYNC_LLM, LOGGERS
+from kvhook.adapters.v1 import ASYNC_LLM, LOGGERS, V1
 from kvhook.errors import KvhookError
 from kvhook.hooks.quiet import do_nothing
 from kvhook.recording.installation import for_logger
@@ -32,6 +38,16 @@ if TYPE_CHECKING:
     from kvhook.recording.session import Session
 
     StatLogger: Any
+
+
+log = logging.getLogger("kvhook")
+
+NO_TIMES = "kvhook.StatLogger sees no step of an LLMEngine; with kvhook.install() before it is made they are timed"
+IN_LLM_ENGINE = (
+    "kvhook.StatLogger is in an LLMEngine, where it records only what vLLM hands to its loggers: no step times, "
+    "nothing of requests before they finish, nothing of steps that vLLM keeps from its loggers. kvhook.install() "
+    "before the engine is made records all of that, without this logger"
+)
 
 
 class _Logger:
@@ -49,6 +65,7 @@ class _Logger:
         self._record: Record | None = None
         if not hooks.being_built():
             session = for_logger()
+            self.made_in = _made_in()
             alive = weakref.ref(self)
             self._record = hooks.EventLoopRecorder(lambda rank: _open(session, alive(), rank), session.fault).record
             weakref.finalize(self, session.close_engine, id(self)).atexit = False
@@ -69,8 +86,23 @@ def _open(session: Session, logger: _Logger | None, rank: int) -> StepFunctions 
     """The functions of the step path, when the first stats come: only then does vLLM know the number of KV blocks."""
     if logger is None:
         return None
-    facts = {"stats_on": True, "timed_steps": False, "engine_index": rank, FINISHED_HOOK: False}
-    return session.open_engine(logger, adapter_for(ASYNC_LLM.engine), facts)
+    facts: dict[str, Any] = {"stats_on": True, "timed_steps": False, "engine_index": rank}
+    facts |= {FINISHED_HOOK: False, SEES_REQUESTS: False}
+    engine = logger.made_in
+    if engine == V1.engine:
+        facts["steps_without_times"] = NO_TIMES
+        log.warning("kvhook: %s", IN_LLM_ENGINE)
+    return session.open_engine(logger, adapter_for(engine), facts)
+
+
+def _made_in() -> str:
+    """The engine whose ``__init__`` makes the logger at this moment: LLMEngine, or else AsyncLLM."""
+    at: FrameType | None = sys._getframe(1)  # noqa: SLF001 (there is no public way to the callers)
+    while at is not None:
+        if at.f_globals.get("__name__") == V1.trigger:
+            return V1.engine
+        at = at.f_back
+    return ASYNC_LLM.engine
 
 
 def _make() -> type:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,8 @@ import pytest
 
 import kvhook
 from kvhook.errors import KvhookError
+from kvhook.recording import subscription as subscriptions
+from tests.conftest import ROOT
 from tests.standin import NO_STATS, fake_vllm, step_stats
 
 
@@ -146,3 +153,155 @@ def test_a_closed_session_takes_no_function(fresh: Path):
     session.close()
     with pytest.raises(KvhookError, match="is closed"):
         session.on_step(print)
+
+
+def test_what_a_function_that_does_not_return_did_not_get_is_counted_and_said(
+    fresh: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(subscriptions, "PATIENCE", 0.2)
+    begun, go_on = threading.Event(), threading.Event()
+    got: list[int] = []
+
+    def blocks(steps: list[dict[str, Any]]) -> None:
+        got.extend(step["step"] for step in steps)
+        begun.set()
+        go_on.wait(60)
+
+    with fake_vllm() as vllm:
+        session = kvhook.install()
+        subscription = session.on_step(blocks, every=0.001)
+        engine = vllm.engine()
+        run(engine, 1)
+        session.trace()
+        assert begun.wait(60)
+        run(engine, 400, first=1)
+        run(vllm.engine(), 50)  # an engine that the subscription has not looked at yet
+        kvhook.uninstall()
+        made = len(session.steps())
+        said = (subscription.steps, subscription.dropped)
+        health = session.health()
+        go_on.set()
+        subscription._thread.join(60)
+    assert made == 451
+    assert said == (len(got), 451 - len(got))
+    assert (subscription.steps, subscription.dropped) == said, "what was said is final: it gets nothing afterwards"
+    assert session.faults == {"handing all steps to a function of on_step": 1}
+    assert not health.ok
+    assert f"did not get {451 - len(got)} of the records" in str(health)
+    assert caplog.text.count(f"did not get {451 - len(got)} of the records") == 1
+
+
+BLOCKS_AT_THE_END = """
+import threading
+import kvhook
+from kvhook.recording import subscription
+from tests.standin import fake_vllm, step_stats
+
+subscription.PATIENCE = 0.2
+begun = threading.Event()
+
+def blocks(steps):
+    begun.set()
+    threading.Event().wait()
+
+with fake_vllm() as vllm:
+    session = kvhook.install()
+    session.on_step(blocks, every=0.001)
+    engine = vllm.engine()
+    for n in range(101):
+        engine.plan.append(step_stats(kv_cache_usage=0.5, num_running_reqs=1, generated=1))
+        engine.step()
+        if not n:
+            session.trace()
+            assert begun.wait(60)
+    session.trace()
+"""
+
+
+def test_a_program_that_ends_says_what_was_not_handed_over():
+    """No step waits in the ring when the first one has been handed over, so that it is the other hundred."""
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKS_AT_THE_END], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "did not get 100 of the records" in done.stderr
+
+
+def test_records_that_a_slow_function_lost_are_said_when_it_ends(fresh: Path, caplog: pytest.LogCaptureFixture):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(steps: list[dict[str, Any]]) -> None:
+        begun.set()
+        go_on.wait(60)
+
+    with fake_vllm() as vllm, kvhook.install(ring_slots=64) as session:
+        subscription = session.on_step(slow, every=0.001)
+        engine = vllm.engine()
+        run(engine, 1)
+        session.trace()
+        assert begun.wait(60)
+        run(engine, 500, first=1)
+        go_on.set()
+    assert subscription.steps + subscription.dropped == 501
+    assert f"did not get {subscription.dropped} of the records" in caplog.text
+    assert "still busy" not in caplog.text
+
+
+class Sends:
+    async def send(self, steps: list[dict[str, Any]]) -> None: ...
+
+    async def __call__(self, steps: list[dict[str, Any]]) -> None: ...
+
+
+async def sends(steps: list[dict[str, Any]]) -> None: ...
+
+
+def yields(steps: list[dict[str, Any]]) -> Any:
+    yield from steps
+
+
+async def yields_later(steps: list[dict[str, Any]]) -> Any:
+    yield steps
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [sends, Sends().send, Sends(), functools.partial(sends), yields, yields_later, Sends, dict, None, "print"],
+)
+def test_what_would_not_be_run_is_refused_with_what_to_do(fresh: Path, callback: Any):
+    session = kvhook.install()
+    with pytest.raises(KvhookError, match="takes a function that is called with a list of steps, not"):
+        session.on_step(callback)
+    kvhook.uninstall()
+    assert session.faults == {}
+
+
+@pytest.mark.parametrize("returns", [sends, yields, yields_later], ids=["coroutine", "generator", "async generator"])
+def test_a_function_that_returns_what_nobody_runs_got_no_steps(
+    fresh: Path, caplog: pytest.LogCaptureFixture, returns: Callable[[Any], Any]
+):
+    with fake_vllm() as vllm, kvhook.install() as session:
+        subscription = session.on_step(lambda steps: returns(steps), every=0.001)
+        run(vllm.engine(), 30)
+    assert (subscription.steps, subscription.dropped) == (0, 30)
+    assert session.faults == {"a function of on_step": 1}
+    assert "asyncio.run_coroutine_threadsafe" in caplog.text
+
+
+def test_steps_can_be_handed_to_an_event_loop_as_the_message_says(fresh: Path):
+    got: list[int] = []
+
+    async def send(steps: list[dict[str, Any]]) -> None:
+        got.extend(step["step"] for step in steps)
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    with fake_vllm() as vllm, kvhook.install() as session:
+        subscription = session.on_step(lambda steps: asyncio.run_coroutine_threadsafe(send(steps), loop), every=0.001)
+        run(vllm.engine(), 30)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(60)
+    loop.close()
+    assert got == list(range(30))
+    assert (subscription.steps, subscription.dropped, session.faults) == (30, 0, {})

@@ -29,6 +29,14 @@ def adapter_for(engine: str) -> Adapter:
     return adapter
 
 
+def lacking(engine: object) -> list[str]:
+    """What this vLLM lacks for recording an engine, in words; nothing if its class is none of vLLM's."""
+    for name, trigger in {a.engine: a.trigger for a in BY_LEVEL["full"]}.items():
+        if any(c.__module__ == trigger and c.__qualname__ == name.partition(":")[2] for c in type(engine).__mro__):
+            return choose(name)[2]
+    return []
+
+
 def resolve(adapter: Adapter) -> tuple[tuple[Target, ...], list[str]]:
     """Which targets of an adapter the loaded vLLM has; and why it cannot be used, in words, if it cannot."""
     found, missing = [], []

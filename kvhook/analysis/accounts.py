@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from kvhook.analysis.lookups import ONCE, how_counted
 from kvhook.analysis.part import Part
-from kvhook.analysis.queue import Queue, together
+from kvhook.analysis.queue import NEEDED, Queue, together
 from kvhook.analysis.request_totals import Prompts
 from kvhook.analysis.totals import Totals
 from kvhook.records.levels import tokens_are_known
@@ -111,7 +111,7 @@ class _Side(Part):
         """Reasons that any account of the requests' tokens may have."""
         reasons = []
         begins_late = self.queue.before > 0 if self.queue else (self.steps.first or (0, 0))[1] > 0
-        busy = self.queue.at_end > 0 if self.queue else self._busy_at_end()
+        busy = self.queue.left > 0 if self.queue else self._busy_at_end()
         if begins_late:
             reasons.append(Reason(_BEFORE, less=ANY))
         if busy:
@@ -205,7 +205,7 @@ def _queue(part: _Side) -> Account | None:
         reasons.append(Reason(_LOST, ANY, ANY))
     if q.late:
         reasons.append(Reason("the front end ended requests before the scheduler knew", less=q.late))
-    if part.facts.get("sees_schedule") is False and q.at_end:
+    if part.facts.get("sees_schedule") is False and q.left:
         reasons.append(Reason("requests were on their way to the engine core", more=q.added))
     if str(part.facts.get("adapter") or "").startswith("v0"):
         reasons.append(Reason(_V0, ANY, ANY))
@@ -237,8 +237,7 @@ def _whole_blocks(part: _Side) -> Account | None:
 
 def queue_of_all(totals: Totals, part: Part) -> Queue | None:
     """The requests of engines that made steps, together; None where it is not known of each."""
-    needed = ("num_added_reqs", "num_finished_reqs", "num_running_reqs", "num_waiting_reqs")
-    if not all(map(part.has, needed)):
+    if not all(map(part.has, NEEDED)):
         return None
     return together(totals.queue(e["engine"]) for e in part.engines if totals.of([e["engine"]]).steps.steps)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvhook.analysis.queue import queue_of
 from kvhook.analysis.summarize import summarize
 from kvhook.analysis.summary import Summary
 from kvhook.records.columns import Table, floats, step_seconds, total, with_stats
@@ -94,7 +95,7 @@ def examine(
             last_steps=as_rows(steps[max(0, len(steps) - last) :], "step"),
             last_requests=as_rows(requests[-LAST_REQUESTS:], "request"),
             changes=[*changes(steps), *(core_changes(cores.steps()) if cores is not None and len(cores) == 1 else [])],
-            still_running=_last_known(steps, "num_running_reqs"),
+            still_running=_still_running(steps, requests),
             still_waiting=_last_known(steps, "num_waiting_reqs"),
         )
 
@@ -201,6 +202,16 @@ def _known(steps: Table, name: str) -> npt.NDArray[np.float64]:
     values = floats(with_stats(steps), name)
     known: npt.NDArray[np.float64] = values[np.isfinite(values)]
     return known
+
+
+def _still_running(steps: Table, requests: Table) -> int | None:
+    """Requests in the last batch that is known, without those that the front end had ended."""
+    running = _last_known(steps, "num_running_reqs")
+    if running is None:
+        return None
+    mine, theirs = (table[table["engine"] == with_stats(steps)["engine"][-1]] for table in (steps, requests))
+    queue = queue_of(mine, theirs)
+    return running if queue is None else max(0, running - queue.ended_since)
 
 
 def _last_known(steps: Table, name: str) -> int | None:

@@ -11,6 +11,7 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 
+from kvhook.analysis.queue import Queues, are_counted, of_table
 from kvhook.analysis.tail import Tail
 from kvhook.records.columns import Table, has, has_times, total, with_stats
 from kvhook.records.engine_events import RESTS, kind_of
@@ -27,7 +28,7 @@ COST_STEPS = 2000
 COLUMNS = (
     *("step", "t_start_ns", "t_end_ns", "has_scheduler_stats", "kvhook_ns", "kv_cache_usage"),
     *("num_running_reqs", "num_waiting_reqs", "num_preempted_reqs", "num_finished_reqs", "num_aborted_reqs"),
-    *("num_prompt_tokens", "num_prompt_tokens_computed", "num_generation_tokens"),
+    *("num_added_reqs", "num_prompt_tokens", "num_prompt_tokens_computed", "num_generation_tokens"),
     *("prefix_cache_queries", "prefix_cache_hits"),
 )
 
@@ -107,6 +108,7 @@ class Live:
         self._steps = Tail((*names, "num_aborted_reqs"), LONGEST_NS, MOST_STEPS)
         self._core = Tail((), LONGEST_NS, MOST_STEPS)
         self._known: Table | None = None
+        self._queues = Queues()
         self._latencies: dict[str, list[tuple[int, Floats]]] = {}
         self._history: dict[int, float] = {}
         self._last_ns = 0
@@ -131,6 +133,8 @@ class Live:
             kept.append((self._last_ns, values))
             while kept[0][0] < self._last_ns - LONGEST_NS:
                 kept.pop(0)
+        if are_counted(steps):
+            self._queues.take_steps(of_table(steps, np.ones(len(steps), np.bool_)))
         known = with_stats(steps)
         if len(known):
             self._known = known[-1:].copy()
@@ -191,9 +195,15 @@ class Live:
         last = known[0]
         return {
             "used": float(last["kv_cache_usage"]) if last["kv_cache_usage"] == last["kv_cache_usage"] else None,
-            "running": int(last["num_running_reqs"]),
+            "running": 0 if self._nothing_left() else int(last["num_running_reqs"]),
             "waiting": int(last["num_waiting_reqs"]) if has(known, "num_waiting_reqs") else None,
         }
+
+    def _nothing_left(self) -> bool:
+        """Whether the front end has ended all requests that the scheduler's last stats count. While there are some,
+        what vLLM says of them is shown."""
+        queue = self._queues.answer() if self._facts.get("timed_steps") is not False else None
+        return queue is not None and not queue.left
 
     def _sums(self) -> dict[str, object]:
         queries, hits = self._steps.run("prefix_cache_queries"), self._steps.run("prefix_cache_hits")

@@ -88,7 +88,7 @@ def never_looked_up(part: Part, vllm: str, queue: Queue | None) -> NotLookedUp |
         return None
     waited = part.has("num_waiting_reqs") and part.steps.waited
     # what was looked up for requests without a first token hides others that were never looked up
-    settled = not queue.at_end and not queue.aborted
+    settled = not queue.left and not queue.aborted
     return NotLookedUp(prompt - queries, prompt, settled and (how == ONCE or (how != "" and not waited)))
 
 
@@ -101,7 +101,7 @@ def repeated(part: Part, vllm: str, queue: Queue | None) -> int:
         queue: their requests.
     """
     prompt, queries = part.total("num_prompt_tokens"), part.total("prefix_cache_queries")
-    if how_counted(vllm) in (ONCE, "") or queue is None or queue.before or queue.at_end:
+    if how_counted(vllm) in (ONCE, "") or queue is None or queue.before or queue.left:
         return 0
     if prompt is None or queries is None:
         return 0

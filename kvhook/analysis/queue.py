@@ -16,6 +16,9 @@ _FIRST = 32
 #: A request that the front end ended counts in its step and in so many after it, see `Queues.answer`.
 _AFTER = 2
 
+#: Columns of the steps without which nothing of it is known.
+NEEDED = ("num_added_reqs", "num_finished_reqs", "num_running_reqs", "num_waiting_reqs")
+
 _Ints = npt.NDArray[np.int64]
 
 
@@ -27,8 +30,10 @@ class Queue(NamedTuple):
         added: since then.
         finished: since then, the aborted ones included.
         aborted: the aborted part of them.
-        at_end: in the engine after the last step.
+        at_end: in the engine after the last step, as the scheduler's last stats say it.
         late: at most so many of `at_end` have ended in vLLM's front end, and the scheduler did not know it yet.
+
+    `at_end` is one side of an account. What is told to people is `left`.
     """
 
     before: int
@@ -37,6 +42,17 @@ class Queue(NamedTuple):
     aborted: int
     at_end: int
     late: int
+
+    @property
+    def left(self) -> int:
+        """How many are still there after the last step. The scheduler's last stats may count requests that the front
+        end has ended since, up to `late`; how many of these there are follows from what came and what ended."""
+        return max(self.at_end - self.late, min(self.at_end, self.before + self.added - self.finished))
+
+    @property
+    def ended_since(self) -> int:
+        """How many of `at_end` the front end has ended."""
+        return self.at_end - self.left
 
 
 class QueueSteps(NamedTuple):
@@ -194,25 +210,32 @@ def queue_of(steps: Table, requests: Table) -> Queue | None:
         steps: all steps of the engine, in order.
         requests: its requests, in order.
     """
-    needed = ("num_added_reqs", "num_finished_reqs", "num_running_reqs", "num_waiting_reqs")
-    if not all(has(steps, name) for name in needed) or not tokens_are_known(steps_by_level(steps)) or not len(steps):
+    if not are_counted(steps) or not tokens_are_known(steps_by_level(steps)) or not len(steps):
         return None
     queues = Queues()
-    aborted = floats(steps, "num_aborted_reqs").astype(np.int64)
-    queues.take_steps(
-        QueueSteps(
-            steps["step"],
-            steps["has_scheduler_stats"] == 1,
-            steps["num_running_reqs"] + steps["num_waiting_reqs"],
-            steps["num_added_reqs"],
-            steps["num_finished_reqs"],
-            aborted if len(aborted) else np.zeros(len(steps), np.int64),
-            level_codes(steps) > 0,
-        )
-    )
+    queues.take_steps(of_table(steps, level_codes(steps) > 0))
     if has(requests, "finish_reason"):
         queues.take_stopped(requests["step"][texts(requests, "finish_reason") == "stop"])
     return queues.answer()
+
+
+def are_counted(steps: Table) -> bool:
+    """Whether these steps have the columns that a queue is counted from."""
+    return all(has(steps, name) for name in NEEDED)
+
+
+def of_table(steps: Table, below_full: npt.NDArray[np.bool_]) -> QueueSteps:
+    """What `Queues` takes of steps. ``below_full``: in which of them it is not known which requests stopped."""
+    aborted = floats(steps, "num_aborted_reqs").astype(np.int64)
+    return QueueSteps(
+        steps["step"],
+        steps["has_scheduler_stats"] == 1,
+        steps["num_running_reqs"] + steps["num_waiting_reqs"],
+        steps["num_added_reqs"],
+        steps["num_finished_reqs"],
+        aborted if len(aborted) else np.zeros(len(steps), np.int64),
+        below_full,
+    )
 
 
 def together(queues: Iterable[Queue | None]) -> Queue | None:

@@ -138,7 +138,8 @@ class Summary:
     finished_by_reason: dict[str, int]
     #: the aborted part of the finished requests
     num_aborted_reqs: int | None
-    #: requests that were in the queue before the first step, were added since, and are in the queue after the last one
+    #: requests that were in the queue before the first step, were added since, and are in the queue after the last one,
+    #: without those that a stop string ended in the front end while the scheduler's last stats counted them still
     num_reqs_before: int | None
     num_added_reqs: int | None
     num_reqs_at_end: int | None

@@ -195,7 +195,7 @@ def _queue(s: Sums) -> Numbers:
         "num_finished_reqs": s.counted["num_finished_reqs"],
         "finished_by_reason": s.requests.by_reason if s.part.has_request("finish_reason") else {},
         "num_reqs_before": s.queue.before if s.queue else None,
-        "num_reqs_at_end": s.queue.at_end if s.queue else None,
+        "num_reqs_at_end": s.queue.left if s.queue else None,
     }
 
 

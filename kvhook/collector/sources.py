@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kvhook.adapters.table import read_path
 from kvhook.analysis import history
+from kvhook.analysis.accounts import queue_of_all
 from kvhook.analysis.part import Part
 from kvhook.analysis.values import Values
 from kvhook.collector import names, prometheus
@@ -22,6 +23,7 @@ from kvhook.records.rows import as_rows
 from kvhook.schema import COUNTED
 
 if TYPE_CHECKING:
+    from kvhook.analysis.totals import Totals
     from kvhook.recording.running import SoFar
     from kvhook.recording.session import Session
 
@@ -114,6 +116,8 @@ class HookSource:
                 absent[name] = NOT_COUNTED
             elif name in history.STATES and part.has(name) and name in part.steps.latest:
                 values[name] = history.count_or_share(name, part.steps.latest[name][1])
+                if name == "num_running_reqs":
+                    values[name] = max(0, values[name] - _ended_since(so_far.totals, part))
             elif name in history.TOTALS and part.has(name) and part.steps.steps:
                 values[name] = part.steps.sums[name]
             elif name not in absent:
@@ -297,6 +301,17 @@ class RegistrySource:
                 "vLLM's stats off (LLM(..., disable_log_stats=False) turns them on)"
             )
         return families
+
+
+def _ended_since(totals: Totals, part: Part) -> int:
+    """How many of the requests that ran after the last step the front end has ended since, see `Queue.left`."""
+    latest = part.steps.latest["num_running_reqs"]
+    for engine in part.engines:
+        one = Part(totals, [engine], part.columns)
+        if one.steps.latest.get("num_running_reqs") == latest:
+            queue = queue_of_all(totals, one)
+            return 0 if queue is None else queue.ended_since
+    return 0
 
 
 def _loggers(engine: Any) -> Iterator[Any]:

@@ -118,13 +118,18 @@ def install(
             _warn_of_engines(session)
             hooks.arm(session, session.level)
             session.arm_core()
+            session.by_logger = False
         return session
 
 
 def for_logger() -> Session:
     """The session that a `kvhook.StatLogger` records into: the one that is there, or a new one that patches nothing."""
     with lock:
-        return _reusable_session() or _new_session(Options(anonymous=is_anonymous()))
+        session = _reusable_session()
+        if session is None:
+            session = _new_session(Options(anonymous=is_anonymous()))
+            session.by_logger = True
+        return session
 
 
 def uninstall() -> None:
@@ -180,10 +185,11 @@ def on_step(callback: Callback, *, every: float = EVERY) -> Subscription:
     Each step is a dictionary: the columns of `Session.steps`, with None for what is not known, ``engine``, and
     ``time``, the end of the step in seconds since 1970. If the function is too slow, the oldest records are dropped and
     counted: ``dropped`` of what is returned. An exception in it is logged once and counted in `Session.faults`, and it
-    is called again. When the recording ends, it is called with what is left.
+    is called again. When the recording ends, it is called with what is left, and has 10 seconds for it. If it did not
+    get all, a warning and `Session.health` say so.
 
     Args:
-        callback: the function.
+        callback: the function; not an ``async`` one, which nobody would await.
         every: seconds between two calls.
 
     Returns:

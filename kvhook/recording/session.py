@@ -16,7 +16,7 @@ from kvhook import forks, hooks
 from kvhook.adapters.table import read_path
 from kvhook.discovery.cleaning import HISTORY_PREFIX, prune_histories
 from kvhook.errors import KvhookError
-from kvhook.faults import Faults
+from kvhook.faults import LIMITS, NEEDED, Faults
 from kvhook.recording import own_files
 from kvhook.recording.budget import OverheadMonitor
 from kvhook.recording.core_side import CoreSide
@@ -47,6 +47,9 @@ class Session(Owner):
     Made by `install`. Everything that reads covers the whole run since then and may be called at any time, also while
     an engine works and after `close`.
     """
+
+    #: whether it is only recorded into by `kvhook.StatLogger`, and no name of vLLM is patched
+    by_logger = False
 
     def __init__(self, options: Options, on_exit: Callable[[Session], None] = lambda _: None) -> None:
         self._on_exit = on_exit
@@ -188,7 +191,7 @@ class Session(Owner):
             self.disarm_core()
             self.end_subscriptions()
             self._spool.close()
-            if not any(self._spool.published.values()) and (why := not_recorded()):
+            if not any(self._spool.published.values()) and (why := self._why_not_recorded()):
                 log.warning("kvhook: nothing was recorded: %s", why)
             for recorder in self._recorders.values():
                 recorder.close()
@@ -275,10 +278,16 @@ class Session(Owner):
 
     def why_no_steps(self) -> str:
         """What to tell a user who sees no steps."""
-        if self._faults.counts:
-            where, error = next(iter(self._faults.first_errors.items()))
-            return f"{where} failed ({error}); kvhook doctor says whether this vLLM can be recorded"
-        return why_no_steps(self.unrecorded_engines, self._ring_dir, self.options.trace_path)
+        # what may fail a hundred times keeps no step from being recorded
+        others = [where for where in self._faults.first_errors if LIMITS.get(where, 1) == 1]
+        known = self._why_not_recorded() or self._faults.first_of(others)
+        return known or why_no_steps(self.unrecorded_engines, self._ring_dir, self.options.trace_path)
+
+    def _why_not_recorded(self) -> str:
+        """Why an engine that was made or used is not recorded; "" if there is none."""
+        failed = self._faults.first_of(NEEDED)
+        # where no name of vLLM is patched, no engine is seen being built, and none is missed
+        return failed or ("" if self.by_logger else not_recorded())
 
     # ---- files -----------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvhook import hooks
+from kvhook.adapters.fit import lacking
 from kvhook.discovery.children import files_of_children
 
 BEFORE = "the engine was made before kvhook.install(): make it afterwards, or call kvhook.attach(llm)"
@@ -12,6 +13,7 @@ NOT_BUILT = (
     "there is an engine ({}) that kvhook did not see being built: its class does not call the __init__ of vLLM's. It "
     "is not recorded"
 )
+NOT_FITTING = "there is an engine ({}) of a vLLM that kvhook cannot record: {}. kvhook doctor says more"
 NOT_SEEN = (
     "{} requests were added to an engine, but neither its step() nor the outputs of its core were seen: a framework "
     "drives it in a way that kvhook does not know"
@@ -51,5 +53,10 @@ def not_recorded() -> str:
     if hooks.unknown_engines():
         return f"an engine was made that kvhook does not know ({', '.join(hooks.unknown_engines())})"
     known = (hooks.existed_before, hooks.failed_to_build)
-    alive = {type(e).__qualname__ for e in hooks.engines_alive() if not any(is_so(e) for is_so in known)}
-    return NOT_BUILT.format(", ".join(sorted(alive))) if alive else ""
+    alive = [e for e in hooks.engines_alive() if not any(is_so(e) for is_so in known)]
+    names = ", ".join(sorted({type(e).__qualname__ for e in alive}))
+    for engine in alive:
+        missing = lacking(engine)
+        if missing:
+            return NOT_FITTING.format(names, "; ".join(missing))
+    return NOT_BUILT.format(names) if alive else ""
