@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvhook.ring.place import create_file
+from kvhook.ring.place import create_file, open_regular
 
 NOTES_SUFFIX = ".notes"
 #: A file that has grown beyond this begins anew with what is known at that moment.
@@ -104,10 +104,8 @@ def read_notes(ring: Path) -> list[list[Any]]:
     """The events beside a ring; none if there are none, or they cannot be read."""
     out: list[list[Any]] = []
     try:
-        fd = os.open(notes_of(ring), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as file:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode) or info.st_uid != os.lstat(ring).st_uid:
+        with open(open_regular(notes_of(ring), follow_links=False), "rb") as file:
+            if os.fstat(file.fileno()).st_uid != os.lstat(ring).st_uid:
                 return []
             lines = file.read(_MOST_READ).split(b"\n")
     except (OSError, ValueError):
