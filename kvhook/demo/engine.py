@@ -96,7 +96,7 @@ def progress(what: str) -> Iterator[None]:
         fancy = sys.stdout.isatty()
     if fancy:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=Console(file=sys.stdout), transient=True) as bar:
+        with Progress(*columns, console=Console(file=sys.__stdout__), transient=True) as bar:
             bar.add_task(what, total=None)
             yield
     else:
