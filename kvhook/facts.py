@@ -93,7 +93,33 @@ def without_names(facts: dict[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in facts.items() if name not in _NAMING}
     if "ring" in kept:  # readers look for it in the directories of rings
         kept["ring"] = str(kept["ring"]).rpartition("/")[2]
+    for name in _CLASSES & kept.keys():
+        kept[name] = _without_own_class(kept[name])
+    for name in _ERRORS & kept.keys():
+        errors = kept[name]
+        kept[name] = (
+            {where: kind_of_error(each) for where, each in errors.items()}
+            if isinstance(errors, dict)
+            else kind_of_error(errors)
+        )
     return {name: _without_paths(value) for name, value in kept.items()}
+
+
+def kind_of_error(said: str) -> str:
+    """Of an error as `kvhook.faults.described` says it, the name of its type."""
+    return str(said).partition(":")[0].partition(" ")[0]
+
+
+def class_of_vllm(cls: type) -> str:
+    """The name of a class, or of the class of vLLM's that a user's class is made of; ``(class)`` if there is none."""
+    own = (each for each in cls.__mro__ if each.__module__.partition(".")[0] == "vllm")
+    found = next(own, None)
+    return _OWN_CLASS if found is None else found.__qualname__
+
+
+def _without_own_class(value: Any) -> Any:
+    own = value is None or value in _EXECUTORS or str(value).removeprefix("<class '").startswith("vllm.")
+    return value if own else _OWN_CLASS
 
 
 def without_paths(text: str) -> str:

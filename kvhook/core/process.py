@@ -28,7 +28,7 @@ from kvhook.core.ledger import LedgerRing
 from kvhook.core.plan import CorePlan
 from kvhook.core.recorder import STREAM, CoreRecorder
 from kvhook.discovery.cleaning import prune
-from kvhook.facts import ANONYMOUS, without_names
+from kvhook.facts import ANONYMOUS, class_of_vllm, without_names
 from kvhook.faults import USERS, Faults, contained, described
 from kvhook.recording.spool import Spool
 from kvhook.ring.place import prepare_directory
@@ -170,6 +170,9 @@ class CoreProcess:
         # of a forked child's engine the core may be in the child itself
         own = plan.pid != os.getpid() and is_of_a_core(sys._getframe())  # noqa: SLF001 (there is no public way)
         facts |= {"own_process": own, "core_level": plan.level, **({ANONYMOUS: True} if plan.anonymous else {})}
+        connector = getattr(scheduler, "connector", None)
+        if plan.anonymous and connector is not None:
+            facts["connector"] = class_of_vllm(type(connector))
         recorder = CoreRecorder(number, core, directory, plan.ring_slots, facts)
         try:
             pid = os.getpid()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvhook import hooks
+from kvhook.facts import ANONYMOUS
 from kvhook.recording.recorder import Recorder
 
 log = logging.getLogger("kvhook")
@@ -16,6 +17,7 @@ WITHOUT_TIMES = (
     "step times"
 )
 COUNTED = "no iteration stats are made there: tokens are counted from the engine core's outputs, as at level light"
+_LOOP = "a loop that takes the outputs from the engine core itself"
 NOT_COUNTED = "outputs of this {} came that nobody counted: the numbers of tokens of this run are not known"
 
 
@@ -36,7 +38,10 @@ class OwnSteps:
         if engine is None or recorder.number in self._said:
             return
         self._said.add(recorder.number)
-        text = WITHOUT_TIMES.format(type(engine).__qualname__, driver_of(engine))
+        driver = driver_of(engine)
+        if recorder.meta.get(ANONYMOUS) and not driver.startswith(("vllm.", _LOOP)):
+            driver = "a function of the user's"
+        text = WITHOUT_TIMES.format(recorder.meta["engine_class"], driver)
         recorder.meta["steps_without_times"] = text
         self._write(recorder.number)
         log.warning("kvhook: %s%s", text, f"; {more}" if more else "")
@@ -61,5 +66,5 @@ def driver_of(engine: Any) -> str:
     """What drives an engine, as far as its class tells."""
     step = getattr(type(engine), "step", None)
     if step is None or hooks.is_vllms_step(step):
-        return "a loop that takes the outputs from the engine core itself"
+        return _LOOP
     return f"{getattr(step, '__module__', '?')}.{getattr(step, '__qualname__', 'step')}"
