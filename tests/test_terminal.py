@@ -7,12 +7,13 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import kvhook
 from kvhook.cli import main
-from kvhook.cli.people import Shown, for_people
+from kvhook.cli.people import for_people
 from kvhook.errors import KvhookError, RingDirectoryError
 from tests.hostile import DATA
 from tests.test_safe_files import READING
@@ -74,16 +75,16 @@ def test_an_error_in_python_says_it_so_too(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_lines_and_what_is_no_text_stay_as_they_are(monkeypatch: pytest.MonkeyPatch):
-    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    written = io.BytesIO()
+    out: Any = io.TextIOWrapper(written, encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", None)
     with for_people():
         assert sys.stderr is None
-        assert isinstance(sys.stdout, Shown)
+        assert type(sys.stdout) is not type(out)
         print("one\n\ttwo ▁▂▃ é", ODD)
         sys.stdout.writelines(["x\n", "\x1b[0m"])
         sys.stdout.flush()
         assert sys.stdout.encoding == "utf-8"
     assert sys.stdout is out
-    written = out.buffer.getvalue().decode()  # type: ignore[attr-defined]
-    assert written == "one\n\ttwo ▁▂▃ é a?[2J???31m?b\nx\n?[0m"
+    assert written.getvalue().decode() == "one\n\ttwo ▁▂▃ é a?[2J???31m?b\nx\n?[0m"
