@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 
+def shown(text: str, kept: str = "\n\t") -> str:
+    """Text for people, which cannot send escape sequences to their terminal: it may hold the name of somebody's file.
+
+    Args:
+        text: the text.
+        kept: control characters that stay; others become a question mark.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in kept else "?" for c in text)
+
+
 class KvhookError(Exception):
     """A mistake or a condition the user can do something about; the message says what."""
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class TraceFormatError(KvhookError):

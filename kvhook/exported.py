@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kvhook.export.csv import facts_beside
 from kvhook.export.latencies import TYPES
 from kvhook.facts import printable
 from kvhook.records.imported import Columns, Exported
+from kvhook.ring.place import open_regular
 from kvhook.schema import KINDS
 
 #: Kind of record -> the columns that are text in an export.
@@ -50,6 +52,7 @@ def is_beside(path: Path) -> bool:
 def _read_arrow(path: Path) -> Any:
     import pyarrow as pa
 
+    os.close(open_regular(path))  # pyarrow would wait for a pipe
     with pa.memory_map(str(path)) as file:
         reader = pa.ipc.open_file(file)
         known = [i for i, name in enumerate(reader.schema.names) if name in _KNOWN]
@@ -65,6 +68,7 @@ def _read_arrow(path: Path) -> Any:
 def _read_parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
+    os.close(open_regular(path))  # pyarrow would wait for a pipe
     # a ParquetFile and not read_table: the name of a folder above is no column of it
     with pq.ParquetFile(path) as file:
         _check_rows(path, file.metadata.num_rows)
@@ -166,7 +170,7 @@ def _number(text: str) -> int:
 def _json_lines(path: Path) -> Exported:
     meta: dict[str, Any] | None = None
     rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in TABLES}
-    with open(path, encoding="utf-8") as file:
+    with open(open_regular(path), encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
@@ -204,13 +208,14 @@ def _csv(path: Path) -> Exported:
     told: Any = {"engines": []}
     facts = facts_beside(path)
     if facts.is_file():
-        told = _meta(_json(facts.read_bytes()), facts)
+        with open(open_regular(facts), "rb") as text:
+            told = _meta(_json(text.read()), facts)
     return Exported(told, tables, told.get("cores"))
 
 
 def _read_csv(path: Path, kind: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(open_regular(path), encoding="utf-8", newline="") as file:
             rows = iter(csv.reader(file))
             names = next(rows, [])
             # a last line that was cut off is left out

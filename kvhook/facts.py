@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from kvhook.errors import shown
 from kvhook.schema import FACT_FIELDS, RUN_FIELDS
 
 #: Columns that readers count on in each kind of record: no file is read without them, none can call them absent.
@@ -63,19 +64,25 @@ def clean_run(raw: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 def printable(text: str) -> str:
     """Text that cannot move a terminal's cursor."""
-    text = text[:_MOST_TEXT]
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    return shown(text[:_MOST_TEXT], kept="")
 
 
 #: The fact that a recording leaves out what could name somebody: ``kvhook.install(anonymous=True)``.
 ANONYMOUS = "anonymous"
-#: The facts that are left out then. Paths are cut out of all other facts.
+#: The facts that are left out then, and those of which the kind of an error alone is kept: what an error says may hold
+#: anything. Paths are cut out of all other facts.
 _NAMING = frozenset({"model", "program"})
-#: In quotes a path goes on to the closing quote, over quotes that repr() escapes; elsewhere to the next space.
+_ERRORS = frozenset({"failed", "faults"})
+#: The facts that name a class, in full, which may be the user's; and what else they may be.
+_CLASSES = frozenset({"executor", "scheduler_class"})
+_EXECUTORS = frozenset({"uni", "mp", "ray", "external_launcher"})
+_OWN_CLASS = "(class)"
+#: In quotes a path goes on to the closing quote, over quotes that repr() escapes. Elsewhere nobody can tell where it
+#: ends, since a name may hold any character: it goes on to the end of the line, but for what kvhook adds itself.
 _PATH = re.compile(
-    r"(?<=')[/~](?=[^'\n]*/)(?:\\.|[^'\\\n])+(?=')"
-    r'|(?<=")[/~](?=[^"\n]*/)(?:\\.|[^"\\\n])+(?=")'
-    r"|(?<![\w.~])[/~][\w.+@~-]*(?:/[\w.+@-]+)+/?"
+    r"(?<=')(?:[/~]|\w+://?)(?:\\.|[^'\\\n])+(?=')"
+    r'|(?<=")(?:[/~]|\w+://?)(?:\\.|[^"\\\n])+(?=")'
+    r"|(?:(?<![\w.~/)])|(?<=-[A-Z]))(?:\w+://)?(?:/+(?=[^\s/])|~(?=[\w/]))[^\n]*?(?=, level \d+$|$|\n)"
 )
 
 
@@ -86,7 +93,33 @@ def without_names(facts: dict[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in facts.items() if name not in _NAMING}
     if "ring" in kept:  # readers look for it in the directories of rings
         kept["ring"] = str(kept["ring"]).rpartition("/")[2]
+    for name in _CLASSES & kept.keys():
+        kept[name] = _without_own_class(kept[name])
+    for name in _ERRORS & kept.keys():
+        errors = kept[name]
+        kept[name] = (
+            {where: kind_of_error(each) for where, each in errors.items()}
+            if isinstance(errors, dict)
+            else kind_of_error(errors)
+        )
     return {name: _without_paths(value) for name, value in kept.items()}
+
+
+def kind_of_error(said: str) -> str:
+    """Of an error as `kvhook.faults.described` says it, the name of its type."""
+    return str(said).partition(":")[0].partition(" ")[0]
+
+
+def class_of_vllm(cls: type) -> str:
+    """The name of a class, or of the class of vLLM's that a user's class is made of; ``(class)`` if there is none."""
+    own = (each for each in cls.__mro__ if each.__module__.partition(".")[0] == "vllm")
+    found = next(own, None)
+    return _OWN_CLASS if found is None else found.__qualname__
+
+
+def _without_own_class(value: Any) -> Any:
+    own = value is None or value in _EXECUTORS or str(value).removeprefix("<class '").startswith("vllm.")
+    return value if own else _OWN_CLASS
 
 
 def without_paths(text: str) -> str:

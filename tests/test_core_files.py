@@ -89,6 +89,16 @@ def test_recover_completes_the_file_so_that_the_ring_is_no_longer_needed(
     assert "it is complete" in capsys.readouterr().out
 
 
+def test_recover_completes_what_a_link_leads_to_and_the_link_stays(tmp_path: Path, killed: int):
+    file, link = tmp_path / f"run.core0-{killed}.kvh", tmp_path / "link.core0-1.kvh"
+    link.symlink_to(file)
+    assert main(["recover", str(link), "--dir", str(tmp_path / "rings")]) == 0
+    for ring in (tmp_path / "rings").iterdir():
+        ring.unlink()
+    assert link.is_symlink()
+    assert steps_of(tmp_path, killed) == list(range(12))
+
+
 def test_a_session_that_ends_completes_the_files_of_cores_that_were_killed(
     tmp_path: Path, killed: int, monkeypatch: pytest.MonkeyPatch
 ):

@@ -15,7 +15,7 @@ import pytest
 import kvhook
 from kvhook.adapters.ids import id_number
 from kvhook.errors import KvhookError
-from kvhook.facts import without_paths
+from kvhook.facts import without_names, without_paths
 from kvhook.recording.installation import for_logger
 from kvhook.recording.notebook import Notebook
 from tests.conftest import ROOT
@@ -112,7 +112,7 @@ def test_an_anonymous_recording_names_nobody_in_any_file(fresh: Path, monkeypatc
     assert facts["anonymous"] is True
     assert facts.get("model") is None
     assert sorted(session.meta["labels"]) == ["label-0"]
-    assert "(path)" in session.meta["faults"]["a test"]
+    assert session.meta["faults"]["a test"] == "FileNotFoundError"
     assert session.requests()["request_id"].tolist() == [session.request_key(each) >> 11 for each in IDS]
 
 
@@ -169,12 +169,62 @@ def test_adapters_are_numbered_and_labels_that_the_program_chose_stay():
 @pytest.mark.parametrize(
     ("text", "left"),
     [
-        ("/home/alice/model is gone", "(path) is gone"),
+        ("/home/alice/model is gone", "(path)"),
         ("OSError: [Errno 2] no such file: '/data/alice/run.kvh'", "OSError: [Errno 2] no such file: '(path)'"),
-        ("~/models/llama and ~alice/x", "(path) and (path)"),
+        ("~/models/llama and ~alice/x", "(path)"),
+        ("see ~alice", "see (path)"),
+        ("'/alice-model' and '/srv//alice' are gone", "'(path)' and '(path)' are gone"),
+        ("gcc -I/home/alice/include", "gcc -I(path)"),
+        ("path=/srv/run=1/alice, alice's", "path=(path)"),
+        *((f"no /srv/a{odd}b/alice/x", "no (path)") for odd in " :,%#([{&*"),
+        ("from //home/alice//x, level 2", "from (path), level 2"),
         ("hits/queries, 1/2, n/a, and/or", "hits/queries, 1/2, n/a, and/or"),
         ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
     ],
 )
 def test_paths_are_cut_out_of_texts(text: str, left: str):
     assert without_paths(text) == left
+
+
+def test_classes_of_the_user_are_not_named(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    class AliceExecutor: ...
+
+    class AliceError(Exception): ...
+
+    with fake_vllm() as vllm:
+        session = kvhook.install(trace=fresh / "run.kvh", anonymous=True)
+        engine = vllm.engine()
+        engine.vllm_config.parallel_config = types.SimpleNamespace(
+            distributed_executor_backend=AliceExecutor, tensor_parallel_size=1
+        )
+        alice = type("AliceEngine", (type(engine),), {})(engine.vllm_config, object, log_stats=False)
+        alice.plan.append(step_stats(kv_cache_usage=0.5, generated=1))
+        alice.step()
+        session.fault("a test", RuntimeError("models/alice, alice@example.com"), "nothing")
+        facts = session.meta["engines"][-1]
+        assert (facts["engine_class"], facts["executor"]) == ("LLMEngine", "(class)")
+        assert session.meta["faults"] == {"a test": "RuntimeError"}
+        session.dump(fresh / "run.jsonl")
+    kvhook.uninstall()
+    assert leaks([fresh], text_patterns("alice")) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "left"),
+    [
+        *((known, known) for known in ("uni", "mp", "ray", "external_launcher", None)),
+        ("<class 'vllm.v1.executor.ray.RayExecutor'>", "<class 'vllm.v1.executor.ray.RayExecutor'>"),
+        ("vllm.v1.executor.Executor", "vllm.v1.executor.Executor"),
+        ("<class '__main__.AliceExecutor'>", "(class)"),
+        ("alice.Executor", "(class)"),
+    ],
+)
+def test_a_fact_that_names_a_class_names_only_those_of_vllm(value: str | None, left: str | None):
+    for name in ("executor", "scheduler_class"):
+        assert without_names({"anonymous": True, name: value})[name] == left
+
+
+def test_what_an_engine_core_failed_with_is_said_by_its_kind():
+    facts = without_names({"anonymous": True, "failed": "OSError: [Errno 2] No such file: 'alice.txt'"})
+    assert facts["failed"] == "OSError"
+    assert without_names({"failed": "OSError: alice"})["failed"] == "OSError: alice"

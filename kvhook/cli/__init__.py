@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from typing import Protocol, cast
 
 from kvhook import __version__
-from kvhook.errors import KvhookError
+from kvhook.cli.people import for_people
+from kvhook.errors import KvhookError, shown
 from kvhook.facts import printable
 
 #: Set, it lets an error of kvhook's own show where it happened.
@@ -123,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # a name in a file, or of one, may hold what this terminal's encoding has not
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        code = load(args.verb).run(args)
+        with for_people():
+            code = load(args.verb).run(args)
         sys.stdout.flush()
         return code
     except KvhookError as error:
@@ -158,7 +160,7 @@ def _check_verb(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def _failed(verb: str, why: str) -> int:
-    print(f"kvhook {verb}: {why}", file=sys.stderr)
+    print(f"kvhook {verb}: {shown(why)}", file=sys.stderr)
     return 1
 
 

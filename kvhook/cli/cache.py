@@ -42,11 +42,12 @@ class CacheCommand:
         from kvhook.cli.common import open_run
         from kvhook.errors import KvhookError
         from kvhook.records.core_files import core_files, is_of_core, open_cores
-        from kvhook.ring.trace_file import TRACE_SUFFIX
+        from kvhook.ring.trace_file import TRACE_SUFFIX, header_of
         from kvhook.text.core_report import as_text
 
         path = Path(args.trace)
         if is_of_core(path):
+            header_of(path)  # says what is wrong with it, if something is
             cores = open_cores([path], args.trace)
         elif path.suffix == TRACE_SUFFIX and not path.exists() and not glob.has_magic(args.trace):
             cores = open_cores(core_files(path), args.trace)  # the front end may have left no trace

@@ -56,7 +56,7 @@ class DemoCommand:
         for name, value in engine.ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         out = args.out or _unused(Path("kvhook-demo.kvh"))
-        log = out.with_suffix(".log")
+        log = _unused(out.with_suffix(".log"))
         session = kvhook.install(trace=out, level=args.level)
         try:
             _run(session, args.model, out, log)
@@ -129,8 +129,9 @@ def _print_progression(session: Session) -> None:
 
 def _unused(path: Path) -> Path:
     """This name, or one with a number, that no file has yet."""
+    stem = path.stem
     for n in count(2):
-        if not path.exists():
+        if not os.path.lexists(path):
             return path
-        path = path.with_stem(f"kvhook-demo-{n}")
+        path = path.with_stem(f"{stem}-{n}")
     raise AssertionError

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvhook.cli.common import open_run, size
 from kvhook.errors import KvhookError
+from kvhook.files import check_target
 
 if TYPE_CHECKING:
     from kvhook.report.runs import Run
@@ -31,9 +32,9 @@ def read_runs(args: argparse.Namespace, *, other_caches: bool = False) -> list[R
     """
     from kvhook.report import other_caches as caches
     from kvhook.report.runs import read
-    from kvhook.report.write import check, names_of
+    from kvhook.report.write import names_of
 
-    check(args.out, args.force)
+    check_out(args.out, overwrite=args.force)
     runs = []
     for path, name in zip(args.traces, names_of(args.traces), strict=True):
         trace = open_run(path)
@@ -47,6 +48,18 @@ def read_runs(args: argparse.Namespace, *, other_caches: bool = False) -> list[R
             run = dataclasses.replace(run, other_caches=found)
         runs.append(run)
     return runs
+
+
+def check_out(path: Path, *, overwrite: bool) -> None:
+    """Whether a file may be written, before there is any work for it.
+
+    Raises:
+        KvhookError: it may not.
+    """
+    try:
+        check_target(path, overwrite=overwrite)
+    except OSError as error:
+        raise failed_to_write(path, error) from None
 
 
 def failed_to_write(path: Path, error: OSError) -> KvhookError:

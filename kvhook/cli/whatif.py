@@ -50,19 +50,26 @@ class WhatIfCommand:
             "--max-num-seqs", type=_number, metavar="N", help="most running requests, instead of the run's"
         )
         parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve (.png, .svg); needs matplotlib")
+        parser.add_argument("--force", action="store_true", help="replace the picture if it exists")
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of a page")
 
     def run(self, args: argparse.Namespace) -> int:
         """Print it."""
+        from kvhook.cli.pages import check_out, failed_to_write
         from kvhook.text.whatif import as_text
         from kvhook.whatif.report import what_if
 
+        if args.plot is not None:
+            check_out(args.plot, overwrite=args.force)
         requests, run = _load(args)
         found = what_if(requests, run, blocks=args.blocks, reorder=args.reorder, replicas=args.replicas)
         if args.plot is not None:
             from kvhook.text.whatif_plot import plot
 
-            plot(found, args.plot)
+            try:
+                plot(found, args.plot)
+            except OSError as error:
+                raise failed_to_write(args.plot, error) from None
         print(json.dumps(as_dict(found), indent=2) if args.json else as_text(found))
         return 0
 

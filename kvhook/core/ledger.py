@@ -7,8 +7,10 @@ them outside it. No token is looked at.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
+import itertools
 import os
 import struct
 from collections.abc import Callable
@@ -63,10 +65,14 @@ class LedgerRing:
     def __init__(self, number: int, directory: Path, slots: int, facts: dict[str, Any]) -> None:
         self.number = number
         pid = os.getpid()
-        path = directory / f"{pid}-{process_start(pid)}-{facts['serial']}{RING_SUFFIXES[STREAM]}"
-        meta = {"engine": number, "stream": STREAM, "ring": str(path), **process_facts(), **facts}
-        self.meta: dict[str, Any] = without_names(meta)
-        self.ring = RingWriter(path, ledger_layout(), slots, self.meta, crc=NEEDS_CRC)
+        for attempt in itertools.count():  # somebody else's file may have the name
+            again = f"-{attempt}" if attempt else ""
+            path = directory / f"{pid}-{process_start(pid)}-{facts['serial']}{again}{RING_SUFFIXES[STREAM]}"
+            meta = {"engine": number, "stream": STREAM, "ring": str(path), **process_facts(), **facts}
+            self.meta: dict[str, Any] = without_names(meta)
+            with contextlib.suppress(FileExistsError):
+                self.ring = RingWriter(path, ledger_layout(), slots, self.meta, crc=NEEDS_CRC)
+                break
 
     def close(self) -> None:
         """Mark the ring closed. Closing twice is fine."""

@@ -10,8 +10,11 @@ import contextlib
 import json
 import multiprocessing
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from kvhook.ring.place import open_regular
 
 #: The variable that holds the plan as JSON. Without it the plug-in does nothing.
 VARIABLE = "KVHOOK_CORE_PLAN"
@@ -45,6 +48,7 @@ class CorePlan:
             cannot be told otherwise that its session has been closed. "" for none.
         hash_ids: whether request ids that are numbers are recorded as digests too.
         anonymous: whether the facts that could name somebody are left out.
+        temporary: whether the trace files go into a folder of this recording's own, which is removed with it.
     """
 
     level: str
@@ -58,6 +62,7 @@ class CorePlan:
     mark: str = ""
     hash_ids: bool = False
     anonymous: bool = False
+    temporary: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -67,7 +72,7 @@ class CorePlan:
             return False
         try:
             if self.mark not in _marks:
-                _marks[self.mark] = os.open(self.mark, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                _marks[self.mark] = open_regular(self.mark, follow_links=False)
             over = os.fstat(_marks[self.mark]).st_size > 0
         except OSError:
             return True
@@ -75,10 +80,25 @@ class CorePlan:
             _forget(self.mark)
         return over
 
-    def path(self, process: int, core: int, part: int, stream: str = "core") -> Path:
-        """A trace file of an engine core, or of its ledger of blocks."""
-        more = f"-{part + 1}" if part else ""
-        return Path(f"{self.stem}.{stream}{core}-{process}{more}.kvh")
+    def names(self, process: int, core: int, stream: str = "core") -> Callable[[int], Iterator[Path]]:
+        """What the trace files of an engine core, or of its ledger of blocks, may be called.
+
+        Returns:
+            Called with the number of a file, from 0, it gives names without end, of which the first that is free is
+            to be taken: in another container a process of the same number may have taken some. They are behind those
+            of the files before, since files are read in the order of their names.
+        """
+        last, whose = -1, -1
+
+        def of(part: int) -> Iterator[Path]:
+            nonlocal last, whose
+            last, whose = max(part, last if part == whose else last + 1), part
+            while True:
+                more = f"-{last + 1}" if last else ""
+                yield Path(f"{self.stem}.{stream}{core}-{process}{more}.kvh")
+                last += 1
+
+        return of
 
     def publish(self) -> CorePlan:
         """Put the plan into the environment, for processes that are spawned from now on.
@@ -131,6 +151,6 @@ def read_plan() -> CorePlan | None:
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("level", "ring_dir", "stem", "session", "key", "mark"), str),
     **dict.fromkeys(("ring_slots", "pid"), int),
-    **dict.fromkeys(("hash_ids", "anonymous"), bool),
+    **dict.fromkeys(("hash_ids", "anonymous", "temporary"), bool),
     "limit": (int, type(None)),
 }

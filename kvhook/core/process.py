@@ -23,13 +23,15 @@ from kvhook import forks
 from kvhook.adapters.core import INIT, SHUTDOWN, read_core, too_old
 from kvhook.adapters.processes import is_of_a_core
 from kvhook.adapters.table import Target, lookup, vllm_version
+from kvhook.core.ledger import STREAM as LEDGER
 from kvhook.core.ledger import LedgerRing
 from kvhook.core.plan import CorePlan
-from kvhook.core.recorder import CoreRecorder
+from kvhook.core.recorder import STREAM, CoreRecorder
 from kvhook.discovery.cleaning import prune
-from kvhook.facts import ANONYMOUS, without_names
+from kvhook.facts import ANONYMOUS, class_of_vllm, without_names
 from kvhook.faults import USERS, Faults, contained, described
 from kvhook.recording.spool import Spool
+from kvhook.ring.place import prepare_directory
 
 log = logging.getLogger("kvhook")
 
@@ -54,6 +56,8 @@ class CoreProcess:
         self._numbers: dict[int, int] = {}
         self._ledgers: dict[int, tuple[LedgerRing, Spool]] = {}
         self._next = 0
+        #: the recording that the cores are of, and what of its cores that have ended was lost: see `lost`
+        self._session, self._lost = "", dict[tuple[int, str], int]()
         self._patches: list[tuple[Any, str, Any, Any]] = []
         self._awaited: set[str] = set()
 
@@ -62,6 +66,7 @@ class CoreProcess:
     def arm(self, plan: CorePlan) -> None:
         """Record the engine cores that are made from now on in this process, and in those forked off from it."""
         self.plan, self.absent, self.faults = plan, "", Faults()
+        self._session, self._lost = plan.session, {}
         if not self._recorders:
             self._next = 0
         for target in (INIT, SHUTDOWN):
@@ -165,11 +170,14 @@ class CoreProcess:
         # of a forked child's engine the core may be in the child itself
         own = plan.pid != os.getpid() and is_of_a_core(sys._getframe())  # noqa: SLF001 (there is no public way)
         facts |= {"own_process": own, "core_level": plan.level, **({ANONYMOUS: True} if plan.anonymous else {})}
+        connector = getattr(scheduler, "connector", None)
+        if plan.anonymous and connector is not None:
+            facts["connector"] = class_of_vllm(type(connector))
         recorder = CoreRecorder(number, core, directory, plan.ring_slots, facts)
         try:
             pid = os.getpid()
-            Path(plan.stem).parent.mkdir(mode=0o700, exist_ok=True)
-            spool = Spool(lambda part: iter([plan.path(pid, number, part)]), plan.limit, self._fault)
+            prepare_directory(Path(plan.stem).parent, strict=plan.temporary)
+            spool = Spool(plan.names(pid, number), plan.limit, self._fault)
             spool.add(recorder)
             failed = functools.partial(self._failed, number)
             _ = plan.is_over  # opens its mark, which somebody may remove
@@ -192,7 +200,7 @@ class CoreProcess:
         facts = {"serial": recorder.serial, "session": plan.session}
         facts |= {ANONYMOUS: True} if plan.anonymous else {}
         ledger = LedgerRing(number, Path(plan.ring_dir), LEDGER_SLOTS, facts)
-        spool = Spool(lambda part: iter([plan.path(pid, number, part, "blocks")]), plan.limit, self._fault)
+        spool = Spool(plan.names(pid, number, LEDGER), plan.limit, self._fault)
         spool.add(ledger)
         self._ledgers[number] = ledger, spool
         return ledger
@@ -217,12 +225,13 @@ class CoreProcess:
         self._numbers = {scheduler: n for scheduler, n in self._numbers.items() if n != number}
         with contained(self._not_ended):
             recorder.stop()
-        recorded: list[tuple[CoreRecorder | LedgerRing, Spool]] = [(recorder, spool)]
+        recorded: list[tuple[CoreRecorder | LedgerRing, Spool, str]] = [(recorder, spool, STREAM)]
         if number in self._ledgers:
-            recorded.append(self._ledgers.pop(number))
-        for one, its_spool in recorded:
+            recorded.append((*self._ledgers.pop(number), LEDGER))
+        for one, its_spool, stream in recorded:
             its_spool.close()
             one.close()
+            self._lost |= _lost_of(its_spool, stream)
             if not its_spool.unwritten[number]:
                 with contextlib.suppress(OSError):
                     one.ring.path.unlink()  # everything is in the trace
@@ -238,9 +247,18 @@ class CoreProcess:
             if spool is not None:
                 spool.retire(number)
 
-    def counts(self) -> list[dict[str, int]]:
-        """How many records of each engine core of this process came and were lost."""
-        return [counts for spool in list(self._spools.values()) for counts in spool.counts().values()]
+    def lost(self, session: str) -> dict[tuple[int, str], int]:
+        """How many records of each engine core of this process could not be copied or written so far: number and
+        stream of a core -> records. Also of those that have ended.
+
+        Args:
+            session: the recording that is asked about; empty if this process's cores are of another one.
+        """
+        if session != self._session:
+            return {}
+        spools = [(spool, STREAM) for spool in list(self._spools.values())]
+        ledgers = [(spool, LEDGER) for _, spool in list(self._ledgers.values())]
+        return self._lost | {key: lost for pair in spools + ledgers for key, lost in _lost_of(*pair).items()}
 
     def drain(self) -> None:
         """Bring the traces of this process up to now."""
@@ -253,7 +271,15 @@ class CoreProcess:
         self._spools.clear()
         self._ledgers.clear()
         self._numbers.clear()
+        self._lost = {}
         self._next = 0
+
+
+def _lost_of(spool: Spool, stream: str) -> dict[tuple[int, str], int]:
+    return {
+        (number, stream): counts["records_overrun"] + counts["records_unwritten"]
+        for number, counts in spool.counts().items()
+    }
 
 
 #: The one of this process.

@@ -68,7 +68,7 @@ def messages_to(path: Path) -> Iterator[None]:
     """
     sys.stderr.flush()
     saved = os.dup(2)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     os.dup2(log, 2)
     os.close(log)
     try:
@@ -96,7 +96,7 @@ def progress(what: str) -> Iterator[None]:
         fancy = sys.stdout.isatty()
     if fancy:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=Console(file=sys.stdout), transient=True) as bar:
+        with Progress(*columns, console=Console(file=sys.__stdout__), transient=True) as bar:
             bar.add_task(what, total=None)
             yield
     else:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvhook.errors import KvhookError
+from kvhook.ring.place import open_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,7 +147,8 @@ def make_tiny_model(path: Path, *, seed: int = 0) -> Path:
 def is_complete(path: Path, seed: int = 0) -> bool:
     """Whether `path` holds the whole model of this recipe and seed, by its marker and the files' sizes."""
     try:
-        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        with open(open_regular(path / MARKER), encoding="utf-8") as file:
+            marker = json.load(file)
         return bool(marker == _marker(path, seed))
     except (OSError, ValueError):
         return False

@@ -15,6 +15,7 @@ from kvhook.files import written_beside
 from kvhook.records.engines import Engines
 from kvhook.records.sources import FileSlots
 from kvhook.ring.layout import CLOSED, Header
+from kvhook.ring.place import open_regular
 from kvhook.ring.reader import RingReader, writer_alive
 from kvhook.ring.slots import slot_head
 from kvhook.ring.trace_file import header_of, pack_meta, trace_header
@@ -58,7 +59,7 @@ def recover(path: Path, places: Iterable[Path], out: Path | None = None) -> Reco
     engines, header = _look_at(path)
     if header.compressed:
         return Recovered(path, {}, {}, "it is complete: only traces that were closed are compressed")
-    if out is not None and out.exists():
+    if out is not None and os.path.lexists(out):
         raise KvhookError(f"{out} exists; take another name or remove it")
     if header.state == CLOSED and not any(
         engines.count(int(e["engine"]), "records_unwritten") for e in engines.facts()
@@ -77,7 +78,8 @@ def recover(path: Path, places: Iterable[Path], out: Path | None = None) -> Reco
     pieces = [
         piece for ring, slots in _own(rings, header.realtime_ns) if (piece := _new(engines, ring, slots)) is not None
     ]
-    target = out or path
+    # what a link of the user's leads to is completed, and the link stays
+    target = out or Path(os.path.realpath(path))
     try:
         _write(path, header, pieces, target)
     except OSError as error:
@@ -166,7 +168,7 @@ def _new(engines: Engines, ring: Header, slots: Slots) -> _Piece | None:
 
 def _write(path: Path, header: Header, pieces: list[_Piece], target: Path) -> None:
     slot = header.layout.slot_bytes
-    with open(path, "rb") as old, written_beside(private=True) as (opener, _):
+    with open(open_regular(path), "rb") as old, written_beside(private=True) as (opener, _):
         size = os.fstat(old.fileno()).st_size
         facts = {name: value for name, value in header.meta.items() if name in _HEADER_FACTS}
         new = opener(target)

@@ -8,7 +8,7 @@ from typing import IO
 
 from kvhook.errors import ExportError
 from kvhook.export import arrow, csv, hive, jsonl, kvh, perfetto
-from kvhook.files import Opener, written_beside
+from kvhook.files import Opener, check_target, written_beside
 from kvhook.records.core import CoreRecords
 from kvhook.records.tables import Records
 
@@ -86,10 +86,7 @@ def _checked(opener: Opener, overwrite: bool) -> Opener:
     """An opener that refuses files that are in the way."""
 
     def open_checked(path: Path) -> IO[bytes]:
-        if path.exists() and not overwrite:
-            raise ExportError(f"{path} exists; take another name, or say overwrite=True (kvhook export --force)")
-        if not path.parent.is_dir():
-            raise ExportError(f"cannot write {path}: there is no directory {path.parent}; make it first")
+        check_target(path, overwrite=overwrite)
         return opener(path)
 
     return open_checked

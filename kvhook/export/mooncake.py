@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvhook.errors import ExportError
-from kvhook.files import written_beside
+from kvhook.files import check_target, written_beside
 from kvhook.whatif.mooncake import lines
 from kvhook.whatif.requests import BlockRequests
 
@@ -20,10 +19,7 @@ def write(requests: BlockRequests, path: Path, *, overwrite: bool = False) -> li
         ExportError: the file exists and `overwrite` is not set, or there is no such folder.
         OSError: it cannot be written. What was there is untouched.
     """
-    if path.exists() and not overwrite:
-        raise ExportError(f"{path} exists; take another name, or say overwrite=True (kvhook export --force)")
-    if not path.parent.is_dir():
-        raise ExportError(f"cannot write {path}: there is no directory {path.parent}; make it first")
+    check_target(path, overwrite=overwrite)
     with written_beside() as (opener, names):
         file = opener(path)
         for line in lines(requests):

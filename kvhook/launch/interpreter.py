@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvhook.ring.place import open_regular
+
 _LOOK = (
     "import importlib.metadata as m, sys\n"
     "names = {e.name for e in m.entry_points(group='vllm.general_plugins')}\n"
@@ -32,7 +34,7 @@ def interpreter_of(command: Sequence[str]) -> str:
     if re.fullmatch(r"python[\d.]*", Path(command[0]).name):
         return program
     try:
-        with open(program, "rb") as file:
+        with open(open_regular(program), "rb") as file:
             first = file.readline(500).decode(errors="replace")
     except OSError:
         return ""

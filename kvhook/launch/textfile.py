@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kvhook.discovery.watch import Watch
+from kvhook.files import check_replaceable
 from kvhook.text.prometheus import as_text
 
 #: Seconds between two files, and of the window that they tell about.
@@ -60,6 +61,7 @@ class Textfile:
 
 def replace_text(path: Path, text: str) -> None:
     """Put a text in the place of a file in one go, readable for others as node_exporter is another user."""
+    check_replaceable(path)
     fd, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:

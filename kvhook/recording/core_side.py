@@ -17,6 +17,7 @@ from kvhook.adapters.ids import SHORTER, hash_ids
 from kvhook.core.lives import request_key
 from kvhook.core.plan import CorePlan
 from kvhook.core.process import process
+from kvhook.core.recorder import STREAM
 from kvhook.discovery.cleaning import HISTORY_PREFIX, name_of_mark
 from kvhook.discovery.recovery import recover, rings_of
 from kvhook.errors import KvhookError
@@ -91,6 +92,7 @@ class CoreSide:
             mark=str(history_root() / name_of_mark(os.getpid(), self.session)),
             hash_ids=options.hashes_ids,
             anonymous=options.anonymous,
+            temporary=trace is None,
         )
         self._plan = plan.publish()
         process.arm(self._plan)
@@ -135,7 +137,30 @@ class CoreSide:
         if self._plan is None:
             return open_cores([], name, _OFF if self._options.core == "off" else _NOT_ARMED)
         process.drain()
-        return open_cores(files_of(Path(self._plan.stem)), name, process.absent or _why_none(), self.session)
+        lost = process.lost(self.session)
+        said = "; ".join(f"{where}: {error}" for where, error in process.faults.last_errors.items())
+        why = process.absent or (f"nothing of them could be kept ({said})" if any(lost.values()) else _why_none())
+        found = open_cores(files_of(Path(self._plan.stem)), name, why, self.session)
+        read = {(facts.get("pid"), facts.get("engine")) for facts in found.facts}
+        cores = ((number, count) for (number, stream), count in lost.items() if stream == STREAM)
+        found.lost_besides = sum(count for number, count in cores if (os.getpid(), number) not in read)
+        return found
+
+    def lost(self, cores: CoreRecords) -> int:
+        """How many records of engine cores and their ledgers are lost so far; of ledgers in other processes that is
+        not known.
+
+        Args:
+            cores: the engine cores of this session so far.
+        """
+        counted = process.lost(self.session) if self._made_in == forks.generation else {}
+        # of a core in this process the spool has the newest count
+        others = (
+            lost
+            for facts, lost in zip(cores.facts, cores.lost_of, strict=True)
+            if facts.get("pid") != os.getpid() or (facts.get("engine"), STREAM) not in counted
+        )
+        return sum(counted.values()) + sum(others)
 
     def account(self) -> CoreReport | None:
         """The account of the engine cores of this session so far; None if there are none."""
@@ -168,7 +193,9 @@ class CoreSide:
     def _folder(self) -> Path:
         """Where temporary files go; the first engine core makes it."""
         pid = os.getpid()
-        return history_root() / f"{HISTORY_PREFIX}{pid}-{process_start(pid)}-core{self.session}"
+        # the session's name is in that of its mark, which everybody can read: whoever knows it could make the folder
+        secret = hashlib.blake2b(self._key, digest_size=6, person=b"folder").hexdigest()
+        return history_root() / f"{HISTORY_PREFIX}{pid}-{process_start(pid)}-core{secret}"
 
 
 def why_not_in_own_process() -> str:

@@ -43,7 +43,8 @@ class Health:
     Attributes:
         engines: engines that were recorded so far.
         records: records that were published so far, of steps, requests and latencies.
-        records_lost: records that were overwritten before they could be copied, or could not be written.
+        records_lost: records that were overwritten before they could be copied, or could not be written; also those of
+            engine cores.
         seams: what failed inside kvhook. No engine was affected by any of it.
         why_no_steps: why nothing is recorded, if nothing is.
     """
@@ -82,6 +83,7 @@ def health_of(
     cores: Iterable[Mapping[str, Any]],
     counts: Iterable[Mapping[str, int]],
     why_no_steps: str,
+    lost_in_cores: int = 0,
 ) -> Health:
     """Put together how a recording fares.
 
@@ -90,6 +92,7 @@ def health_of(
         cores: the facts about each engine core, also those of other processes.
         counts: per engine, the spool's counts of records.
         why_no_steps: why nothing is recorded; "" if something is.
+        lost_in_cores: records of engine cores that are lost.
     """
     seams = [
         SeamHealth(
@@ -109,7 +112,7 @@ def health_of(
     return Health(
         engines=len(totals),
         records=sum(each["records_published"] for each in totals),
-        records_lost=sum(each["records_overrun"] + each["records_unwritten"] for each in totals),
+        records_lost=sum(each["records_overrun"] + each["records_unwritten"] for each in totals) + lost_in_cores,
         seams=tuple(seams),
         why_no_steps=why_no_steps,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvhook import hooks
+from kvhook.facts import ANONYMOUS
 from kvhook.recording.recorder import Recorder
 
 log = logging.getLogger("kvhook")
@@ -20,6 +21,7 @@ TURNED_OFF = (
     "the stats of its front end were turned off, or their logger taken away, after it was made: tokens are counted "
     "from the engine core's outputs, as at level light"
 )
+_LOOP = "a loop that takes the outputs from the engine core itself"
 NOT_COUNTED = "outputs of this {} came that nobody counted: the numbers of tokens of this run are not known"
 
 
@@ -40,7 +42,10 @@ class OwnSteps:
         if engine is None or recorder.number in self._said:
             return
         self._said.add(recorder.number)
-        text = WITHOUT_TIMES.format(type(engine).__qualname__, driver_of(engine))
+        driver = driver_of(engine)
+        if recorder.meta.get(ANONYMOUS) and not driver.startswith(("vllm.", _LOOP)):
+            driver = "a function of the user's"
+        text = WITHOUT_TIMES.format(recorder.meta["engine_class"], driver)
         recorder.meta["steps_without_times"] = text
         self._write(recorder.number)
         log.warning("kvhook: %s%s", text, f"; {more}" if more else "")
@@ -69,5 +74,5 @@ def driver_of(engine: Any) -> str:
     """What drives an engine, as far as its class tells."""
     step = getattr(type(engine), "step", None)
     if step is None or hooks.is_vllms_step(step):
-        return "a loop that takes the outputs from the engine core itself"
+        return _LOOP
     return f"{getattr(step, '__module__', '?')}.{getattr(step, '__qualname__', 'step')}"

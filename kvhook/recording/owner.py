@@ -17,7 +17,7 @@ from kvhook import hooks
 from kvhook.adapters.columns import STATS_FOR_KVHOOK
 from kvhook.adapters.config import engine_facts
 from kvhook.adapters.publisher import no_sample
-from kvhook.facts import ANONYMOUS, without_paths
+from kvhook.facts import ANONYMOUS, class_of_vllm, kind_of_error
 from kvhook.faults import USERS, Faults
 from kvhook.recording.budget import OverheadMonitor, probe_of
 from kvhook.recording.overhead import call_overhead_ns
@@ -78,7 +78,8 @@ class Owner(Readings):
             if not self._call_overhead_ns:
                 self._call_overhead_ns = call_overhead_ns()
             facts = engine_facts(adapter, engine) | facts
-            facts |= {"hook_call_ns": self._call_overhead_ns, "engine_class": type(engine).__qualname__}
+            name = class_of_vllm(type(engine)) if self.options.anonymous else type(engine).__qualname__
+            facts |= {"hook_call_ns": self._call_overhead_ns, "engine_class": name}
             facts |= {"session": self._core_side.session} | ({ANONYMOUS: True} if self.options.anonymous else {})
             plan = plan_engine(adapter, facts, self.options)
             probe = probe_of(engine, adapter, self._probe_failed) if plan.measure_stats else None
@@ -216,7 +217,7 @@ class Owner(Readings):
     def _first_errors(self) -> dict[str, str]:
         """What failed first at each place, as files say it."""
         errors = dict(self._faults.first_errors)
-        return {where: without_paths(error) for where, error in errors.items()} if self.options.anonymous else errors
+        return {where: kind_of_error(error) for where, error in errors.items()} if self.options.anonymous else errors
 
     def fault(self, where: str, error: BaseException, then: str) -> None:
         """Something in kvhook failed; see `kvhook.hooks.Owner`."""

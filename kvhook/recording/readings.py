@@ -97,8 +97,13 @@ class Readings(abc.ABC):
 
         more = self._up_to_date()
         counts = self._spool.counts()
+        cores = self.cores()
         return health_of(
-            (self._faults, self._core_side.faults), self.cores().facts, counts.values(), more.get("why_no_steps", "")
+            (self._faults, self._core_side.faults),
+            cores.facts,
+            counts.values(),
+            more.get("why_no_steps", ""),
+            self._core_side.lost(cores),
         )
 
     def on_step(self, callback: Callback, *, every: float = EVERY) -> Subscription:

@@ -60,6 +60,7 @@ class CoreRecords:
             the numbers of the run's engines that it may be the core of, where that is known.
         absent: column -> why it is not known.
         origins: of each core what it was read from, so that it can be known again.
+        lost_besides: records of cores of which there is no file at all.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class CoreRecords:
         self.facts: list[dict[str, Any]] = []
         self.origins: list[Hashable] = [object() for _ in self._cores]
         self.lost_of: list[int] = []
+        self.lost_besides = 0
         self.why_none = "" if self._cores else absent or NO_CORE
         self._clocks: list[Clock] = []
         for sources in self._cores:
@@ -96,7 +98,7 @@ class CoreRecords:
     @property
     def lost(self) -> int:
         """Records of all kinds that are not there."""
-        return sum(self.lost_of)
+        return sum(self.lost_of) + self.lost_besides
 
     # ---- some of them, or those of several runs --------------------------------------------------------------------
 

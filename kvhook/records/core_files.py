@@ -57,14 +57,16 @@ def open_cores(paths: Iterable[Path], name: str, absent: str = "", session: str 
         absent: why there is none, if there is none.
         session: only files of this recording of this process; "" for all.
     """
-    streams: dict[str, dict[tuple[str, str], list[FileSlots]]] = {"core": {}, "blocks": {}}
+    streams: dict[str, dict[tuple[str, str, str], list[FileSlots]]] = {"core": {}, "blocks": {}}
     for path in sorted(paths, key=order_of):
         with contextlib.suppress(KvhookError, OSError):
             file = FileSlots(path)
             meta = file.header.meta if file.header is not None else {}
             stream = meta.get("stream")
             if stream in streams and (not session or is_of_session(meta, session)):
-                streams[stream].setdefault((stem_of(path), core_of(path)), []).append(file)
+                # where containers share a folder, a process of one may have the number of a process of another
+                core = stem_of(path), core_of(path), str(meta.get("session", ""))
+                streams[stream].setdefault(core, []).append(file)
     cores = streams["core"]
     ledgers = [streams["blocks"].get(core, []) for core in cores]
     records = CoreRecords(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvhook.errors import ExportError
+from kvhook.files import written_beside
 from kvhook.report.lines import Curve, Line
 from kvhook.report.runs import Run
 
@@ -55,7 +56,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             if any(text for text, *_ in parts):
                 axis.legend(loc="upper right", fontsize=7, framealpha=0.8)
         axes[-1].set_xlabel("seconds")
-        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+        with written_beside() as (opener, _):
+            form, facts = path.suffix[1:], {"Date": None} if path.suffix == ".svg" else None
+            figure.savefig(opener(path), format=form, dpi=160, metadata=facts)
 
 
 def _parts(runs: Sequence[Run], names: dict[str, str]) -> Iterator[tuple[str, Any, Curve]]:

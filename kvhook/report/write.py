@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from kvhook.errors import ExportError
-from kvhook.files import written_beside
+from kvhook.files import check_target, written_beside
 from kvhook.report.page import page
 from kvhook.report.runs import Run
 
@@ -18,22 +17,10 @@ def write_report(path: Path, runs: Sequence[Run], version: str, *, overwrite: bo
         ExportError: the file exists, or its directory does not.
         OSError: it cannot be written.
     """
-    check(path, overwrite)
+    check_target(path, overwrite=overwrite)
     with written_beside() as (opener, _):
         opener(path).write(page(runs, version).encode())
     return path
-
-
-def check(path: Path, overwrite: bool) -> None:
-    """Whether a file may be written.
-
-    Raises:
-        ExportError: it exists, or its directory does not.
-    """
-    if path.exists() and not overwrite:
-        raise ExportError(f"{path} exists; take another name, or say overwrite=True (--force)")
-    if not path.parent.is_dir():
-        raise ExportError(f"cannot write {path}: there is no directory {path.parent}; make it first")
 
 
 def names_of(paths: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvhook.errors import KvhookError
+from kvhook.files import written_beside
 from kvhook.whatif.report import WhatIf
 
 
@@ -17,11 +18,14 @@ def plot(w: WhatIf, path: Path) -> None:
 
     Raises:
         KvhookError: matplotlib is not there, or does not know the suffix.
+        OSError: it cannot be written.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise KvhookError('a picture needs matplotlib: pip install "kvhook[plot]"') from None
+    if not path.suffix:
+        raise KvhookError(f"cannot draw {path}: its name must say what it is to be, such as .png or .svg")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     total = max(w.query_tokens, 1) / 100
@@ -41,6 +45,7 @@ def plot(w: WhatIf, path: Path) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     try:
-        figure.savefig(path, dpi=130)
+        with written_beside() as (opener, _):
+            figure.savefig(opener(path), format=path.suffix[1:], dpi=130)
     except ValueError as error:
         raise KvhookError(f"cannot draw {path}: {error}") from None

@@ -18,6 +18,7 @@ import numpy as np
 
 from kvhook.errors import TraceFormatError
 from kvhook.facts import printable
+from kvhook.ring.place import open_regular
 from kvhook.whatif.requests import BlockRequests, requests_from
 
 try:
@@ -72,7 +73,7 @@ def lines(requests: BlockRequests) -> Iterator[str]:
 def looks_like_requests(path: Path) -> bool:
     """Whether a file is such a trace, by its first line."""
     try:
-        with path.open("rb") as file:
+        with open(open_regular(path), "rb") as file:
             first = _loads(file.readline(1 << 24) or b"null")
     except (OSError, ValueError, RecursionError):
         return False
@@ -90,7 +91,7 @@ def read(path: Path, block_size: int | None = None) -> BlockRequests:
         TraceFormatError: it is not such a file, or the block size does not go with its lengths.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with open(open_regular(path), "rb") as file:
         return _parse(file, str(path), block_size)
 
 
