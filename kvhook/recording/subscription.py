@@ -6,6 +6,7 @@ there and counted.
 
 from __future__ import annotations
 
+import numbers
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,14 @@ PATIENCE = 10.0
 _CALLBACK = "a function of on_step"
 
 
+def check_arguments(callback: object, every: object) -> None:
+    """Raises `KvhookError` for what `kvhook.on_step` cannot use."""
+    if not callable(callback):
+        raise KvhookError(f"callback={callback!r}: on_step() takes a function that is called with a list of steps")
+    if isinstance(every, bool) or not isinstance(every, numbers.Real) or not 0 < float(every) <= 3600:
+        raise KvhookError(f"every={every!r}: a number of seconds between two calls, above 0 and up to 3600")
+
+
 class Subscription:
     """Steps go to a function of the user's until `close`, or until the recording ends.
 
@@ -50,11 +59,8 @@ class Subscription:
         recorders: Callable[[], Sequence[Recorded]],
         fault: Callable[[str, BaseException, str], None],
     ) -> None:
-        if not callable(callback):
-            raise KvhookError(f"on_step() takes a function that is called with a list of steps, not {callback!r}")
-        if not 0 < every <= 3600:
-            raise KvhookError(f"every={every!r}: seconds between two calls, above 0 and up to 3600")
-        self._callback, self._every = callback, every
+        check_arguments(callback, every)
+        self._callback, self._every = callback, float(every)
         self._recorders, self._fault = recorders, fault
         self._wake = threading.Event()
         self._readers: dict[str, RingReader] = {}
