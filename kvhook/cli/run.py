@@ -121,14 +121,14 @@ class Place(NamedTuple):
 
 def _place_of(asked: str | None, command: list[str], anonymous: bool) -> Place:
     """Where to record, once it is known that something can be written there."""
-    from kvhook.options import Options
+    from kvhook.options import Options, as_path
     from kvhook.recording.from_environment import is_folder, stem_of
 
     if asked is None:
         script = next((word for word in command[1:] if word.endswith(".py")), command[0])
         program = "" if anonymous else f"{stem_of(script)}-"
         return Place(_usual_folder() / f"kvhook-{program}{os.getpid()}.kvh")
-    path = Path(os.path.abspath(asked))
+    path = Path(os.path.abspath(as_path("--trace", asked)))
     if is_folder(asked):
         if path.exists() and not path.is_dir():
             raise KvhookError(f"--trace {asked}: there is a file of this name. Name a folder, or a file in .kvh")
