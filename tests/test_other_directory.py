@@ -81,9 +81,9 @@ def test_the_cores_of_a_trace_are_found_after_the_directory_was_changed(places: 
     begins, goes = places
     for path in (ROOT / "tests/report/data").glob("baseline*.kvh"):
         shutil.copy(path, begins)
-    there = len(kvhook.open(begins / "baseline.kvh").core_steps())
+    there = len(kvhook.open(begins / "baseline.kvh").cores().steps())
     assert there
     trace, both = kvhook.open("baseline.kvh"), kvhook.open("baseline.kvh", "baseline.kvh")
     os.chdir(goes)
-    assert len(trace.core_steps()) == there
+    assert len(trace.cores().steps()) == there
     assert both.cores().why_none == ""
