@@ -14,6 +14,9 @@ FORWARDED = frozenset(
     {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM}
 )
 _AWAITED = FORWARDED | {signal.SIGCHLD}
+#: Seconds after which the child is looked at without a signal: a thread of numpy's may have been given SIGCHLD, where the
+#: child ended before it was waited for.
+_LONGEST = 0.5
 
 
 class NotStarted(KvhookError):
@@ -55,7 +58,7 @@ def run(
         child = _start(command, environment, before)
         started(child)
         while True:
-            info = signal.sigtimedwait(_AWAITED, pause)
+            info = signal.sigtimedwait(_AWAITED, min(pause, _LONGEST))
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 return os.waitstatus_to_exitcode(status)
