@@ -14,8 +14,8 @@ FORWARDED = frozenset(
     {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM}
 )
 _AWAITED = FORWARDED | {signal.SIGCHLD}
-#: Seconds after which the child is looked at without a signal: a thread of numpy's may have been given SIGCHLD, where the
-#: child ended before it was waited for.
+#: Seconds after which the child is looked at without a signal: a thread of numpy's may have been given SIGCHLD where
+#: the child ended before it was waited for.
 _LONGEST = 0.5
 
 
