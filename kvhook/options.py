@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvhook.errors import KvhookError
@@ -27,6 +27,18 @@ LEVELS = ("full", "light")
 LabelOf = str | Callable[[str], str | None] | None
 
 
+#: Bytes that the longest name has more which kvhook makes of that of a trace: rank, process, engine core.
+_ADDED = 48
+
+
+def _here() -> str:
+    """The current directory; "" if it has been removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
+
+
 @dataclass(frozen=True)
 class Options:
     """The arguments of `kvhook.install`, as they were given. `check` says what is wrong with them.
@@ -42,6 +54,7 @@ class Options:
         labels: what labels requests by their ids.
         request_ids: how request ids are recorded, a value of `REQUEST_IDS`.
         anonymous: whether the facts that could name somebody are left out.
+        here: the directory that `trace` is relative to: the program may go elsewhere before its engine is made.
     """
 
     trace: str | os.PathLike[str] | None = None
@@ -54,6 +67,7 @@ class Options:
     labels: LabelOf = None
     request_ids: str = "numbers"
     anonymous: bool = False
+    here: str = field(default_factory=_here, repr=False, compare=False)
 
     def check(self) -> None:
         """Look at every option before anything is made.
@@ -61,29 +75,29 @@ class Options:
         Raises:
             KvhookError: one is not usable; the message says which and why.
         """
-        if self.level not in LEVELS:
-            raise KvhookError(f"level={self.level!r}: there are {', '.join(map(repr, LEVELS))}")
-        if self.core not in CORE_LEVELS:
-            raise KvhookError(f"core={self.core!r}: there are {', '.join(map(repr, CORE_LEVELS))}")
+        for name, known in (("level", LEVELS), ("core", CORE_LEVELS), ("request_ids", REQUEST_IDS)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise KvhookError(f"{name}={value!r}: there are {', '.join(map(repr, known))}")
         labels: object = self.labels
         if labels is not None and not callable(labels) and not (isinstance(labels, str) and labels):
             raise KvhookError(
                 f"labels={self.labels!r}: a separator in request ids, such as '/', or a function that is given one"
             )
-        if self.request_ids not in REQUEST_IDS:
-            raise KvhookError(f"request_ids={self.request_ids!r}: there are {', '.join(map(repr, REQUEST_IDS))}")
         if not isinstance(self.anonymous, bool):
             raise KvhookError(f"anonymous is True or False, not {self.anonymous!r}")
         _check_share(self.max_overhead)
         _check_slots(self.ring_slots)
-        if self.trace_path is not None:
-            _check_trace_path(self.trace_path)
-        _ = self.history_bytes
+        if self.trace is not None:
+            _check_trace(as_path("trace", self.trace), self.here)
+        if self.ring_dir not in (None, ""):
+            as_path("ring_dir", self.ring_dir)
+        _check_history(self.history)
 
     @property
     def trace_path(self) -> Path | None:
-        """The file that the run is streamed to, if there is to be one."""
-        return Path(self.trace) if self.trace is not None else None
+        """The file that the run is streamed to, if there is to be one; absolute."""
+        return Path(self.here, self.trace) if self.trace is not None else None
 
     @property
     def hashes_ids(self) -> bool:
@@ -130,8 +144,54 @@ def _check_slots(slots: object) -> None:
         raise KvhookError(f"ring_slots is a number from 1 to {MAX_CAPACITY}, not {slots!r}")
 
 
-def _check_trace_path(path: Path) -> None:
+def _check_history(history: int | str) -> None:
+    try:
+        parse_size(history)
+    except KvhookError as error:
+        raise KvhookError(f"history: {error}") from None
+
+
+def as_path(name: str, value: object) -> str:
+    """The text of a path that was given as an argument.
+
+    Args:
+        name: of the argument, for the message.
+        value: what was given.
+
+    Raises:
+        KvhookError: it is none.
+    """
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str):
+        raise KvhookError(f"{name}={value!r}: a path is text or a pathlib.Path, not {type(value).__name__}")
+    if not text:
+        raise KvhookError(f"{name}={value!r}: the path is empty")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise KvhookError(f"{name}={text!r}: this cannot be the name of a file here") from None
+    if "\0" in text:
+        raise KvhookError(f"{name}={text!r}: no path can hold a NUL")
+    return text
+
+
+def _check_trace(text: str, here: str) -> None:
+    if text.endswith(os.sep):
+        raise KvhookError(f"trace={text!r}: this names a folder; a trace is a file that ends in {TRACE_SUFFIX}")
+    path = Path(here, text)
+    if path.name == TRACE_SUFFIX:
+        raise KvhookError(f"trace={text!r}: there is no name before {TRACE_SUFFIX}; say run{TRACE_SUFFIX}, for example")
     if path.suffix != TRACE_SUFFIX:
-        raise KvhookError(f"trace={str(path)!r}: a trace ends in {TRACE_SUFFIX}; other formats: session.dump()")
-    if not path.parent.is_dir():
-        raise KvhookError(f"trace={str(path)!r}: there is no directory {path.parent}; make it first")
+        raise KvhookError(f"trace={text!r}: a trace ends in {TRACE_SUFFIX}; other formats: session.dump()")
+    try:
+        there = path.parent.is_dir()
+        longest = os.pathconf(path.parent, "PC_NAME_MAX") if there else 255
+    except OSError as error:
+        raise KvhookError(f"trace={text!r}: {error.strerror or error}") from None
+    if not there:
+        raise KvhookError(f"trace={text!r}: there is no directory {Path(text).parent}; make it first")
+    if (length := len(os.fsencode(path.name))) > longest - _ADDED:
+        raise KvhookError(
+            f"trace={text!r}: the name of the file has {length} bytes; {longest - _ADDED} are the most here, since "
+            f"kvhook calls the files beside it run-rank0{TRACE_SUFFIX}, run.core0-4711{TRACE_SUFFIX} and so on"
+        )

@@ -15,6 +15,7 @@ from kvhook.errors import KvhookError, TraceFormatError
 from kvhook.export import export, export_to_folder
 from kvhook.export.hive import is_folder
 from kvhook.exported import READERS, exported_by_kvhook, read_run, runs_in
+from kvhook.options import as_path
 from kvhook.parts import Parts
 from kvhook.places import instead_of, several
 from kvhook.records.core import CoreRecords
@@ -251,7 +252,7 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
     """
     if more:
         return _side_by_side([open_trace(one) for one in (path, *more)])
-    place = Path(path)
+    place = Path(as_path("path", path))
     try:
         if place.is_dir() and (runs := runs_in(place)):
             with exported_by_kvhook(place):
@@ -272,13 +273,13 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
             with exported_by_kvhook(place):
                 return _of_export(READERS[place.suffix](place), str(place))
         if not header_of(place).capacity:
-            return open_files([place], str(place))
+            trace = open_files([place], str(place))
+            trace.fronts = (Front(place.absolute()),)  # its cores are looked for when somebody asks for them
+            return trace
         with RingReader(place) as reader:
             return from_slots(reader.now(), reader.header, str(place), read_notes(place))
     except OSError as error:
         raise KvhookError(f"cannot open {place}: {error.strerror or error}{instead_of(place)}") from None
-    except ValueError as error:  # a NUL in the name
-        raise KvhookError(f"cannot open {str(place)!r}: {error}") from None
 
 
 def _of_export(exported: Exported, name: str) -> Trace:

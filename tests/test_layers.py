@@ -15,7 +15,7 @@ PACKAGE = Path(kvhook.__file__).parent
 
 #: From bottom to top. A name stands for a module or for a package with everything in it. This is the one list.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "schema", "core_schema", "files", "faults", "forks", "labels", "overlays"),
+    ("errors", "schema", "core_schema", "files", "faults", "forks", "labels", "overlays", "streams"),
     ("facts", "_step"),
     ("ring",),
     ("records", "options"),

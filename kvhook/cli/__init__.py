@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
 
-from kvhook import __version__
+from kvhook import __version__, streams
 from kvhook.cli.people import for_people
 from kvhook.errors import KvhookError, shown
 from kvhook.facts import printable
@@ -117,37 +117,51 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; gives the exit code: 2 for wrong usage, 1 for a mistake or a finding, 3 for a condition of
     ``--fail-if`` that holds, 130 for Ctrl-C."""
-    parser = make_parser()
-    _check_verb(parser, sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(argv)
+    streams.open_closed()
+    try:
+        parser = make_parser()
+        _check_verb(parser, sys.argv[1:] if argv is None else argv)
+        return _run(parser.parse_args(argv))
+    except SystemExit as end:  # the help was asked for, or the usage is wrong
+        if (why := streams.settle()) and not end.code:
+            raise SystemExit(_unwritten("kvhook", why)) from None
+        raise
+    finally:
+        streams.settle()
+
+
+def _run(args: argparse.Namespace) -> int:
     with contextlib.suppress(AttributeError, OSError, ValueError):
         # a name in a file, or of one, may hold what this terminal's encoding has not
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    called = f"kvhook {args.verb}"
     try:
         with for_people():
             code = load(args.verb).run(args)
-        sys.stdout.flush()
-        return code
+        why = streams.settle()
+        return code if why is None else code or _unwritten(called, why)
     except KvhookError as error:
-        print(f"kvhook {args.verb}: {error}", file=sys.stderr)
-        return 1
+        return _failed(called, str(error))
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        streams.say("")
         return 130
     except BrokenPipeError:
-        # the program that reads our output (head, less) has ended. Keep Python from complaining about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0  # the program that reads our output (head, less) has ended
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
-        return _failed(args.verb, f"{named}{error.strerror or error}")
+        return _failed(called, f"{named}{error.strerror or error}")
     except MemoryError:
-        return _failed(args.verb, "there is not enough memory for this")
+        return _failed(called, "there is not enough memory for this")
     except Exception as error:
         if os.environ.get(ENV_DEBUG):
             raise
-        why = printable(f"{type(error).__name__}: {error}")[:300]
-        return _failed(args.verb, f"{INTERNAL}: {why} ({ENV_DEBUG}=1 shows where; please report it)")
+        return _failed(called, internal(error))
+
+
+def internal(error: Exception) -> str:
+    """What is said of an error that is kvhook's own."""
+    why = printable(f"{type(error).__name__}: {error}")[:300]
+    return f"{INTERNAL}: {why} ({ENV_DEBUG}=1 shows where; please report it)"
 
 
 def _check_verb(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -159,9 +173,13 @@ def _check_verb(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         parser.error(f"there is no command {words[0]!r}; {meant}")
 
 
-def _failed(verb: str, why: str) -> int:
-    print(f"kvhook {verb}: {shown(why)}", file=sys.stderr)
+def _failed(called: str, why: str) -> int:
+    streams.say(f"{called}: {shown(why)}")
     return 1
+
+
+def _unwritten(called: str, why: OSError) -> int:
+    return _failed(called, f"standard output cannot be written: {why.strerror or why}")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvhook.errors import KvhookError
+from kvhook.streams import say
 
 if TYPE_CHECKING:
     from kvhook.analysis.conditions import Condition
@@ -61,7 +61,7 @@ def failed(conditions: Sequence[Condition], sides: Mapping[str, Sequence[Summary
                 raise KvhookError(f"{condition.text!r}: {error}") from None
             if holds:
                 held = True
-                print(f"{condition.text}: true{_values(condition, sides, letter)}", file=sys.stderr)
+                say(f"{condition.text}: true{_values(condition, sides, letter)}")
     return held
 
 

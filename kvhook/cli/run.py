@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvhook.errors import KvhookError
+from kvhook.streams import say
 
 if TYPE_CHECKING:
     from kvhook.launch.textfile import Textfile
+
+#: Bytes that must be free where a trace is to be written.
+_TRIED = 1 << 16
 
 
 class RunCommand:
@@ -74,43 +78,97 @@ class RunCommand:
         if not words:
             raise KvhookError("say what to run: kvhook run -- python script.py")
         command = command_of(words)
-        trace = _trace_of(args.trace, command, args.anonymous)
-        environment = _environment(args, trace)
+        place = _place_of(args.trace, command, args.anonymous)
+        environment = _environment(args, place)
         if is_kept_out(environment):
-            _say(f"kvhook run: {PLUGIN_OFF}: VLLM_PLUGINS={environment['VLLM_PLUGINS']},kvhook")
+            say(f"kvhook run: {PLUGIN_OFF}: VLLM_PLUGINS={environment['VLLM_PLUGINS']},kvhook")
         begun = time.time_ns()
         textfile = _textfile(args.textfile)
+        look = (lambda: _unharmed(textfile.look)) if textfile else lambda: None
+        children: list[int] = []
         try:
-            code = run(command, environment, textfile.look if textfile else lambda: None, LOOK if textfile else 60.0)
-            if textfile is not None:
-                textfile.close()
+            code = run(command, environment, look, LOOK if textfile else 60.0, children.append)
         except NotStarted as error:
-            _say(f"kvhook run: {error}")
+            say(f"kvhook run: {error}")
             return error.code
+        if textfile is not None:
+            _unharmed(textfile.close)
         if not args.quiet:
-            try:
-                _tell(trace, begun, code, command)
-            except (KvhookError, OSError) as error:
-                _say(f"kvhook run: {error}")
+            _unharmed(lambda: _tell(place, begun, code, command, children))
         return end_like(code)
 
 
-def _trace_of(asked: str | None, command: list[str], anonymous: bool) -> Path:
-    """The file or folder that is recorded into, as an absolute path: the program may go elsewhere."""
-    from kvhook.options import Options
-    from kvhook.recording.from_environment import is_folder
+def _unharmed(act: Callable[[], None]) -> None:
+    """Do something beside the program: whatever happens, `kvhook run` ends as the program does."""
+    from kvhook.cli import internal
+
+    try:
+        act()
+    except (KvhookError, OSError) as error:
+        say(f"kvhook run: {error}")
+    except KeyboardInterrupt:
+        say("")
+    except Exception as error:
+        say(f"kvhook run: {internal(error)}")
+
+
+class Place(NamedTuple):
+    """What is recorded into: a file, or a folder for a file of each process. Absolute: the program may go elsewhere."""
+
+    path: Path
+    is_folder: bool = False
+
+
+def _place_of(asked: str | None, command: list[str], anonymous: bool) -> Place:
+    """Where to record, once it is known that something can be written there."""
+    from kvhook.options import Options, as_path
+    from kvhook.recording.from_environment import is_folder, stem_of
 
     if asked is None:
         script = next((word for word in command[1:] if word.endswith(".py")), command[0])
-        here = Path.cwd() if os.access(Path.cwd(), os.W_OK) else Path("/var/tmp")
-        program = "" if anonymous else f"{Path(script).stem}-"
-        return here / f"kvhook-{program}{os.getpid()}.kvh"
-    path = Path(os.path.abspath(asked))
-    if not is_folder(asked):
-        Options(trace=path).check()
-        if path.exists():
+        program = "" if anonymous else f"{stem_of(script)}-"
+        return Place(_usual_folder() / f"kvhook-{program}{os.getpid()}.kvh")
+    path = Path(os.path.abspath(as_path("--trace", asked)))
+    if is_folder(asked):
+        if path.exists() and not path.is_dir():
+            raise KvhookError(f"--trace {asked}: there is a file of this name. Name a folder, or a file in .kvh")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KvhookError(f"--trace {asked}: the folder cannot be made: {error.strerror or error}") from None
+        place = Place(path, is_folder=True)
+    else:
+        Options(trace=asked).check()
+        if os.path.lexists(path):
             raise KvhookError(f"{asked} exists: take another name, or remove it")
-    return path
+        place = Place(path)
+    if why := _why_unwritable(place):
+        raise KvhookError(f"--trace {asked}: {why}; name a place that can be written")
+    return place
+
+
+def _usual_folder() -> Path:
+    """The folder of a trace for which none was asked: the current one, if it can be written."""
+    from kvhook.ring.place import history_root, try_out
+
+    try:
+        here = Path.cwd()
+        try_out(here)
+    except OSError:
+        return history_root()
+    return here
+
+
+def _why_unwritable(place: Place) -> str:
+    """Why no trace can be written now; "" if it can."""
+    from kvhook.ring.place import try_out
+
+    folder = place.path if place.is_folder else place.path.parent
+    try:
+        try_out(folder, _TRIED)
+    except OSError as error:
+        return f"nothing can be written in {folder} ({error.strerror or error})"
+    return ""
 
 
 def _textfile(path: Path | None) -> Textfile | None:
@@ -126,12 +184,18 @@ def _textfile(path: Path | None) -> Textfile | None:
     return Textfile(path.absolute(), directories, descends_from(os.getpid()))
 
 
-def _environment(args: argparse.Namespace, trace: Path) -> dict[str, str]:
-    from kvhook.recording.from_environment import ENV_ANONYMOUS, ENV_LABEL, ENV_ON, ENV_OPTIONS, ENV_RUN
+def _environment(args: argparse.Namespace, place: Place) -> dict[str, str]:
+    from kvhook.recording.from_environment import (
+        ENV_ANONYMOUS,
+        ENV_LABEL,
+        ENV_ON,
+        ENV_OPTIONS,
+        ENV_RUN,
+        make_absolute,
+    )
 
-    folder = trace.suffix != ".kvh"
-    chosen = {"trace": f"{trace}{os.sep * folder}", "level": args.level, "core": args.core}
-    return {
+    chosen = {"trace": f"{place.path}{os.sep * place.is_folder}", "level": args.level, "core": args.core}
+    environment = {
         **os.environ,
         ENV_ON: "1",
         ENV_RUN: str(os.getpid()),
@@ -139,35 +203,49 @@ def _environment(args: argparse.Namespace, trace: Path) -> dict[str, str]:
         **({ENV_ANONYMOUS: "1"} if args.anonymous else {}),
         **{ENV_OPTIONS[name]: value for name, value in chosen.items()},
     }
+    make_absolute(environment)
+    return environment
 
 
-def _tell(trace: Path, begun: int, code: int, command: list[str]) -> None:
+def _tell(place: Place, begun: int, code: int, command: list[str], children: list[int]) -> None:
     """What was recorded, on standard error."""
     from kvhook.discovery.rings import directories
     from kvhook.launch.traces import completed, traces_since
-    from kvhook.text.afterwards import next_commands
+    from kvhook.text.afterwards import next_commands, short
     from kvhook.trace import open_trace
 
     how = f" by {signal.Signals(-code).name}" if code < 0 else f" with exit code {code}"
-    _say(f"\nkvhook run: {Path(command[0]).name} {'was ended' if code < 0 else 'ended'}{how}")
-    recorded = [completed(path, directories()) for path in traces_since(trace, begun)]
+    say(f"\nkvhook run: {Path(command[0]).name} {'was ended' if code < 0 else 'ended'}{how}")
+    recorded = [completed(path, directories()) for path in traces_since(place.path, begun)]
     if not recorded:
-        _say(f"kvhook run: nothing was recorded: {_why_nothing(command)}")
+        say(f"kvhook run: nothing was recorded: {_why_nothing(place, begun, command, children)}")
         return
     for one in recorded:
         if one.added:
-            _say(f"{one.added:,} records that process {one.pid} had left in its ring were added to {_shown(one.path)}")
+            say(f"{one.added:,} records that process {one.pid} had left in its ring were added to {short(one.path)}")
         if one.runs:
-            _say(f"process {one.pid} still runs: kvhook tail {one.pid}")
+            say(f"process {one.pid} still runs: kvhook tail {one.pid}")
     paths = [one.path for one in recorded]
-    _say(f"\n{open_trace(*paths).summary()}\n")
-    _say(next_commands([_shown(path) for path in paths], ended_badly=code != 0))
+    say(f"\n{open_trace(*paths).summary()}\n")
+    say(next_commands([short(path) for path in paths], ended_badly=code != 0))
 
 
-def _why_nothing(command: list[str]) -> str:
+def _why_nothing(place: Place, begun: int, command: list[str], children: list[int]) -> str:
+    from kvhook.discovery.rings import directories
     from kvhook.launch.interpreter import interpreter_of, lacks_kvhook
+    from kvhook.launch.traces import rings_since
     from kvhook.recording.core_side import PLUGIN_OFF, is_kept_out
 
+    unwritable = _why_unwritable(place)
+    if rings := rings_since(directories(), begun, children):
+        last = rings[-1]
+        return (
+            f"{place.path} could not be written{f': {unwritable}' if unwritable else ', see above'}. The last of "
+            f"{sum(ring.records for ring in rings):,} records are still in the ring: kvhook summary {last.pid}, kvhook "
+            f"export {last.pid} FILE"
+        )
+    if unwritable:
+        return unwritable
     if is_kept_out(os.environ):
         return PLUGIN_OFF
     interpreter = interpreter_of(command)
@@ -177,12 +255,3 @@ def _why_nothing(command: list[str]) -> str:
         "no vLLM engine was made in this program, or in those that it started. kvhook doctor says whether engines are "
         "recorded here"
     )
-
-
-def _shown(path: Path) -> str:
-    """A path as short as it can be typed."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

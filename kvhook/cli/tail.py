@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvhook import streams
 from kvhook.cli.common import add_dir, positive
 from kvhook.discovery.follow import DIED, INTERVAL, News, follow
 from kvhook.discovery.rings import ALIVE, choose, directories, find_rings, parse_pid, wait_for
@@ -57,15 +57,12 @@ class TailCommand:
         try:
             with RingReader(path) as reader:
                 if not args.json:
-                    print(
-                        f"process {reader.header.pid}, engine {reader.header.meta.get('engine', 0)}: {path}",
-                        file=sys.stderr,
-                    )
+                    streams.say(f"process {reader.header.pid}, engine {reader.header.meta.get('engine', 0)}: {path}")
                 news = follow(reader, interval=args.interval)
                 for line in lines(
                     news, reader.header, args.lines, as_json=args.json, say=_say, ascii_only=not shows_blocks()
                 ):
-                    print(line, flush=True)
+                    _print(line)
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise
@@ -79,7 +76,7 @@ class TailCommand:
         rings = find_rings(directories(args.dir))
         alive = any(r.state == ALIVE and which in (None, r.pid) and args.engine in (None, r.engine) for r in rings)
         if args.wait and not alive:
-            print("waiting for a run to start ...", file=sys.stderr)
+            streams.say("waiting for a run to start ...")
             return wait_for(lambda: directories(args.dir), which, args.engine).path
         return choose(rings, which, args.engine).path
 
@@ -144,9 +141,18 @@ def lines(
                 say(f"closed after {what}: the engine was deleted, or the program came to its end")
 
 
+def _print(line: str) -> None:
+    """A line on standard output, at once."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise KvhookError(f"standard output cannot be written: {error.strerror or error}") from None
+
+
 def _say(text: str) -> None:
-    sys.stdout.flush()
-    print(f"kvhook tail: {text}", file=sys.stderr)
+    streams.say(f"kvhook tail: {text}")
 
 
 def _interval(text: str) -> float:

@@ -14,6 +14,9 @@ FORWARDED = frozenset(
     {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM}
 )
 _AWAITED = FORWARDED | {signal.SIGCHLD}
+#: Seconds after which the child is looked at without a signal: a thread of numpy's may have been given SIGCHLD where
+#: the child ended before it was waited for.
+_LONGEST = 0.5
 
 
 class NotStarted(KvhookError):
@@ -29,6 +32,7 @@ def run(
     environment: Mapping[str, str],
     meanwhile: Callable[[], None] = lambda: None,
     pause: float = 60.0,
+    started: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Start a program, wait for its end, and hand signals on to it.
 
@@ -40,6 +44,7 @@ def run(
         environment: of the program.
         meanwhile: is called now and then, with this process's signals blocked.
         pause: the most seconds between two calls.
+        started: is called with the number of its process.
 
     Returns:
         Its exit code, or minus the number of the signal that ended it.
@@ -51,8 +56,9 @@ def run(
     on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, nobody can know an exit code
     try:
         child = _start(command, environment, before)
+        started(child)
         while True:
-            info = signal.sigtimedwait(_AWAITED, pause)
+            info = signal.sigtimedwait(_AWAITED, min(pause, _LONGEST))
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 return os.waitstatus_to_exitcode(status)
@@ -74,6 +80,8 @@ def _start(command: Sequence[str], environment: Mapping[str, str], mask: set[sig
         return os.posix_spawnp(command[0], list(command), dict(environment), setsigmask=mask, setsigdef=usual)
     except FileNotFoundError:
         raise NotStarted(f"there is no program {command[0]!r}", 127) from None
+    except ValueError as error:  # an empty name
+        raise NotStarted(f"{command[0]!r} cannot be run: {error}", 127) from None
     except OSError as error:
         raise NotStarted(f"{command[0]!r} cannot be run: {error.strerror or error}", 126) from None
 

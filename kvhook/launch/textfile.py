@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from kvhook.discovery.watch import Watch
 from kvhook.files import check_replaceable
+from kvhook.streams import say
 from kvhook.text.prometheus import as_text
 
 #: Seconds between two files, and of the window that they tell about.
@@ -49,7 +49,7 @@ class Textfile:
             replace_text(self._path, as_text(self._watch.views(WINDOW)))
         except OSError as error:
             if not self._failed:
-                print(f"kvhook run: cannot write {self._path}: {error.strerror or error}", file=sys.stderr, flush=True)
+                say(f"kvhook run: cannot write {self._path}: {error.strerror or error}")
             self._failed = True
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvhook.discovery.recovery import recover
+from kvhook.discovery.rings import Ring, look_at, ring_files
 from kvhook.errors import KvhookError
 from kvhook.records.core_files import is_of_core
 from kvhook.records.whose import may_be_beside
@@ -48,6 +49,29 @@ def traces_since(trace: Path, begun_ns: int) -> list[Path]:
             if made >= begun_ns and not is_of_core(path):
                 new.append((path != trace, made, path))
     return [path for _, _, path in sorted(new)]
+
+
+def rings_since(places: Iterable[Path], begun_ns: int, processes: Iterable[int]) -> list[Ring]:
+    """The rings that some processes, and those that they started, have made since then, the first one first.
+
+    Args:
+        places: directories of rings.
+        begun_ns: nanoseconds since 1970.
+        processes: their numbers.
+    """
+    family = set(processes)
+    found = []
+    for path in ring_files(places):
+        with contextlib.suppress(OSError, KvhookError):
+            header = header_of(path, follow_links=False)
+            if header.capacity and header.realtime_ns >= begun_ns:
+                found.append((header.realtime_ns, header.pid, header.meta.get("parent_pid"), path))
+    mine = []
+    for _, pid, parent, path in sorted(found):  # who starts a process may have made no ring before it
+        if family & {pid, parent}:
+            family.add(pid)
+            mine.append(look_at(path))
+    return mine
 
 
 def completed(trace: Path, places: Iterable[Path]) -> Recorded:

@@ -15,16 +15,18 @@ the arguments that it leaves out.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from kvhook.errors import KvhookError
 from kvhook.options import Options
+from kvhook.ring.place import ENV_DIR
 from kvhook.ring.trace_file import TRACE_SUFFIX
 
 ENV_ON = "KVHOOK"
@@ -34,6 +36,9 @@ ENV_LABEL = "KVHOOK_LABEL"
 ENV_ANONYMOUS = "KVHOOK_ANONYMOUS"
 #: Set by ``kvhook run``, which prints the summary itself.
 ENV_RUN = "KVHOOK_RUN"
+
+#: Bytes of a program's name in that of its trace.
+_LONGEST_STEM = 100
 
 _OFF = frozenset({"", "0", "false", "no", "off"})
 
@@ -71,9 +76,23 @@ def completed(options: Options, environment: Mapping[str, str] = os.environ) -> 
     return dataclasses.replace(options, **asked)
 
 
+def make_absolute(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have the variables that are paths mean the same files when this process, or one that it starts, goes to another
+    directory."""
+    for variable in (ENV_DIR, ENV_OPTIONS["trace"]):
+        if environment.get(variable):
+            with contextlib.suppress(OSError):  # the current directory has been removed
+                environment[variable] = os.path.join(os.getcwd(), environment[variable])
+
+
 def is_folder(trace: str) -> bool:
     """Whether ``KVHOOK_TRACE`` names a folder rather than a file."""
     return trace.endswith(os.sep) or os.path.isdir(trace) or not trace.endswith(TRACE_SUFFIX)
+
+
+def stem_of(program: str) -> str:
+    """What a program is called in the name of its trace: short enough for a file, and in UTF-8."""
+    return os.fsencode(Path(program).stem)[:_LONGEST_STEM].decode(errors="ignore")
 
 
 def file_in(trace: str, *, anonymous: bool = False) -> Path:
@@ -84,7 +103,7 @@ def file_in(trace: str, *, anonymous: bool = False) -> Path:
     """
     if not is_folder(trace):
         return Path(trace)
-    stem = "run" if anonymous else Path(sys.argv[0] if sys.argv else "").stem
+    stem = "run" if anonymous else stem_of(sys.argv[0] if sys.argv else "")
     program = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "python"
     try:
         os.makedirs(trace, exist_ok=True)

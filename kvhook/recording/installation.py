@@ -10,10 +10,10 @@ from typing import Any
 from kvhook import forks, hooks
 from kvhook.errors import KvhookError, StatsOffError
 from kvhook.options import HISTORY, RING_SLOTS, LabelOf, Options
-from kvhook.recording.from_environment import completed, is_anonymous
+from kvhook.recording.from_environment import completed, is_anonymous, make_absolute
 from kvhook.recording.owner import lock
 from kvhook.recording.session import Session
-from kvhook.recording.subscription import EVERY, Callback, Subscription
+from kvhook.recording.subscription import EVERY, Callback, Subscription, check_arguments
 
 log = logging.getLogger("kvhook")
 
@@ -98,6 +98,8 @@ def install(
         request_ids=request_ids,
         anonymous=anonymous,
     )
+    options.check()
+    make_absolute()
     options = completed(options)
     with lock:
         if _current is not None and _current.is_closed:
@@ -198,6 +200,7 @@ def on_step(callback: Callback, *, every: float = EVERY) -> Subscription:
     Raises:
         KvhookError: an argument is not usable.
     """
+    check_arguments(callback, every)  # before anything is installed
     return install().on_step(callback, every=every)
 
 

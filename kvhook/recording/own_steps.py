@@ -57,7 +57,7 @@ class OwnSteps:
         before = recorder.meta["levels"] if step else []
         recorder.meta["levels"] = [*before, change]
         if stepped:
-            log.warning("kvhook: %s: %s", type(engine).__qualname__, why)
+            log.warning("kvhook: %s: %s", recorder.meta["engine_class"], why)
         else:
             self.without_times(engine, recorder, why)
         self._write(recorder.number)

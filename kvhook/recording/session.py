@@ -24,8 +24,8 @@ from kvhook.recording.notebook import Notebook, check_name
 from kvhook.recording.own_steps import OwnSteps
 from kvhook.recording.owner import Owner, lock
 from kvhook.recording.recorder import Recorder
-from kvhook.recording.spool import Spool
-from kvhook.recording.why_no_steps import not_recorded, why_no_steps
+from kvhook.recording.spool import WRITING, Spool
+from kvhook.recording.why_no_steps import not_recorded, why_no_file, why_no_steps
 from kvhook.ring.place import find_directory, history_root, process_start
 from kvhook.ring.trace_file import TRACE_SUFFIX
 
@@ -112,6 +112,10 @@ class Session(Owner):
         }
         if not any(self._spool.published.values()):
             more["why_no_steps"] = self.why_no_steps()
+        elif not self._spool.paths():
+            more["why_no_steps"] = why_no_file(
+                self.name, self._faults.last_errors.get(WRITING, "unknown"), self._spool.counts().values()
+            )
         return more
 
     def _opened(self) -> Opened:

@@ -35,7 +35,8 @@ KEEP_UP = 4096
 #: Seconds between two readings of the clocks in a trace.
 CLOCK_EVERY = 10.0
 
-_WRITING, _THEN = "writing the trace", "records are counted as lost until it can be written again"
+#: The seam at which a file is written, and what happens after an error there.
+WRITING, _THEN = "writing the trace", "records are counted as lost until it can be written again"
 
 
 class Recorded(Protocol):
@@ -134,7 +135,7 @@ class Spool:
             try:
                 self._write_due_meta(number, self._file_for(recorder.ring.layout))
             except OSError as error:
-                self._fault(_WRITING, error, _THEN)
+                self._fault(WRITING, error, _THEN)
             if self._thread is None and not self._stopped:
                 self._thread = threading.Thread(target=self._run, name="kvhook-spool", daemon=True)
                 self._thread.start()
@@ -169,7 +170,7 @@ class Spool:
             self._write_due_meta(number, file)
             file.append_meta(number, self._counts(number))
         except OSError as error:
-            self._fault(_WRITING, error, _THEN)
+            self._fault(WRITING, error, _THEN)
         except USERS:
             raise
         except BaseException as error:
@@ -197,7 +198,7 @@ class Spool:
                     try:
                         self._write_due_meta(number, self._file_for(engine.recorder.ring.layout))
                     except OSError as error:
-                        self._fault(_WRITING, error, _THEN)
+                        self._fault(WRITING, error, _THEN)
             if taken:
                 self._write_clock()
         self.write_events()  # what came meanwhile
@@ -224,7 +225,7 @@ class Spool:
         except OSError as error:
             assert self._notes is not None
             self._notes.put_back(events)
-            self._fault(_WRITING, error, _THEN)
+            self._fault(WRITING, error, _THEN)
             return False
         return True
 
@@ -246,7 +247,7 @@ class Spool:
                 file.append_meta(file.engine, {"events": [["clock", *read_clocks()]]})
             self._clock_read = now
         except OSError as error:
-            self._fault(_WRITING, error, _THEN)
+            self._fault(WRITING, error, _THEN)
 
     def paths(self) -> list[Path]:
         """The files, oldest first."""
@@ -334,7 +335,7 @@ class Spool:
         except OSError as error:
             there = file.slots - before if file and before >= 0 else 0
             self.unwritten[number] += len(batch.slots) - there
-            self._fault(_WRITING, error, _THEN)
+            self._fault(WRITING, error, _THEN)
 
     def _write_due_meta(self, number: int, file: TraceWriter) -> None:
         """Write the facts about an engine that could not be written so far."""

@@ -7,6 +7,7 @@ there and counted.
 from __future__ import annotations
 
 import inspect
+import numbers
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,13 @@ _NOT_AWAITED = (
 )
 
 
+def check_arguments(callback: object, every: object) -> None:
+    """Raises `KvhookError` for what `kvhook.on_step` cannot use."""
+    check_callback(callback)
+    if isinstance(every, bool) or not isinstance(every, numbers.Real) or not 0 < float(every) <= 3600:
+        raise KvhookError(f"every={every!r}: a number of seconds between two calls, above 0 and up to 3600")
+
+
 class Subscription:
     """Steps go to a function of the user's until `close`, or until the recording ends.
 
@@ -57,10 +65,8 @@ class Subscription:
         recorders: Callable[[], Sequence[Recorded]],
         fault: Callable[[str, BaseException, str], None],
     ) -> None:
-        check_callback(callback)
-        if not 0 < every <= 3600:
-            raise KvhookError(f"every={every!r}: seconds between two calls, above 0 and up to 3600")
-        self._callback, self._every = callback, every
+        check_arguments(callback, every)
+        self._callback, self._every = callback, float(every)
         self._recorders, self._fault = recorders, fault
         self._wake = threading.Event()
         self._readers: dict[str, RingReader] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import sys
 
 from kvhook.recording.from_environment import ENV_RUN, is_on
 from kvhook.recording.installation import current_session, install
@@ -25,7 +24,8 @@ def install_if_asked() -> None:
 
 def _tell() -> None:
     """The program ends: print the summary to standard error. The session is completed after this."""
-    from kvhook.text.afterwards import next_commands
+    from kvhook.streams import say
+    from kvhook.text.afterwards import next_commands, short
 
     session = current_session()
     if session is None or session.belongs_to_parent:
@@ -33,7 +33,7 @@ def _tell() -> None:
     try:
         summary = session.summary()
         if summary.engines:
-            more = "\n\n" + next_commands([str(path) for path in session.files]) if session.files else ""
-            print(f"\n{summary}{more}", file=sys.stderr, flush=True)
+            more = "\n\n" + next_commands([short(path) for path in session.files]) if session.files else ""
+            say(f"\n{summary}{more}")
     except Exception as error:  # the program has done its work
         log.warning("kvhook: the summary cannot be printed: %s: %s", type(error).__name__, error)

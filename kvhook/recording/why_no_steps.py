@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from kvhook import hooks
@@ -18,6 +19,21 @@ NOT_SEEN = (
     "{} requests were added to an engine, but neither its step() nor the outputs of its core were seen: a framework "
     "drives it in a way that kvhook does not know"
 )
+
+
+def why_no_file(name: str, error: str, counts: Iterable[Mapping[str, int]]) -> str:
+    """What to tell of steps that were recorded, where no file could be made for them.
+
+    Args:
+        name: of the file.
+        error: why.
+        counts: per engine, the spool's counts of records.
+    """
+    lost = sum(each["records_overrun"] + each["records_unwritten"] for each in counts)
+    return (
+        f"{name} could not be written ({error}): {lost:,} records are lost but for the last ones, which the ring "
+        "holds: kvhook.open(session.rings[0])"
+    )
 
 
 def why_no_steps(unrecorded: int, ring_dir: Path, trace: Path | None) -> str:

@@ -50,8 +50,8 @@ def find_directory(wanted: str | os.PathLike[str] | None = None, need_bytes: int
     for place in [Path(asked)] if asked else default_directories():
         try:
             prepare_directory(place, strict=not asked)
-            _try_out(place, need_bytes)
-            return place
+            try_out(place, need_bytes)
+            return place.absolute()  # the program may go elsewhere
         except OSError as error:
             reasons.append(f"{place}: {error.strerror or error}")
     raise RingDirectoryError(
@@ -195,7 +195,12 @@ def _process_stat(pid: int) -> tuple[str, int]:
         return "", 0
 
 
-def _try_out(place: Path, need_bytes: int) -> None:
+def try_out(place: Path, need_bytes: int = 0) -> None:
+    """Make a file in a directory and remove it again.
+
+    Raises:
+        OSError: that is not possible.
+    """
     probe = place / f".probe-{os.getpid()}-{os.urandom(4).hex()}"
     os.close(create_file(probe, max(need_bytes, 1)))
     probe.unlink()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +25,22 @@ _AUTOPSY = ("kvhook autopsy {trace}", "the last steps, and what changed before t
 _MOST = 4
 
 
+def short(path: Path) -> str:
+    """A path as short as it can be typed."""
+    with contextlib.suppress(OSError, ValueError):  # there is no current directory any more, or it lies elsewhere
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+def quoted(text: str) -> str:
+    """A name as a shell takes it. What cannot be typed stands in it as its bytes: the shell must know ``$'...'``, as
+    bash, zsh and ksh do."""
+    if text.isprintable():
+        return shlex.quote(text)
+    told = (chr(byte) if chr(byte).isprintable() and byte < 127 else f"\\{byte:03o}" for byte in os.fsencode(text))
+    return "$'{}'".format("".join({"'": r"\'", "\\": r"\\"}.get(one, one) for one in told))
+
+
 def next_commands(traces: Sequence[str], *, ended_badly: bool = False) -> str:
     """The files of a run, and the commands that read them.
 
@@ -34,11 +52,11 @@ def next_commands(traces: Sequence[str], *, ended_badly: bool = False) -> str:
 
 
 def _lines(traces: Sequence[str], ended_badly: bool) -> Iterator[str]:
-    names = [shlex.quote(trace) for trace in traces]
+    names = [quoted(trace) for trace in traces]
     yield f"recorded in {' '.join(names[:_MOST])}{f' and {len(names) - _MOST} more' if len(names) > _MOST else ''}"
     commands = [*([_AUTOPSY] if ended_badly else []), *(_ONE if len(names) == 1 else _SEVERAL)]
-    several = " ".join(names) if len(names) <= _MOST else shlex.quote(str(Path(traces[0]).parent))
-    known = {"trace": names[0], "traces": several, "stem": shlex.quote(traces[0].removesuffix(".kvh"))}
+    several = " ".join(names) if len(names) <= _MOST else quoted(str(Path(traces[0]).parent))
+    known = {"trace": names[0], "traces": several, "stem": quoted(traces[0].removesuffix(".kvh"))}
     filled = [(command.format(**known), meaning) for command, meaning in commands]
     width = max(len(command) for command, _ in filled)
     for command, meaning in filled:
