@@ -34,6 +34,11 @@ LIMITS: Mapping[str, int] = {
 _MOST_TEXT = 500
 
 
+def is_users(error: BaseException) -> bool:
+    """Whether an error is the user's, and not one of kvhook's."""
+    return isinstance(error, USERS)
+
+
 class Faults:
     """Counts what went wrong inside kvhook and reports each place once.
 
@@ -95,7 +100,7 @@ class contained:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if error is None or isinstance(error, USERS):
+        if error is None or is_users(error):
             return False
         self._failed(error)
         return True
