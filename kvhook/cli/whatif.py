@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from kvhook.whatif.requests import BlockRequests
 
 
+#: The largest number that an option takes: blocks of this many tokens, or this many blocks, nobody has.
+MOST = 10**12
+#: The largest number of engines: for each request the router looks at each of them.
+MOST_REPLICAS = 4096
+
+
 class WhatIfCommand:
     """What a larger or smaller KV cache would have found.
 
@@ -44,7 +50,11 @@ class WhatIfCommand:
         )
         parser.add_argument("--reorder", action="store_true", help="also in longest-prefix-first order")
         parser.add_argument(
-            "--replicas", type=_numbers, metavar="N,N", default=(), help="also with this many engines behind a router"
+            "--replicas",
+            type=_replicas,
+            metavar="N,N",
+            default=(),
+            help=f"also with this many engines behind a router, up to {MOST_REPLICAS:,}",
         )
         parser.add_argument(
             "--max-num-seqs", type=_number, metavar="N", help="most running requests, instead of the run's"
@@ -142,6 +152,15 @@ def _open(path: Path, block_size: int | None, taken: set[Any]) -> tuple[BlockReq
     return requests, run, header.realtime_ns - header.monotonic_ns
 
 
+def _replicas(text: str) -> list[int]:
+    numbers = _numbers(text)
+    if max(numbers) > MOST_REPLICAS:
+        raise argparse.ArgumentTypeError(
+            f"{text[:80]!r}: up to {MOST_REPLICAS:,} engines, since the router looks at each of them for each request"
+        )
+    return numbers
+
+
 def _number(text: str) -> int:
     return _numbers(text)[0]
 
@@ -152,5 +171,7 @@ def _numbers(text: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: say numbers from 1 on, such as 30,60,120")
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: say numbers from 1 on, such as 30,60,120")
+    if max(numbers) > MOST:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: nobody has more than {MOST:,} of anything here")
     return numbers
