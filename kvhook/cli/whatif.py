@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvhook.cli.common import file_name
+
 if TYPE_CHECKING:
     from kvhook.whatif.report import Run, WhatIf
     from kvhook.whatif.requests import BlockRequests
@@ -39,7 +41,7 @@ class WhatIfCommand:
             "traces",
             metavar="TRACE",
             nargs="+",
-            type=Path,
+            type=file_name,
             help="a .kvh trace, a folder of them, or requests as .jsonl",
         )
         parser.add_argument(
@@ -59,7 +61,9 @@ class WhatIfCommand:
         parser.add_argument(
             "--max-num-seqs", type=_number, metavar="N", help="most running requests, instead of the run's"
         )
-        parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve (.png, .svg); needs matplotlib")
+        parser.add_argument(
+            "--plot", type=file_name, metavar="FILE", help="draw the curve (.png, .svg); needs matplotlib"
+        )
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of a page")
 
     def run(self, args: argparse.Namespace) -> int:
