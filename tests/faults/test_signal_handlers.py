@@ -178,7 +178,7 @@ def test_between_any_two_instructions_of_a_step():
 def test_one_that_comes_while_another_is_looked_at(monkeypatch: pytest.MonkeyPatch):
     """The second is raised in the middle of finding out whose the first is."""
     raising = signal.getsignal
-    came = []
+    came: list[Any] = []
 
     def twice(number: Any) -> Any:
         if not came:
@@ -225,7 +225,8 @@ def test_while_the_recording_is_read_and_nothing_is_lost(monkeypatch: pytest.Mon
 @pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize(("cls", "name"), FUNCTIONS, ids=lambda each: getattr(each, "__name__", each))
 def test_inside_the_engine_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cls: type, name: str):
-    real, came = getattr(cls, name), []
+    real = getattr(cls, name)
+    came: list[str] = []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         if not came:

@@ -41,6 +41,10 @@ def play(engine: Any, count: int) -> None:
         engine.step()
 
 
+def sampled_by(collector: kvhook.VLLMMetricsCollector) -> threading.Thread | None:
+    return collector.sampling_thread
+
+
 def of_spool() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "kvhook-spool"]
 
@@ -97,12 +101,11 @@ def test_on_step_says_that_it_has_no_thread(fresh: Path, no_threads: Any):
 def test_a_collector_without_a_thread_gets_one_when_it_is_asked(no_threads: Any):
     engine, collector = polled()
     collector.start_monitoring()
-    assert collector.monitoring
-    assert collector.sampling_thread is None
+    assert (collector.monitoring, sampled_by(collector)) == (True, None)
     assert "starting the thread that samples" in str(collector.get_comprehensive_stats()["errors"])
     no_threads()
     collector.collect_current_stats()
-    thread = collector.sampling_thread
+    thread = sampled_by(collector)
     assert thread is not None
     assert thread.is_alive()
     collector.stop_monitoring()

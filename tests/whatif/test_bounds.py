@@ -17,11 +17,12 @@ from kvhook.cli import main
 from kvhook.cli.whatif import MOST, MOST_REPLICAS
 from kvhook.errors import TraceFormatError
 from kvhook.records import text_lines
+from kvhook.ring.trace_file import header_of
 from kvhook.whatif.fleet import fleet
 from kvhook.whatif.replay import replay
 from kvhook.whatif.report import what_if
 from tests.conftest import ROOT
-from tests.whatif.test_report import recorded
+from tests.whatif.test_report import RULES, recorded
 
 BASELINE = ROOT / "tests/report/data/baseline.kvh"
 
@@ -40,16 +41,16 @@ def memory() -> Iterator[Callable[[], int]]:
 def test_a_cache_for_everything_is_played_as_a_larger_one_and_takes_no_more(memory: Callable[[], int]):
     requests, run = recorded(30)
     (size,) = what_if(requests, run, blocks=[MOST]).sizes
-    assert (size.blocks, size.hit_tokens) == (MOST, replay(requests, 100_000, run.rules).num_found_tokens)
+    assert (size.blocks, size.hit_tokens) == (MOST, replay(requests, 100_000, RULES).num_found_tokens)
     assert memory() < 64 << 20
 
 
 @pytest.mark.parametrize("watermark", [0.0, 0.01, 0.5])
 def test_where_blocks_are_kept_free_as_well(watermark: float):
     requests, run = recorded(30)
-    assert run.rules is not None
-    run = replace(run, rules=replace(run.rules, watermark=watermark))
-    played = replay(requests, 100_000, run.rules)
+    rules = replace(RULES, watermark=watermark)
+    run = replace(run, rules=rules)
+    played = replay(requests, 100_000, rules)
     (size,) = what_if(requests, run, blocks=[100_000]).sizes
     assert (size.hit_tokens, size.num_preemptions) == (played.num_found_tokens, played.num_preemptions)
 
@@ -121,16 +122,16 @@ def test_a_hole_in_a_trace_is_not_read_and_counts_as_damage(tmp_path: Path):
     """The rest is there: what stands before the hole, and what stands behind it."""
     path = tmp_path / "run.kvh"
     shutil.copy(BASELINE, path)
-    whole = kvhook.open(path)
-    steps, size, slot = len(whole.steps()), path.stat().st_size, whole.header.layout.slot_bytes
+    header, steps, size = header_of(path), len(kvhook.open(path).steps()), path.stat().st_size
+    slot, begin = header.layout.slot_bytes, header.header_bytes
     os.truncate(path, size + (slot << 34))
     trace = kvhook.open(path)
     assert len(trace.steps()) == steps
     assert (1 << 34) - 8192 // slot - 1 <= trace.meta["damaged"] <= 1 << 34
     with path.open("r+b") as file:
-        slots = (size - whole.header.header_bytes) // slot
-        last = os.pread(file.fileno(), slot, whole.header.header_bytes + (slots - 1) * slot)
-        os.pwrite(file.fileno(), last, whole.header.header_bytes + (slots - 1 + (1 << 33)) * slot)
+        slots = (size - begin) // slot
+        last = os.pread(file.fileno(), slot, begin + (slots - 1) * slot)
+        os.pwrite(file.fileno(), last, begin + (slots - 1 + (1 << 33)) * slot)
     found = sum(len(slots) for source in kvhook.open(path).sources for slots in source.chunks())
     assert slots < found < slots + 100
     assert main(["summary", str(path)]) == 0
@@ -139,6 +140,5 @@ def test_a_hole_in_a_trace_is_not_read_and_counts_as_damage(tmp_path: Path):
 def test_damage_is_counted_slot_for_slot_beside_a_hole(tmp_path: Path):
     path = tmp_path / "run.kvh"
     shutil.copy(BASELINE, path)
-    whole = kvhook.open(path)
-    os.truncate(path, path.stat().st_size + 1000 * whole.header.layout.slot_bytes)
+    os.truncate(path, path.stat().st_size + 1000 * header_of(path).layout.slot_bytes)
     assert kvhook.open(path).meta["damaged"] == 1000
