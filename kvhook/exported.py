@@ -19,6 +19,7 @@ from kvhook.export.csv import facts_beside
 from kvhook.export.latencies import TYPES
 from kvhook.facts import printable
 from kvhook.records.imported import Columns, Exported
+from kvhook.records.text_lines import LONGEST, lines_of
 from kvhook.ring.place import open_regular
 from kvhook.schema import KINDS
 
@@ -171,7 +172,7 @@ def _json_lines(path: Path) -> Exported:
     meta: dict[str, Any] | None = None
     rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in TABLES}
     with open(open_regular(path), encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines_of(file, path), 1):
             try:
                 row = json.loads(line)
                 kind = row.pop("kind")
@@ -208,15 +209,18 @@ def _csv(path: Path) -> Exported:
     told: Any = {"engines": []}
     facts = facts_beside(path)
     if facts.is_file():
-        with open(open_regular(facts), "rb") as text:
-            told = _meta(_json(text.read()), facts)
+        with open(open_regular(facts), "rb") as beginning:
+            raw = beginning.read(LONGEST + 1)
+        if len(raw) > LONGEST:
+            raise TraceFormatError(f"{facts} is longer than {LONGEST >> 20} MiB, which no such file of kvhook's is")
+        told = _meta(_json(raw), facts)
     return Exported(told, tables, told.get("cores"))
 
 
 def _read_csv(path: Path, kind: str) -> dict[str, Any]:
     try:
         with open(open_regular(path), encoding="utf-8", newline="") as file:
-            rows = iter(csv.reader(file))
+            rows = iter(csv.reader(lines_of(file, path)))
             names = next(rows, [])
             # a last line that was cut off is left out
             columns = list(zip(*(row for row in rows if len(row) == len(names)), strict=True)) or [()] * len(names)

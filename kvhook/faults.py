@@ -1,17 +1,23 @@
 """kvhook's own failures: counted, logged once for each place, and told by `kvhook.Session.health`.
 
 kvhook works inside somebody else's engine. A *seam* is a place at which it does so, and its name says what kvhook does
-there. An error at a seam ends there. What belongs to the user goes on: `USERS`.
+there. An error at a seam ends there. What belongs to the user goes on, see `is_users`.
 """
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import logging
+import signal
 from collections.abc import Callable, Iterable, Mapping
+from types import CodeType, FrameType
+from typing import Any
 
 log = logging.getLogger("kvhook")
 
-#: Ctrl-C and ``sys.exit()`` are meant for the user's program, also where they come while kvhook works.
+#: Ctrl-C and ``sys.exit()`` are meant for the user's program, also where they come while kvhook works. So is what a
+#: signal handler raises, of whatever class it is: see `is_users`.
 USERS = (KeyboardInterrupt, SystemExit)
 
 #: Seam -> after so many errors it is switched off. One of 1 is switched off for the engine at which it failed, the
@@ -41,10 +47,72 @@ NEEDED = (
 _MOST_TEXT = 500
 
 
+def is_users(error: BaseException) -> bool:
+    """Whether an error is the user's, and not one of kvhook's: Ctrl-C, ``sys.exit()``, and what a signal handler has
+    raised, a time limit for instance, which may come between any two instructions. Looks at the error's traceback, and
+    so takes too long for anything but an error.
+
+    It does not know what a signal handler raises that is not written in Python, nor what one thread raises in another.
+
+    Raises:
+        Exception: what a signal handler has raised meanwhile.
+    """
+    if isinstance(error, USERS):
+        return True
+    try:
+        return _raised_by_handler(error)
+    except (MemoryError, RecursionError):
+        return False
+    except Exception as other:
+        if is_users(other):
+            raise
+        return False  # somebody's handler is an object that cannot be looked at
+
+
+def _raised_by_handler(error: BaseException) -> bool:
+    handlers = None
+    at = error.__traceback__
+    while at is not None:
+        frame, at = at.tb_frame, at.tb_next
+        if _is_told_of_its_caller(frame):
+            return True
+        if handlers is None:
+            handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
+        if frame.f_code in handlers:  # it has changed its own arguments
+            return True
+    return False
+
+
+def _is_told_of_its_caller(frame: FrameType) -> bool:
+    """Whether a function was called as Python calls signal handlers: with a number, and the very frame that calls."""
+    code, given = frame.f_code, frame.f_locals
+    arguments = [given.get(name) for name in code.co_varnames[: code.co_argcount]]
+    if code.co_flags & inspect.CO_VARARGS:
+        rest = given.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount])
+        arguments += rest if isinstance(rest, tuple) else ()
+    caller = frame.f_back
+    return caller is not None and any(type(n) is int and f is caller for n, f in itertools.pairwise(arguments))
+
+
+def _code_of(handler: Any) -> CodeType | None:
+    while hasattr(handler, "func"):  # functools.partial
+        handler = handler.func
+    for found in (handler, getattr(type(handler), "__call__", None)):  # noqa: B004 (not whether it can be called)
+        if isinstance(code := getattr(found, "__code__", None), CodeType):  # also a bound method's
+            return code
+    return None
+
+
+def pass_on(error: BaseException) -> None:
+    """Raise an error that is the user's: for whoever has caught one and is about to count it as kvhook's."""
+    if is_users(error):
+        raise error
+
+
 class Faults:
     """Counts what went wrong inside kvhook and reports each place once.
 
-    Nothing in here raises: it runs inside somebody else's engine.
+    Nothing in here raises but what is the user's: it runs inside somebody else's engine.
     """
 
     def __init__(self) -> None:
@@ -67,7 +135,11 @@ class Faults:
 
         Returns:
             Whether this is the first error there.
+
+        Raises:
+            BaseException: this very error, if it is the user's. It is not counted then.
         """
+        pass_on(error)
         first = where not in self.counts
         self.counts[where] = self.counts.get(where, 0) + 1
         try:
@@ -110,7 +182,7 @@ class contained:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if error is None or isinstance(error, USERS):
+        if error is None or is_users(error):
             return False
         self._failed(error)
         return True

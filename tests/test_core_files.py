@@ -40,7 +40,7 @@ spool = Spool(lambda part: iter([Path(f"{stem}.core0-{os.getpid()}.kvh")]), None
 def step(number):
     writer.step(tuple(number if field.name == "step" else 7 for field in CORE_STEP_FIELDS))
 
-spool._thread = object()  # nothing is copied but when this says so
+spool._background.end()  # nothing is copied but when this says so
 for number in range(5):
     step(number)
 spool.add(recorder)

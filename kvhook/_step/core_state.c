@@ -52,8 +52,7 @@ static PyObject *push(PyObject *object, PyObject *scheduled)
 /* An error says that this is no case for C: Python looks at it, and meets it again. */
 static void leave_it_to_python(void)
 {
-    PyObject *type = PyErr_Occurred();
-    if (type != NULL && !is_users(type))
+    if (PyErr_Occurred() && !is_users_error())
         PyErr_Clear();
 }
 

@@ -72,14 +72,18 @@ static inline void prefetch_core_code(void)
 #endif
 }
 
-/* Ctrl-C and sys.exit() belong to the user: `USERS` of kvhook/faults.py. Every other error of kvhook's ends in kvhook. */
+/* Ctrl-C and sys.exit() belong to the user: `USERS` of kvhook/faults.py. */
 static inline bool is_users(PyObject *type)
 {
     return PyErr_GivenExceptionMatches(type, PyExc_KeyboardInterrupt) ||
            PyErr_GivenExceptionMatches(type, PyExc_SystemExit);
 }
 
-/* An error of kvhook's is set: call failed(error), or failed(error, engine_id) where that is not NULL. 0 if the error
+/* Whether the error that is set belongs to the user: `is_users` of kvhook/faults.py, which knows what a signal handler
+   has raised. Every other error ends in kvhook. contain.c */
+bool is_users_error(void);
+
+/* An error is set, and is kvhook's unless `is_users_error`: call failed(error), or failed(error, engine_id) where that is not NULL. 0 if the error
    ends here, -1 with an exception set if it does not. Without `failed`, which whoever is being deleted has not any more,
    it is told to nobody. contain.c */
 int contain(PyObject *failed, PyObject *engine_id);

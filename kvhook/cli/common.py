@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,22 @@ if TYPE_CHECKING:
 def add_dir(parser: argparse.ArgumentParser) -> None:
     """``--dir``: where the rings are."""
     parser.add_argument(
-        "--dir", type=Path, metavar="DIR", help="look for rings here only (default: KVHOOK_DIR and the usual places)"
+        "--dir",
+        type=file_name,
+        metavar="DIR",
+        help="look for rings here only (default: KVHOOK_DIR and the usual places)",
     )
+
+
+def file_name(text: str) -> Path:
+    """The name of a file or a folder."""
+    try:
+        possible = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise argparse.ArgumentTypeError(f"no file can be called {ascii(text)[:80]}")
+    return Path(text)
 
 
 def open_run(text: str) -> Trace:

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvhook.cli.common import size
+from kvhook.cli.common import file_name, size
 from kvhook.demo import engine
 from kvhook.demo.live import LiveLines
 from kvhook.demo.workload import BLOCK_SIZE, NUM_GPU_BLOCKS, rounds
@@ -42,11 +42,13 @@ class DemoCommand:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
-        parser.add_argument("--out", type=Path, metavar="FILE.kvh", help="the trace (default: a new kvhook-demo.kvh)")
+        parser.add_argument(
+            "--out", type=file_name, metavar="FILE.kvh", help="the trace (default: a new kvhook-demo.kvh)"
+        )
         parser.add_argument(
             "--level", choices=("full", "light"), default="full", help="how much is recorded, see kvhook.install"
         )
-        parser.add_argument("--model", type=Path, metavar="DIR", help="another model, instead of the tiny one")
+        parser.add_argument("--model", type=file_name, metavar="DIR", help="another model, instead of the tiny one")
 
     def run(self, args: argparse.Namespace) -> int:
         """Run it."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvhook.cli.common import open_run, size
+from kvhook.cli.common import file_name, open_run, size
 from kvhook.errors import KvhookError
 from kvhook.files import check_target
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def add_pages(parser: argparse.ArgumentParser, default: str, what: str) -> None:
     """``TRACE...``, ``--out`` and ``--force``."""
     parser.add_argument("traces", metavar="TRACE", nargs="+", help="a .kvh trace, an export, or a PID")
-    parser.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path(default), help=what)
+    parser.add_argument("-o", "--out", metavar="FILE", type=file_name, default=Path(default), help=what)
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvhook.cli.common import add_dir
+from kvhook.cli.common import add_dir, file_name
 from kvhook.discovery.rings import directories
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ class RecoverCommand:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
-        parser.add_argument("trace", metavar="FILE.kvh", type=Path, help="the trace")
-        parser.add_argument("--out", type=Path, metavar="OUT.kvh", help="write here instead")
+        parser.add_argument("trace", metavar="FILE.kvh", type=file_name, help="the trace")
+        parser.add_argument("--out", type=file_name, metavar="OUT.kvh", help="write here instead")
         add_dir(parser)
 
     def run(self, args: argparse.Namespace) -> int:

@@ -8,9 +8,17 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvhook.cli.common import file_name
+
 if TYPE_CHECKING:
     from kvhook.whatif.report import Run, WhatIf
     from kvhook.whatif.requests import BlockRequests
+
+
+#: The largest number that an option takes: blocks of this many tokens, or this many blocks, nobody has.
+MOST = 10**12
+#: The largest number of engines: for each request the router looks at each of them.
+MOST_REPLICAS = 4096
 
 
 class WhatIfCommand:
@@ -33,7 +41,7 @@ class WhatIfCommand:
             "traces",
             metavar="TRACE",
             nargs="+",
-            type=Path,
+            type=file_name,
             help="a .kvh trace, a folder of them, or requests as .jsonl",
         )
         parser.add_argument(
@@ -44,12 +52,18 @@ class WhatIfCommand:
         )
         parser.add_argument("--reorder", action="store_true", help="also in longest-prefix-first order")
         parser.add_argument(
-            "--replicas", type=_numbers, metavar="N,N", default=(), help="also with this many engines behind a router"
+            "--replicas",
+            type=_replicas,
+            metavar="N,N",
+            default=(),
+            help=f"also with this many engines behind a router, up to {MOST_REPLICAS:,}",
         )
         parser.add_argument(
             "--max-num-seqs", type=_number, metavar="N", help="most running requests, instead of the run's"
         )
-        parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve (.png, .svg); needs matplotlib")
+        parser.add_argument(
+            "--plot", type=file_name, metavar="FILE", help="draw the curve (.png, .svg); needs matplotlib"
+        )
         parser.add_argument("--force", action="store_true", help="replace the picture if it exists")
         parser.add_argument("--json", action="store_true", help="print one JSON object instead of a page")
 
@@ -149,6 +163,15 @@ def _open(path: Path, block_size: int | None, taken: set[Any]) -> tuple[BlockReq
     return requests, run, header.realtime_ns - header.monotonic_ns
 
 
+def _replicas(text: str) -> list[int]:
+    numbers = _numbers(text)
+    if max(numbers) > MOST_REPLICAS:
+        raise argparse.ArgumentTypeError(
+            f"{text[:80]!r}: up to {MOST_REPLICAS:,} engines, since the router looks at each of them for each request"
+        )
+    return numbers
+
+
 def _number(text: str) -> int:
     return _numbers(text)[0]
 
@@ -159,5 +182,7 @@ def _numbers(text: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: say numbers from 1 on, such as 30,60,120")
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: say numbers from 1 on, such as 30,60,120")
+    if max(numbers) > MOST:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: nobody has more than {MOST:,} of anything here")
     return numbers

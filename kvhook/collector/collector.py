@@ -73,6 +73,8 @@ class VLLMMetricsCollector(ScriptNames):
         self._look_at(llm if llm is not None else llm_instance)
         self._times = MonitoredTimes()
         self._sampler: Sampler | None = None
+        #: whether there is no thread for it yet, which is tried again
+        self._unsampled = False
 
     @property
     def llm(self) -> Any:
@@ -123,7 +125,13 @@ class VLLMMetricsCollector(ScriptNames):
             if reading is not None and not self._chain.sources[reading.source].polled:
                 return
             self._times.keep(reading)
+            self._sample_from_now()
+
+    def _sample_from_now(self) -> None:
+        self._unsampled = True
+        with self._chain.contained("starting the thread that samples"):
             self._sampler = Sampler(self._sample, self.collection_interval)
+            self._unsampled = False
 
     def stop_monitoring(self) -> None:
         """End the monitored time. Without one, nothing happens."""
@@ -161,6 +169,8 @@ class VLLMMetricsCollector(ScriptNames):
             and where nothing can be read ``error`` (why).
         """
         with self._lock:
+            if self._unsampled and self.monitoring:
+                self._sample_from_now()
             collected, reading = self._chain.collect()
             self._times.asked(time.monotonic())
             self._times.keep(reading)

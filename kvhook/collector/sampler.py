@@ -18,6 +18,9 @@ class Sampler:
     Args:
         sample: a bound method; gives whether another sample is needed.
         interval: seconds between two calls.
+
+    Raises:
+        RuntimeError: no thread can be started.
     """
 
     def __init__(self, sample: Callable[[], bool], interval: float) -> None:
@@ -26,10 +29,10 @@ class Sampler:
         self.thread = threading.Thread(
             target=_sample_until, args=(method, stop, interval), name="kvhook-collector", daemon=True
         )
+        self.thread.start()
         # also when nobody ends it: at the interpreter's exit, and when the object is dropped
         owner = sample.__self__  # type: ignore[attr-defined]
         self.end: Callable[[], object] = weakref.finalize(owner, _end, stop, self.thread)
-        self.thread.start()
 
     @property
     def is_this_thread(self) -> bool:

@@ -18,6 +18,7 @@ from kvhook.core.steps import StepAccount
 from kvhook.core.taps import Taps
 from kvhook.core.writer import Writer, core_layout
 from kvhook.facts import without_names
+from kvhook.faults import pass_on
 from kvhook.recording.recorder import NEEDS_CRC, process_facts
 from kvhook.ring.place import RING_SUFFIXES, process_start
 from kvhook.ring.writer import RingWriter
@@ -95,6 +96,7 @@ class CoreRecorder:
 
         def give_up(error: BaseException) -> None:
             nonlocal given_up
+            pass_on(error)
             if given_up:  # several taps may be under way in one call of vLLM's
                 return
             given_up = True

@@ -36,19 +36,24 @@ class LiveLines:
         self._ascii_only = not shows_blocks()
 
     def __enter__(self) -> LiveLines:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._write(f"(there are no live lines: {error})")
         return self
 
     def flush(self) -> None:
         """Print what has been recorded so far, also if it is less than a line's worth."""
-        self._flushed.clear()
-        self._flush.set()
-        self._flushed.wait(5)
+        if self._thread.ident is not None:
+            self._flushed.clear()
+            self._flush.set()
+            self._flushed.wait(5)
 
     def __exit__(self, *_: object) -> None:
         self.flush()
         self._stop.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         import numpy as np

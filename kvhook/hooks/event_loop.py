@@ -9,7 +9,7 @@ from typing import Any
 from kvhook import forks
 from kvhook.adapters.requests import AbortedRequest
 from kvhook.adapters.step_functions import StepFunctions
-from kvhook.faults import USERS
+from kvhook.faults import USERS, pass_on
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER
 
 clock = time.monotonic_ns
@@ -96,6 +96,7 @@ class EventLoopRecorder:
         except USERS:
             raise
         except BaseException as error:
+            pass_on(error)
             if isinstance(rank, int):
                 self._ranks[rank] = None
             if not any(self._ranks.values()):  # nobody is left who would record them

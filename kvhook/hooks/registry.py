@@ -21,7 +21,7 @@ from kvhook.adapters.calls import Call
 from kvhook.adapters.engine_events import Told
 from kvhook.adapters.step_functions import PublishStep, Record, StepFunctions
 from kvhook.adapters.table import Adapter, Target
-from kvhook.faults import USERS
+from kvhook.faults import USERS, pass_on
 from kvhook.hooks.own_step import OutputCounts
 from kvhook.hooks.quiet import do_nothing
 from kvhook.hooks.reach import is_of, reaches
@@ -187,6 +187,7 @@ class Registry:
     def give_up(self, known: RecordedEngine, engine_id: int, where: str, error: BaseException) -> None:
         """Recording an engine has failed at a seam: it is not recorded any further, and nothing of kvhook's is called
         in it again. The engine goes on."""
+        pass_on(error)
         if self.engines.get(engine_id) is known:  # if not, its id may be another engine's by now
             self.steps.pop(engine_id, None)
             known.flush = lambda: False

@@ -16,7 +16,7 @@ import wrapt
 
 from kvhook import _step
 from kvhook.adapters.table import Adapter
-from kvhook.faults import USERS
+from kvhook.faults import USERS, pass_on
 from kvhook.hooks.engines import watch
 from kvhook.hooks.quiet import make_no_stats, quiet_manager
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER, Building, building, registry
@@ -51,8 +51,7 @@ def on_step(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 def publishing_failed(error: BaseException, engine_id: int) -> None:
     """Publishing a step has failed. The extension's `StepMethod` calls it too."""
-    if isinstance(error, USERS):
-        raise error
+    pass_on(error)
     known = registry.engines.get(engine_id)
     _steps.pop(engine_id, None)
     if known is not None:
@@ -146,6 +145,7 @@ def on_finished(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 def _record_failed(error: BaseException, key: int) -> None:
     """Taking over the stats that pass an object has failed."""
+    pass_on(error)
     _records.pop(key, None)
     for engine_id, known in list(_engines.items()):
         if key in known.record_keys:

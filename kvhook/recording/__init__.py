@@ -4,7 +4,7 @@
 - `session`: `Session`, what is made for each engine and what can be read of it
 - `plan`: what is to be done with a new engine, decided without touching it
 - `recorder`: one engine's facts, its ring, and the two functions of the step path
-- `spool`: the thread that copies rings to trace files
+- `spool`: the thread that copies rings to trace files; `segments`: those files; `background`: how the thread is started
 - `running`: the run so far, added up as those files grow
 - `budget`, `overhead`: what recording costs, and the limit on it
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from kvhook.adapters.step_functions import Counters
 from kvhook.adapters.table import Adapter, lookup
-from kvhook.faults import USERS
+from kvhook.faults import USERS, pass_on
 from kvhook.overlays import Overlay
 
 clock = time.monotonic_ns
@@ -188,6 +188,7 @@ class StatsProbe:
         except USERS:
             raise
         except BaseException as error:
+            pass_on(error)
             self._broken = True
             self._failed(error)
         return put_back

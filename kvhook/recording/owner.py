@@ -107,8 +107,15 @@ class Owner(Readings):
             self._recorders[number] = recorder
             self._notebook.begin_ring(recorder.ring.path)
             self._recorders_of.setdefault(id(engine), []).append(recorder)
-            self._adding_up()  # imports what the spool's thread would have to import while the engine works
-            self._spool.add(recorder)
+            try:
+                self._adding_up()  # imports what the spool's thread would have to import while the engine works
+                self._spool.add(recorder)
+            except BaseException:  # the engine is not recorded, and nothing waits for it
+                del self._recorders[number]
+                self._monitors.remove(monitor)
+                self._recorders_of[id(engine)].remove(recorder)
+                recorder.close()
+                raise
             return recorder.functions
 
     def _orphan_of(self, engine: Any, number: int) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from kvhook import forks, hooks
 from kvhook.adapters.table import read_path
 from kvhook.discovery.cleaning import HISTORY_PREFIX, prune_histories
 from kvhook.errors import KvhookError
-from kvhook.faults import LIMITS, NEEDED, Faults
+from kvhook.faults import LIMITS, NEEDED, Faults, contained
 from kvhook.recording import own_files
 from kvhook.recording.budget import OverheadMonitor
 from kvhook.recording.core_side import CoreSide
@@ -192,17 +192,19 @@ class Session(Owner):
         with lock:
             if self._closed or self.belongs_to_parent:
                 return
-            self.disarm_core()
-            self.end_subscriptions()
-            self._spool.close()
-            if not any(self._spool.published.values()) and (why := self._why_not_recorded()):
-                log.warning("kvhook: nothing was recorded: %s", why)
-            for recorder in self._recorders.values():
-                recorder.close()
+            for part in (self.disarm_core, self.end_subscriptions, self._spool.close, self._close_rings):
+                with contained(lambda error: self.fault("closing the session", error, "the rest of it is closed")):
+                    part()
             self._closed = self._notebook.closed = True
             # what is called at the end of the process stays alive until then: no more than what is still to be done
             atexit.unregister(self.end)
             atexit.register(_remove, self._temporary(), forks.generation)
+
+    def _close_rings(self) -> None:
+        if not any(self._spool.published.values()) and (why := self._why_not_recorded()):
+            log.warning("kvhook: nothing was recorded: %s", why)
+        for recorder in self._recorders.values():
+            recorder.close()
 
     def stop_measuring(self) -> None:
         """Take out of the engines what waits for their next step in order to measure it."""

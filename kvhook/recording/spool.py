@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 import time
 from collections import deque
@@ -11,20 +9,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from kvhook.faults import USERS
+from kvhook.faults import contained, is_users
+from kvhook.recording.background import Background
 from kvhook.recording.clocks import read_clocks
 from kvhook.recording.pauses import INTERVAL, next_pause
+from kvhook.recording.segments import Segments
 from kvhook.ring.layout import Layout
 from kvhook.ring.place import pid_namespace
 from kvhook.ring.reader import RingReader
 from kvhook.ring.trace_file import TraceWriter
 
 if TYPE_CHECKING:
-    from kvhook.ring.reader import Batch
     from kvhook.ring.writer import RingWriter
-
-#: A limited history is cut into so many files. The oldest is deleted when the limit is reached.
-SEGMENTS = 8
 
 #: Slots that are copied at a time: some 2 MB, so that they are still in the processor's cache when they are written.
 BATCH = 4096
@@ -37,6 +33,7 @@ CLOCK_EVERY = 10.0
 
 #: The seam at which a file is written, and what happens after an error there.
 WRITING, _THEN = "writing the trace", "records are counted as lost until it can be written again"
+_DRAINING = "draining the ring"
 
 
 class Recorded(Protocol):
@@ -98,17 +95,12 @@ class Spool:
         #: when both clocks were written last
         self._clock_read = 0
         self._keep_up, self._behind = keep_up, 0
-        self._new_paths = new_paths
-        self._limit = limit
         self._fault = fault
         self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._stopped = False
+        self._background = Background(self._run, "kvhook-spool", self._no_thread)
         self._engines: dict[int, _Engine] = {}
         self._metas: dict[int, dict[str, Any]] = {}
-        self._files: list[TraceWriter] = []
-        self._made = 0
+        self._files = Segments(new_paths, limit)
         #: Records that were overwritten in the ring before they were copied, per engine.
         self.overrun: dict[int, int] = {}
         #: Records that could not be written (disk full, directory gone), per engine.
@@ -121,7 +113,7 @@ class Spool:
         self._meta_due: set[int] = set()
 
     def add(self, recorder: Recorded) -> None:
-        """Begin to drain an engine's ring. The thread is started with the first one.
+        """Begin to drain an engine's ring. The thread is started with the first one, or as soon as that is possible.
 
         Raises:
             OSError: the ring has vanished.
@@ -132,13 +124,17 @@ class Spool:
             self._metas[number] = recorder.meta
             self.overrun[number] = self.unwritten[number] = self.published[number] = 0
             self._meta_due.add(number)
-            try:
+            with contained(lambda error: self._fault(WRITING, error, _THEN)):
                 self._write_due_meta(number, self._file_for(recorder.ring.layout))
-            except OSError as error:
-                self._fault(WRITING, error, _THEN)
-            if self._thread is None and not self._stopped:
-                self._thread = threading.Thread(target=self._run, name="kvhook-spool", daemon=True)
-                self._thread.start()
+            self._background.begin()
+
+    def _no_thread(self, error: BaseException) -> None:
+        self._fault(
+            "starting the thread that writes the trace",
+            error,
+            "it is tried again with the next engine and whenever the recording is read; until then records stay in the "
+            "ring, and what is overwritten there is counted as lost",
+        )
 
     def retire(self, number: int) -> None:
         """Drain an engine for the last time and close its ring: now if the lock is free, else at the next drain.
@@ -166,15 +162,17 @@ class Spool:
             return None
         try:
             self._drain(engine)
+        except BaseException as error:
+            if is_users(error):
+                raise
+            left = max(0, engine.recorder.ring.head - engine.reader.cursor)
+            self.unwritten[number] += left
+            self.published[number] += left
+            self._fault(_DRAINING, error, "what was not drained yet is counted as lost")
+        with contained(lambda error: self._fault(WRITING, error, _THEN)):
             file = self._file_for(engine.recorder.ring.layout)
             self._write_due_meta(number, file)
             file.append_meta(number, self._counts(number))
-        except OSError as error:
-            self._fault(WRITING, error, _THEN)
-        except USERS:
-            raise
-        except BaseException as error:
-            self._fault("draining the ring", error, "what was not drained yet is counted as lost")
         del self._engines[number]
         engine.reader.close()
         return engine
@@ -187,18 +185,31 @@ class Spool:
         self._meta_due.add(number)
 
     def drain(self) -> int:
-        """Bring the files up to date; returns the number of records that were copied."""
+        """Bring the files up to date; returns the number of records that were copied.
+
+        Raises:
+            Exception: an engine's records could not be copied, and are still in its ring. Those of others were.
+        """
         with self._lock:
+            self._background.begin()
             self._write_notes()
             self._close_retired()
-            taken = 0
+            taken, failed = 0, None
             for number, engine in self._engines.items():
-                taken += self._drain(engine)
+                try:
+                    taken += self._drain(engine)
+                except BaseException as error:
+                    if is_users(error):
+                        raise
+                    failed = failed or error
+                    continue
                 if number in self._meta_due:  # its facts have changed, and no record has come since
                     try:
                         self._write_due_meta(number, self._file_for(engine.recorder.ring.layout))
                     except OSError as error:
                         self._fault(WRITING, error, _THEN)
+            if failed is not None:
+                raise failed
             if taken:
                 self._write_clock()
         self.write_events()  # what came meanwhile
@@ -207,7 +218,7 @@ class Spool:
     def write_events(self) -> None:
         """Write what waits to be written beside the records. Waits for nothing: if another thread writes at this
         moment, that thread writes it."""
-        while self._notes is not None and self._notes.due and self._files and self._lock.acquire(blocking=False):
+        while self._notes is not None and self._notes.due and self._files.files and self._lock.acquire(blocking=False):
             try:
                 if not self._write_notes():
                     return
@@ -216,26 +227,20 @@ class Spool:
 
     def _write_notes(self) -> bool:
         """Write what waits beside the records, to the newest file of each kind. False if it could not be written."""
-        events = self._notes.take() if self._notes is not None and self._files else []
+        events = self._notes.take() if self._notes is not None and self._files.files else []
         if not events:
             return True
         try:
-            for file in self._newest():
+            for file in self._files.newest():
                 file.append_meta(file.engine, {"events": events})
-        except OSError as error:
+        except BaseException as error:
             assert self._notes is not None
             self._notes.put_back(events)
+            if is_users(error) or not isinstance(error, OSError):
+                raise
             self._fault(WRITING, error, _THEN)
             return False
         return True
-
-    def _newest(self) -> list[TraceWriter]:
-        """The files that are written to: of each layout the last."""
-        found: list[TraceWriter] = []
-        for file in reversed(self._files):
-            if not any(file.layout == other.layout for other in found):
-                found.append(file)
-        return found
 
     def _write_clock(self) -> None:
         """Write what both clocks show, now and then: the one that is recorded, and the time since 1970."""
@@ -243,7 +248,7 @@ class Spool:
         if now - self._clock_read < CLOCK_EVERY * 1e9:
             return
         try:
-            for file in self._newest():
+            for file in self._files.newest():
                 file.append_meta(file.engine, {"events": [["clock", *read_clocks()]]})
             self._clock_read = now
         except OSError as error:
@@ -252,7 +257,7 @@ class Spool:
     def paths(self) -> list[Path]:
         """The files, oldest first."""
         with self._lock:
-            return [file.path for file in self._files]
+            return [file.path for file in self._files.files]
 
     def open(self) -> tuple[list[Path], list[int], dict[int, dict[str, int]]]:
         """The files, oldest first, a descriptor of each, and how many records of each engine came and were lost.
@@ -261,40 +266,31 @@ class Spool:
             OSError: a file is no longer there.
         """
         with self._lock:
-            opened: list[int] = []
-            try:
-                for file in self._files:
-                    opened.append(file.descriptor())
-            except OSError:
-                for fd in opened:
-                    os.close(fd)
-                raise
-            return [f.path for f in self._files], opened, {number: self._counts(number) for number in self.published}
+            opened = self._files.descriptors()
+            return [file.path for file in self._files.files], opened, self.counts()
 
     def close(self) -> None:
         """Drain, stop the thread, and complete the files. Closing twice is fine."""
-        self._stopped = True
-        self._wake.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-            self._thread = None
+        self._background.end()
         with self._lock:
             for number in list(self._engines):
                 self._drain_finally(number)
-            self._write_notes()
-            for file in self._files:
-                try:
+            with contained(lambda error: self._fault(WRITING, error, _THEN)):
+                self._write_notes()
+            for file in self._files.files:
+                with contained(self._not_closed):
                     file.close()
-                except OSError as error:
-                    self._fault("closing the trace", error, "it ends with the last whole record")
+
+    def _not_closed(self, error: BaseException) -> None:
+        self._fault("closing the trace", error, "it ends with the last whole record")
 
     def _run(self) -> None:
         pause, last = INTERVAL, time.monotonic()
-        while not self._wake.wait(pause):
+        while not self._background.wait(pause):
             try:
                 taken = self.drain()
             except BaseException as error:  # whatever it is: the thread goes on
-                self._fault("draining the ring", error, "the records stay in the ring until it comes round")
+                self._fault(_DRAINING, error, "it is tried again; the records stay in the ring until it comes round")
                 continue
             self._add_up(taken)
             now = time.monotonic()
@@ -314,28 +310,43 @@ class Spool:
     def _drain(self, engine: _Engine) -> int:
         taken = 0
         while True:
-            batch = engine.reader.poll(BATCH)
-            self._take(engine, batch)
-            taken += len(batch.slots)
-            if len(batch.slots) + batch.lost < BATCH:
+            before = engine.reader.cursor
+            taken += self._take(engine)
+            if engine.reader.cursor - before < BATCH:
                 return taken
 
-    def _take(self, engine: _Engine, batch: Batch) -> None:
-        number = engine.recorder.number
-        self.overrun[number] += batch.lost
-        self.published[number] = engine.reader.cursor
-        if not len(batch.slots):
-            return
-        file, before = None, -1
+    def _take(self, engine: _Engine) -> int:
+        """Copy a batch; returns how many records it had. What could not be written for another reason than the disk
+        stays in the ring, for the next time.
+
+        Raises:
+            Exception: whatever was raised on the way, but no OSError.
+        """
+        number, reader = engine.recorder.number, engine.reader
+        at = reader.cursor, reader.lost
+        batch, file, before = None, None, 0
         try:
-            file = self._file_for(engine.recorder.ring.layout)
-            self._write_due_meta(number, file)
-            before = file.slots
-            file.append(batch.slots)
-        except OSError as error:
-            there = file.slots - before if file and before >= 0 else 0
-            self.unwritten[number] += len(batch.slots) - there
-            self._fault(WRITING, error, _THEN)
+            batch = reader.poll(BATCH)
+            if len(batch.slots):
+                current = self._file_for(engine.recorder.ring.layout)
+                self._write_due_meta(number, current)
+                file, before = current, current.slots
+                current.append(batch.slots)
+        except BaseException as error:
+            written = file.slots - before if file is not None else 0
+            if batch is None:
+                reader.cursor, reader.lost = at
+            elif is_users(error) or not isinstance(error, OSError):
+                reader.put_back(batch, written)
+            else:
+                self.unwritten[number] += len(batch.slots) - written
+                self._fault(WRITING, error, _THEN)
+                return len(batch.slots)
+            raise
+        finally:
+            self.overrun[number] = reader.lost
+            self.published[number] = reader.cursor
+        return len(batch.slots)
 
     def _write_due_meta(self, number: int, file: TraceWriter) -> None:
         """Write the facts about an engine that could not be written so far."""
@@ -343,7 +354,7 @@ class Spool:
             self._meta_due.discard(number)
             try:
                 file.append_meta(number, self._metas[number])
-            except OSError:
+            except BaseException:
                 self._meta_due.add(number)
                 raise
 
@@ -360,40 +371,18 @@ class Spool:
 
     def _file_for(self, layout: Layout) -> TraceWriter:
         """The file that takes slots of this layout at this moment."""
-        current = next((f for f in reversed(self._files) if f.layout == layout), None)
-        if current is None:
-            return self._new_file(layout)
-        if self._limit is None or current.size < self._limit // SEGMENTS:
-            return current
-        while sum(f.size for f in self._files) > self._limit - self._limit // SEGMENTS:
-            oldest = self._files.pop(0)
-            with contextlib.suppress(OSError):
-                oldest.close()
-            oldest.path.unlink(missing_ok=True)
-        return self._new_file(layout)
+        return self._files.current(layout) or self._new_file(layout)
 
     def _new_file(self, layout: Layout) -> TraceWriter:
         told = next(iter(self._metas.values()))
         names = ("kvhook", "vllm", "stream", "session", *(("engine", "pid", "own_process") if "stream" in told else ()))
         meta = {key: told[key] for key in names if key in told}
-        file = self._create(layout, meta | {"pid_namespace": pid_namespace()})
-        self._made += 1
-        self._files.append(file)
-        file.engine = min((n for n, e in self._engines.items() if e.recorder.ring.layout == layout), default=0)
-        self._meta_due |= {number for number, e in self._engines.items() if e.recorder.ring.layout == layout}
-        for number in sorted(self._meta_due):
-            if number in self._engines and self._engines[number].recorder.ring.layout == layout:
-                self._write_due_meta(number, file)
+        mine = {number for number, e in self._engines.items() if e.recorder.ring.layout == layout}
+        self._meta_due |= mine
+        file = self._files.begin(layout, meta | {"pid_namespace": pid_namespace()})
+        file.engine = min(mine, default=0)
+        for number in sorted(mine):
+            self._write_due_meta(number, file)
         if self._notes is not None and (events := self._notes.everything()):
             file.append_meta(file.engine, {"events": events})
         return file
-
-    def _create(self, layout: Layout, meta: dict[str, Any]) -> TraceWriter:
-        """The next file, under the first of its names that no other process has taken."""
-        taken: FileExistsError | None = None
-        for path in self._new_paths(self._made):
-            try:
-                return TraceWriter(path, layout, meta)
-            except FileExistsError as error:
-                taken = error
-        raise taken or FileNotFoundError("there is no name for the next file")

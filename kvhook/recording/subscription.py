@@ -87,7 +87,12 @@ class Subscription:
         self.steps = 0
         self._find(from_now=True)
         self._thread = threading.Thread(target=self._run, name="kvhook-on-step", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            for reader in self._readers.values():
+                reader.close()
+            raise KvhookError(f"on_step() needs a thread of its own, and none could be started: {error}") from None
 
     @property
     def dropped(self) -> int:

@@ -52,6 +52,7 @@ class Engines:
         self.begin(source)
         for slots in source.chunks():
             self.take(slots)
+        self.damaged += source.in_holes
 
     def begin(self, source: SlotSource) -> None:
         """Begin with a source, of which the slots are then taken in."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from collections.abc import Iterator, Mapping
@@ -52,6 +53,11 @@ class SlotSource:
         self.header = header
         self.engines = engines or {}
 
+    @property
+    def in_holes(self) -> int:
+        """Slots that `chunks` leaves out because nothing was ever written there."""
+        return 0
+
     def chunks(self) -> Iterator[Slots]:
         """The slots, some thousands at a time, usable or not."""
         raise NotImplementedError
@@ -95,16 +101,40 @@ class FileSlots(SlotSource):
         self._count = (size - self._header.header_bytes) // self.layout.slot_bytes
 
     def chunks(self, first: int = 0, nbytes: int = CHUNK_BYTES) -> Iterator[Slots]:
-        """The file's slots from the so-manieth on, so many bytes at a time. A last one that was cut off is left out."""
+        """The file's slots from the so-manieth on, so many bytes at a time. A last one that was cut off is left out.
+        So are those that lie in a hole of the file: see `in_holes`."""
         slot = self.layout.slot_bytes
         if self._header.compressed:
             yield from self._decompressed(first)
             return
         at_a_time = max(1, nbytes // slot)
-        for at in range(first, self._count, at_a_time):
-            count = min(at_a_time, self._count - at)
-            data = os.pread(self._fd, count * slot, self._header.header_bytes + at * slot)
-            yield np.frombuffer(data[: len(data) // slot * slot], np.uint8).reshape(-1, slot)
+        for begin, end in self._written(first):
+            for at in range(begin, end, at_a_time):
+                count = min(at_a_time, end - at)
+                data = os.pread(self._fd, count * slot, self._header.header_bytes + at * slot)
+                yield np.frombuffer(data[: len(data) // slot * slot], np.uint8).reshape(-1, slot)
+
+    @property
+    def in_holes(self) -> int:
+        """Slots that were never written: a file can be made as long as one likes without taking any place."""
+        return 0 if self._header.compressed else self._count - sum(end - begin for begin, end in self._written(0))
+
+    def _written(self, first: int) -> Iterator[tuple[int, int]]:
+        """From which slot to which something has been written, as far as the file system can tell."""
+        slot, before = self.layout.slot_bytes, self._header.header_bytes
+        while first < self._count:
+            try:
+                begin = os.lseek(self._fd, before + first * slot, os.SEEK_DATA)
+                hole = os.lseek(self._fd, begin, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # it knows no holes
+                    yield first, self._count
+                return  # nothing but a hole follows
+            end = min(self._count, -(-(hole - before) // slot))
+            first = max(first, (begin - before) // slot)
+            if first < end:
+                yield first, end
+            first = max(first, end)
 
     def _decompressed(self, first: int) -> Iterator[Slots]:
         for frame in self._frames:

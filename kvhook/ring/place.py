@@ -31,8 +31,17 @@ def default_directories() -> list[Path]:
     places = [Path(f"/dev/shm/kvhook-{uid}")]
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         places.append(Path(runtime) / "kvhook")
-    places.append(Path(tempfile.gettempdir()) / f"kvhook-{uid}")
+    if (temporary := _temporary()) is not None:
+        places.append(temporary / f"kvhook-{uid}")
     return places
+
+
+def _temporary() -> Path | None:
+    """Where temporary files go; None where none of the usual places can be written: a read-only container."""
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError:
+        return None
 
 
 def find_directory(wanted: str | os.PathLike[str] | None = None, need_bytes: int = 0) -> Path:
@@ -146,10 +155,11 @@ def create_file(path: Path, size: int = 0) -> int:
 
 
 def history_root() -> Path:
-    """Where the temporary history goes: on disk. ``/tmp`` is memory on many systems, ``/var/tmp`` is not."""
+    """Where the temporary history goes: on disk. ``/tmp`` is memory on many systems, ``/var/tmp`` is not. In shared
+    memory, where nothing else can be written."""
     if not os.environ.get("TMPDIR") and os.access("/var/tmp", os.W_OK | os.X_OK):
         return Path("/var/tmp")
-    return Path(tempfile.gettempdir())
+    return _temporary() or Path("/dev/shm")
 
 
 def process_start(pid: int) -> int:

@@ -150,6 +150,18 @@ class RingReader:
         self.lost += lost
         return Batch(copy, lost)
 
+    def put_back(self, batch: Batch, taken: int) -> None:
+        """Have the next poll begin behind the first records of the last batch, as long as the ring holds the others.
+
+        Args:
+            batch: what the last poll gave, not as the final one.
+            taken: so many of its records are not wanted again.
+        """
+        before = self.cursor - len(batch.slots) - batch.lost
+        cursor = int(slot_head(batch.slots)["n"][taken - 1]) + 1 if taken else before
+        self.lost -= batch.lost - (cursor - before - taken)
+        self.cursor = cursor
+
     def remains(self) -> Slots:
         """Every whole record of a ring that nobody writes any more, in order: what `poll` would give, found by the
         stamps alone, so that a damaged head does no harm."""

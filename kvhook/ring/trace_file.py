@@ -98,7 +98,8 @@ class TraceWriter:
         """Append raw slots.
 
         Raises:
-            OSError: not all were written; `slots` counts those that are in the file, and it ends with a whole one.
+            OSError: not all were written; `slots` counts those that are in the file, and it ends with a whole one. The
+                same goes for whatever else is raised on the way.
         """
         if not os.fstat(self._fd).st_nlink:
             raise FileNotFoundError(errno.ENOENT, "the file or its directory has been removed", str(self.path))
@@ -107,7 +108,7 @@ class TraceWriter:
         try:
             _write(self._fd, data, before)
             self.size = before + len(data)
-        except OSError:
+        except BaseException:
             there = os.fstat(self._fd).st_size
             self.size = max(before, there - (there - self.header_bytes) % self.layout.slot_bytes)
             raise

@@ -55,11 +55,13 @@ def fleet(requests: BlockRequests, blocks: int, replicas: Sequence[int]) -> list
     size, found = requests.block_size, []
     for count in replicas:
         for name, route in ROUTINGS.items():
+            # engines that get no request find nothing
             sent = dataclasses.replace(everything, core=route(everything, count))
             hits = sum(
-                round(lru_curve(sent.select(np.flatnonzero(sent.core == engine))).at(blocks)) for engine in range(count)
+                round(lru_curve(sent.select(np.flatnonzero(sent.core == engine))).at(blocks))
+                for engine in np.unique(sent.core)
             )
-            load = np.bincount(sent.core, weights=requests.num_prompt_tokens, minlength=count)
+            load = np.bincount(sent.core, weights=requests.num_prompt_tokens)
             found.append(
                 FleetSize(
                     count,
@@ -68,10 +70,15 @@ def fleet(requests: BlockRequests, blocks: int, replicas: Sequence[int]) -> list
                     hits * size,
                     requests.query_tokens,
                     round(whole.at(blocks * count)) * size,
-                    float(load.max() / max(load.mean(), 1)),
+                    float(load.max() / max(load.sum() / count, 1)) if len(load) else 0.0,
                 )
             )
     return found
+
+
+def _of_use(requests: BlockRequests, replicas: int) -> int:
+    """Engines that get a request at all: the first of those that have none is always chosen before the others."""
+    return max(1, min(replicas, len(requests)))
 
 
 def round_robin(requests: BlockRequests, replicas: int) -> Ints:
@@ -81,7 +88,7 @@ def round_robin(requests: BlockRequests, replicas: int) -> Ints:
 
 def least_load(requests: BlockRequests, replicas: int) -> Ints:
     """To the engine that has been sent the fewest tokens so far."""
-    load = [0] * replicas
+    load = [0] * _of_use(requests, replicas)
     chosen = []
     for tokens in (requests.num_prompt_tokens + requests.num_generation_tokens).tolist():
         engine = load.index(min(load))
@@ -92,8 +99,9 @@ def least_load(requests: BlockRequests, replicas: int) -> Ints:
 
 def by_prefix(requests: BlockRequests, replicas: int) -> Ints:
     """To the engine that has seen most of the prompt, unless that one has much more to do than the others."""
-    seen: list[set[int]] = [set() for _ in range(replicas)]
-    load = [0] * replicas
+    engines = _of_use(requests, replicas)
+    seen: list[set[int]] = [set() for _ in range(engines)]
+    load = [0] * engines
     chosen = []
     ids, offsets = requests.ids.tolist(), requests.offsets.tolist()
     asked, tokens = requests.num_looked_up_blocks.tolist(), requests.num_prompt_tokens.tolist()
@@ -101,7 +109,7 @@ def by_prefix(requests: BlockRequests, replicas: int) -> Ints:
         mine = ids[offsets[number] : offsets[number + 1]]
         most = SLACK * (sum(load) + tokens[number]) / replicas
         best, engine = -1, load.index(min(load))
-        for candidate in range(replicas):
+        for candidate in range(engines):
             if load[candidate] > most and candidate != engine:
                 continue
             known = 0

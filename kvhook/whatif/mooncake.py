@@ -18,6 +18,7 @@ import numpy as np
 
 from kvhook.errors import TraceFormatError
 from kvhook.facts import printable
+from kvhook.records.text_lines import lines_of
 from kvhook.ring.place import open_regular
 from kvhook.whatif.requests import BlockRequests, requests_from
 
@@ -92,7 +93,7 @@ def read(path: Path, block_size: int | None = None) -> BlockRequests:
         OSError: it cannot be read.
     """
     with open(open_regular(path), "rb") as file:
-        return _parse(file, str(path), block_size)
+        return _parse(lines_of(file, path), str(path), block_size)
 
 
 def _parse(file: Iterable[bytes], name: str, block_size: int | None) -> BlockRequests:

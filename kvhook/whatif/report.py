@@ -175,6 +175,7 @@ class _Study:
     def __init__(self, requests: BlockRequests, run: Run) -> None:
         self.requests, self.run = requests, run
         self.curve = lru_curve(requests)
+        self.enough_for_all = _enough_for_all(requests, run.rules)
         self.small = run.rules is not None and len(requests.ids) <= REPLAY_UP_TO
         known = requests.found >= 0
         self.measured = int(requests.found[requests.looked_up].sum()) if len(requests) and known.all() else None
@@ -262,7 +263,7 @@ class _Study:
 
     def _play(self, blocks: int) -> Replayed:
         assert self.run.rules is not None
-        return replay(self.requests, blocks, self.run.rules)
+        return replay(self.requests, min(blocks, self.enough_for_all), self.run.rules)
 
     def _losses(self, ordered: BlockRequests | None) -> Losses:
         requests, size = self.requests, self.requests.block_size
@@ -320,6 +321,13 @@ def _everything(requests: BlockRequests) -> int:
     """Blocks for all requests at once, each with its own: such a cache never evicts."""
     computed = requests.num_prompt_tokens + np.maximum(requests.num_generation_tokens - 1, 0)
     return int((-(-computed // requests.block_size)).sum()) + 1
+
+
+def _enough_for_all(requests: BlockRequests, rules: Rules | None) -> int:
+    """Any larger cache does exactly what one of this size does: no request ever waits for blocks, those that the engine
+    keeps free included. A replay takes memory for each block."""
+    kept_free = min(rules.watermark, 0.99) if rules is not None else 0.0
+    return int((_everything(requests) + 1) / (1 - kept_free)) + 2
 
 
 def _in_part(requests: BlockRequests) -> int:

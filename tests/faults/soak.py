@@ -15,7 +15,7 @@ import time
 from typing import NamedTuple
 
 import kvhook
-from kvhook.recording.spool import SEGMENTS
+from kvhook.recording.segments import SEGMENTS
 from tests.faults.long_run import descriptors, is_trace, memory_kb, run, threads
 from tests.standin import fake_vllm, step_stats
 

@@ -216,7 +216,7 @@ from kvhook.trace import open_trace
 recording = Recording(Path("r"), slots=64)
 spool, faults = spool_of(recording, Path("run.kvh"))
 with spool._lock:
-    room = spool._files[0].size + 10 * LAYOUT.slot_bytes + 100
+    room = spool._files.files[0].size + 10 * LAYOUT.slot_bytes + 100
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     recording.run(30)
 spool.drain()
