@@ -25,6 +25,7 @@ from kvhook.hooks.requests import request_methods, sees_requests
 from kvhook.hooks.schedule import FreeBlocks
 from kvhook.hooks.tap import Tap, no_blocks, replace
 from kvhook.hooks.taps import TAPS, core_of, has_core_output
+from kvhook.overlays import Overlay
 
 clock = time.monotonic_ns
 
@@ -162,6 +163,56 @@ def _go_on(engine: Any, adapter: Adapter, functions: StepFunctions, every: int =
     registry.steps[id(engine)] = functions.publish
 
 
+def fit_before_next_request(engine: Any) -> None:
+    """An engine that is recorded gets another output processor after its ``__init__``, as a subclass may do. Before the
+    next request is added, what records the engine is put into that one."""
+
+    def fit_and_add_request(*args: Any, **kwargs: Any) -> Any:
+        overlay.take_out()
+        known = registry.engines.get(id(engine))
+        if known is not None and known.functions is not None:
+            try:
+                _fit_again(engine, known, known.functions)
+            except USERS:
+                raise
+            except BaseException as error:
+                where = "recording an engine with another output processor"
+                registry.give_up(known, id(engine), where, error)
+        return engine.add_request(*args, **kwargs)
+
+    overlay = Overlay(engine, "add_request", fit_and_add_request)
+
+
+def _fit_again(engine: Any, known: RecordedEngine, functions: StepFunctions) -> None:
+    """Take what records an engine out of its parts, and put it into those that it has now."""
+    adapter, processor, owner = registry.adapter_of(engine), engine.output_processor, registry.owner
+    if adapter is None or owner is None:
+        return
+    if known.stats_off and not getattr(processor, "log_stats", True):
+        # its requests have no clocks: vLLM's step would fail on the stats that kvhook had turned on
+        known.counts = _output_counts(engine, _counting_failed(known, id(engine)))
+        owner.count_outputs(engine, True, True)
+        return
+    stats = [each for each in (engine, processor) if hasattr(each, "log_stats")]
+    before = [each.log_stats for each in stats]
+    known.remove_tap()
+    for each, was in zip(stats, before, strict=True):
+        each.log_stats = was
+    facts = {"stats_on": not known.stats_off, FROM_CORE: True}
+    _put_in(engine, adapter, functions, facts, _free_blocks(engine, adapter))
+    if known.stats_off:
+        known.remove_tap = _and_turn_stats_off(known.remove_tap, engine)
+
+
+def _counting_failed(known: RecordedEngine, key: int) -> Callable[[BaseException], None]:
+    """What ends the recording of an engine in which counting has failed."""
+
+    def failed(error: BaseException) -> None:
+        registry.give_up(known, key, "counting what a step gave", error)
+
+    return failed
+
+
 def forget(engine_id: int) -> None:
     """Stop recording an engine: it was deleted, it cannot be recorded, or kvhook is being uninstalled."""
     registry.remove(engine_id)
@@ -190,9 +241,7 @@ def _put_in(
     known.flush = functions.flush
     known.thread = threading.get_ident()
 
-    def failed(error: BaseException) -> None:
-        registry.give_up(known, key, "counting what a step gave", error)
-
+    failed = _counting_failed(known, key)
     if not isinstance(functions, EventLoopRecorder):
         known.functions = functions
         if adapter.level == "full" and has_core_output(engine, adapter):

@@ -17,7 +17,7 @@ import wrapt
 from kvhook import _step
 from kvhook.adapters.table import Adapter
 from kvhook.faults import USERS, pass_on
-from kvhook.hooks.engines import watch
+from kvhook.hooks.engines import fit_before_next_request, watch
 from kvhook.hooks.quiet import make_no_stats, quiet_manager
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER, Building, building, registry
 
@@ -257,15 +257,29 @@ def on_core(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 def on_processor(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Around ``OutputProcessor.__init__``: every front end of an engine makes one.
 
-    If no engine that kvhook knows is being built at this moment, somebody builds an engine of their own: it is not
-    recorded, and they are told so.
+    If no engine that kvhook knows is being built at this moment, somebody gives an engine another one, or builds an
+    engine of their own: that is not recorded, and they are told so.
     """
     result = wrapped(*args, **kwargs)
     if registry.owner is not None and building.get() is None:
         try:
             frame = sys._getframe(1)  # noqa: SLF001 (there is no public way to the caller)
+            engine = frame.f_locals.get("self")
+            if id(engine) in registry.engines:
+                fit_before_next_request(engine)
+                return result
             where = f"{frame.f_globals.get('__name__', '?')}, line {frame.f_lineno}"
             registry.unknown.append(where)
+            if registry.adapter_of(engine) is not None:
+                registry.put_again()
+                registry.warn_once(
+                    "kvhook: an engine was made (%s in %s) while kvhook's wrapper of its __init__ was not there:"
+                    " somebody has put back what was there before kvhook.install(). It is not recorded, later ones"
+                    " are. kvhook.attach(llm) records this one from then on, if vLLM's stats are on in it",
+                    type(engine).__qualname__,
+                    where,
+                )
+                return result
             registry.warn_once(
                 "kvhook: an engine was made that is neither vLLM's LLMEngine nor its AsyncLLM (in %s)."
                 " It is not recorded",

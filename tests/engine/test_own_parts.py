@@ -1,0 +1,160 @@
+"""Engines in which somebody's part takes the place of vLLM's after the engine was made: what came back is recorded.
+
+The truth is the outputs, what is counted around the scheduler, and the functions that the user had put there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import kvhook
+from tests.engine import vllm_here
+from tests.engine.conftest import MakeLLM
+
+pytestmark = [
+    pytest.mark.usefixtures("nothing_installed"),
+    pytest.mark.skipif(not vllm_here.since(0, 28), reason="the parts have the names of 0.28 and later"),
+]
+PROMPTS = [list(range(2 + n, 102 + n)) for n in range(4)]
+TOKENS = 5
+
+
+def params() -> Any:
+    from vllm import SamplingParams  # type: ignore[import-not-found, unused-ignore]
+
+    return SamplingParams(temperature=0, ignore_eos=True, max_tokens=TOKENS)
+
+
+def drive(engine: Any) -> tuple[int, list[Any]]:
+    """Calls of step, and the outputs that finished."""
+    for number, prompt in enumerate(PROMPTS):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, params())
+    done, calls = [], 0
+    while engine.has_unfinished_requests():
+        done += [output for output in engine.step() if output.finished]
+        calls += 1
+    return calls, done
+
+
+def same(session: kvhook.Session, calls: int, done: list[Any]) -> None:
+    """What was recorded is what came back."""
+    steps = session.steps()
+    assert len(steps) == len(session.core_steps()) == calls
+    assert steps["num_added_reqs"].sum() == steps["num_finished_reqs"].sum() == len(done) == len(PROMPTS)
+    assert steps["num_generation_tokens"].sum() == sum(len(output.outputs[0].token_ids) for output in done)
+    assert steps["num_prompt_tokens"].sum() == sum(len(output.prompt_token_ids) for output in done)
+    assert session.faults == {}
+    assert not [one for one in session.summary().accounts if not one.ok]
+
+
+@pytest.mark.parametrize("stats", [False, True], ids=["a processor without stats", "a processor with stats"])
+@pytest.mark.parametrize("level", ["full", "light"])
+def test_a_subclass_puts_in_an_output_processor_of_its_own(
+    level: str, stats: bool, make_llm: MakeLLM, model: str, caplog: pytest.LogCaptureFixture
+):
+    from vllm import EngineArgs  # type: ignore[import-not-found, unused-ignore]
+    from vllm.v1.engine.llm_engine import LLMEngine  # type: ignore[import-not-found, unused-ignore]
+    from vllm.v1.engine.output_processor import OutputProcessor  # type: ignore[import-not-found, unused-ignore]
+
+    class Engine(LLMEngine):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.output_processor = OutputProcessor(
+                self.output_processor.tokenizer, log_stats=self.log_stats if stats else False
+            )
+
+    session = kvhook.install(level=level)  # type: ignore[arg-type]
+    options = {name: value for name, value in vllm_here.options().items() if name != "use_tqdm_on_load"}
+    vllm_here.collect_engines()
+    engine = Engine.from_engine_args(EngineArgs(model=model, **options, disable_log_stats=True))
+    same(session, *drive(engine))
+    assert "It is not recorded" not in caplog.text
+    kvhook.uninstall()
+    calls, done = drive(engine)
+    assert (calls, len(done)) == (len(session.steps()), len(PROMPTS))
+
+
+def flag(engine: Any) -> None:
+    engine.log_stats = False
+
+
+def manager(engine: Any) -> None:
+    engine.logger_manager = None
+
+
+@pytest.mark.parametrize("turn_off", [flag, manager])
+def test_the_stats_of_the_front_end_are_turned_off_after_the_engine_was_made(
+    turn_off: Callable[[Any], None], make_llm: MakeLLM, caplog: pytest.LogCaptureFixture
+):
+    session = kvhook.install()
+    engine = make_llm().llm_engine
+    turn_off(engine)
+    same(session, *drive(engine))
+    assert "were turned off, or their logger taken away" in caplog.text
+
+
+def counting(function: Callable[..., Any], name: str, calls: Counter[str]) -> Callable[..., Any]:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def test_the_users_own_functions_in_an_engine_are_there_again_afterwards(make_llm: MakeLLM):
+    engine = make_llm(disable_log_stats=False).llm_engine
+    scheduler, processor = engine.engine_core.engine_core.scheduler, engine.output_processor
+    calls = Counter[str]()
+    theirs = []
+    for owner, name in (
+        (engine.engine_core, "get_output"),
+        (scheduler, "schedule"),
+        (scheduler, "update_from_output"),
+        (processor, "process_outputs"),
+        (processor, "add_request"),
+    ):
+        theirs.append((owner, name, counting(getattr(owner, name), name, calls)))
+        setattr(*theirs[-1])
+    drive(engine)
+    before = dict(calls)
+    kvhook.attach(engine)
+    drive(engine)
+    kvhook.uninstall()
+    assert calls == {name: 2 * count for name, count in before.items()}
+    assert [name for owner, name, function in theirs if vars(owner).get(name) is not function] == []
+    drive(engine)
+    assert calls == {name: 3 * count for name, count in before.items()}
+
+
+def test_the_core_is_recorded_further_when_the_front_end_goes_down_a_level(make_llm: MakeLLM):
+    session = kvhook.install(max_overhead=1e-9)
+    engine = make_llm().llm_engine
+    calls = 0
+    while "level" not in session.steps().dtype.names or not session.steps()["level"].any():
+        calls += drive(engine)[0]
+        assert calls < 20_000, "it does not go down a level"
+    calls += drive(engine)[0]
+    assert len(session.core_steps()) == len(session.steps()) == calls
+
+
+def test_a_tool_that_puts_back_vllms_init_is_named_and_the_next_engine_is_recorded(
+    make_llm: MakeLLM, caplog: pytest.LogCaptureFixture
+):
+    from vllm.v1.engine.llm_engine import LLMEngine  # type: ignore[import-not-found, unused-ignore]
+
+    with pytest.MonkeyPatch.context() as tool:
+        original = LLMEngine.__init__
+        tool.setattr(LLMEngine, "__init__", lambda self, *args, **kwargs: original(self, *args, **kwargs))
+        session = kvhook.install()
+    drive(make_llm().llm_engine)
+    assert len(session.steps()) == 0
+    (warning,) = (each.getMessage() for each in caplog.records if "somebody has put back what was there" in each.msg)
+    assert "LLMEngine in vllm.v1.engine.llm_engine" in warning
+    assert "neither vLLM's LLMEngine" not in caplog.text
+    calls, done = drive(make_llm().llm_engine)
+    assert len(session.steps()) == calls
+    assert session.steps()["num_generation_tokens"].sum() == sum(len(output.outputs[0].token_ids) for output in done)
