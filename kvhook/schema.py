@@ -368,8 +368,8 @@ def stored(fields: tuple[Field, ...]) -> tuple[Field, ...]:
 def blank(field: Field) -> str:
     """What a column holds in a step that brought no stats, as Python source.
 
-    Nothing was counted (0), or the state is not known (-1, or NaN); never a number that looks like one.
+    Nothing was counted (0), or the state or the name is not known (-1, or NaN); never a number that looks like one.
     """
-    if field.role == GAUGE:
+    if field.role == GAUGE or field.name in NAMES:
         return "nan" if field.type == "f8" else "-1"
     return "0.0" if field.type == "f8" else "0"

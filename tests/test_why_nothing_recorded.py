@@ -91,6 +91,7 @@ def test_a_logger_in_an_llm_engine_records_what_vllm_hands_to_loggers(
         del engine
     assert steps["num_generation_tokens"].tolist() == [4] * 5
     assert "sees no step of an LLMEngine" in str(summary)
+    assert (summary.by_label, summary.by_lora_name) == ([], []), "no request was seen when it was added"
     warnings = [r.getMessage() for r in caplog.records]
     assert sum("kvhook.StatLogger is in an LLMEngine" in each for each in warnings) == 1
     assert "kvhook.install() before" in caplog.text

@@ -127,7 +127,7 @@ def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample,
             itl_min = itl_max = itl_sum = 0.0
         finished = iteration.finished_requests if iteration is not None else ()
         for request in finished:
-            n = publish_record(n, pack_request(n, 2, ENGINE, request_number, id_number(request.request_id), 0, 0, 0, 0, step, t_end_ns, request.finish_reason, request.num_prompt_tokens, request.num_generation_tokens, request.num_cached_tokens, request.num_preemptions, number(request.max_tokens_param), request.queued_time, request.prefill_time, request.decode_time, request.inference_time, request.e2e_latency, getattr(request, 'kvhook_ttft', nan), request.mean_time_per_output_token))
+            n = publish_record(n, pack_request(n, 2, ENGINE, request_number, id_number(request.request_id), 0, 0, -1, -1, step, t_end_ns, request.finish_reason, request.num_prompt_tokens, request.num_generation_tokens, request.num_cached_tokens, request.num_preemptions, number(request.max_tokens_param), request.queued_time, request.prefill_time, request.decode_time, request.inference_time, request.e2e_latency, getattr(request, 'kvhook_ttft', nan), request.mean_time_per_output_token))
             request_number += 1
         if aborted:
             for gone in aborted:
