@@ -36,6 +36,7 @@ class RecoverCommand:
         from kvhook.discovery.recovery import recover
         from kvhook.errors import KvhookError
         from kvhook.records.whose import may_be_beside
+        from kvhook.text.afterwards import short
 
         places = directories(args.dir)
         _say(args.trace, recover(args.trace, places, args.out))
@@ -43,17 +44,18 @@ class RecoverCommand:
             try:
                 _say(path, recover(path, places))
             except KvhookError as error:
-                print(f"{path}: {error}")
+                print(f"{short(path)}: {error}")
         return 0
 
 
 def _say(path: Path, done: Recovered) -> None:
     from kvhook.records.core_files import is_of_core
+    from kvhook.text.afterwards import short
 
     if done.reason:
-        print(f"{path}: {done.reason}")
+        print(f"{short(path)}: {done.reason}")
     for engine, added in sorted(done.added.items()):
         lost = done.missing.get(engine, 0)
         gap = f"; {lost:,} before them had been overwritten, and are lost" if lost else ""
         of = "core" if is_of_core(path) else "engine"
-        print(f"{done.path}: {of} {engine}: {added:,} records added{gap}")
+        print(f"{short(done.path)}: {of} {engine}: {added:,} records added{gap}")

@@ -32,7 +32,7 @@ PATIENCE = 10.0
 
 _CALLBACK = "a function of on_step"
 _LEFT = "handing all steps to a function of on_step"
-_TAKES = "on_step() takes a function that is called with a list of steps"
+_TAKES = "callback: on_step() takes a function that is called with a list of steps"
 _NOT_AWAITED = (
     "nothing of it would run. Give a plain function; into an event loop it can hand the steps over with "
     "asyncio.run_coroutine_threadsafe(send(steps), loop)"
