@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from types import CodeType, FrameType
@@ -45,6 +46,8 @@ NEEDED = (
 )
 
 _MOST_TEXT = 500
+#: The package's folder.
+_HERE = os.path.join(os.path.dirname(__file__), "")
 
 
 def is_users(error: BaseException) -> bool:
@@ -74,7 +77,9 @@ def _raised_by_handler(error: BaseException) -> bool:
     at = error.__traceback__
     while at is not None:
         frame, at = at.tb_frame, at.tb_next
-        if _is_told_of_its_caller(frame):
+        # kvhook's own functions handle no signals. To look at their variables would keep these, the error among them,
+        # and with it the engine, until the next full collection
+        if not frame.f_code.co_filename.startswith(_HERE) and _is_told_of_its_caller(frame):
             return True
         if handlers is None:
             handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
