@@ -142,9 +142,10 @@ class Faults:
             Whether this is the first error there.
 
         Raises:
-            BaseException: this very error, if it is the user's. It is not counted then.
+            Exception: this very error, if a signal handler of the user's raised it. It is not counted then.
         """
-        pass_on(error)
+        if not isinstance(error, USERS):  # whoever hands over one of those has ended it: sys.exit() in a thread
+            pass_on(error)
         first = where not in self.counts
         self.counts[where] = self.counts.get(where, 0) + 1
         try:
