@@ -63,11 +63,11 @@ def test_a_subclass_puts_in_an_output_processor_of_its_own(
     class Engine(LLMEngine):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.output_processor = OutputProcessor(
-                self.output_processor.tokenizer, log_stats=self.log_stats if stats else False
-            )
+            made: Any = self
+            tokenizer, log_stats = made.output_processor.tokenizer, made.log_stats if stats else False
+            made.output_processor = OutputProcessor(tokenizer, log_stats=log_stats)
 
-    session = kvhook.install(level=level)  # type: ignore[arg-type]
+    session = kvhook.install(level=level)
     options = {name: value for name, value in vllm_here.options().items() if name != "use_tqdm_on_load"}
     vllm_here.collect_engines()
     engine = Engine.from_engine_args(EngineArgs(model=model, **options, disable_log_stats=True))
@@ -134,7 +134,7 @@ def test_the_core_is_recorded_further_when_the_front_end_goes_down_a_level(make_
     session = kvhook.install(max_overhead=1e-9)
     engine = make_llm().llm_engine
     calls = 0
-    while "level" not in session.steps().dtype.names or not session.steps()["level"].any():
+    while not len(session.steps()) or not session.steps()["level"].any():
         calls += drive(engine)[0]
         assert calls < 20_000, "it does not go down a level"
     calls += drive(engine)[0]
