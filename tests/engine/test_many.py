@@ -1,6 +1,6 @@
 """Many real engines, one after the other in one process: nothing of kvhook's stays but what is told of them.
 
-KVHOOK_MANY_ENGINES=200 makes so many, instead of 5, after three others.
+KVHOOK_MANY_ENGINES=200 makes so many, instead of 3, after three others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 #: vLLM itself, torch and kvhook load what they need with the first engines.
 WARM = 3
-COUNT = int(os.environ.get("KVHOOK_MANY_ENGINES") or 5)
+COUNT = int(os.environ.get("KVHOOK_MANY_ENGINES") or 3)
 #: Rings of engines that are gone are kept, for `kvhook recover`: 16 when a new one is made, and that one.
 KEPT_RINGS = 17
 #: What the process may grow by for each engine, beyond what it grows by without kvhook.
