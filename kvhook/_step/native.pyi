@@ -49,6 +49,7 @@ class StepMethod:
         original: Callable[..., Any],
         steps: dict[int, Callable[[int, int], None]],
         failed: Callable[[BaseException, int], None],
+        unseen: Callable[[Any], Callable[[int, int], None] | None],
     ) -> StepMethod: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 

@@ -15,15 +15,21 @@ typedef struct {
     PyObject *original;
     PyObject *steps;  /* id(engine) -> publish: `Registry.steps` */
     PyObject *failed; /* failed(error, id(engine)): publishing has failed; raises if the error is to go on */
+    PyObject *unseen; /* unseen(engine) -> publish or None, for an engine that is not in `steps`; NULL once stopped */
 } StepMethod;
 
-/* How an engine is recorded: a new reference, or NULL without an exception if it is not. */
-static PyObject *publish_of(StepMethod *self, PyObject *key)
+/* How an engine is recorded: a new reference, or NULL if it is not; with an exception if that is the user's. */
+static PyObject *publish_of(StepMethod *self, PyObject *key, PyObject *engine)
 {
     PyObject *found = key ? PyDict_GetItemWithError(self->steps, key) : NULL;
-    Py_XINCREF(found);
-    if (found == NULL)
-        PyErr_Clear();
+    if (LIKELY(found != NULL))
+        return Py_NewRef(found);
+    PyErr_Clear();
+    if (self->unseen == NULL)
+        return NULL;
+    found = PyObject_CallOneArg(self->unseen, engine);
+    if (found == Py_None)
+        Py_CLEAR(found);
     return found;
 }
 
@@ -42,12 +48,14 @@ HOT static PyObject *step_call(PyObject *object, PyObject *const *args, size_t n
     StepMethod *self = (StepMethod *)object;
     if (UNLIKELY(PyVectorcall_NARGS(nargsf) < 1))
         return PyObject_Vectorcall(self->original, args, nargsf, names);
-    PyObject *key = PyLong_FromVoidPtr(args[0]), *function = publish_of(self, key);
-    if (function == NULL) {
-        Py_XDECREF(key);
-        return PyObject_Vectorcall(self->original, args, nargsf, names);
-    }
     Py_INCREF(self); /* the class may be given its original back while it runs */
+    PyObject *key = PyLong_FromVoidPtr(args[0]), *function = publish_of(self, key, args[0]);
+    if (function == NULL) {
+        PyObject *result = PyErr_Occurred() ? NULL : PyObject_Vectorcall(self->original, args, nargsf, names);
+        Py_XDECREF(key);
+        Py_DECREF(self);
+        return result;
+    }
     int64_t start = clock_ns();
     PyObject *result = PyObject_Vectorcall(self->original, args, nargsf, names);
     int64_t end = clock_ns();
@@ -70,9 +78,9 @@ HOT static PyObject *step_call(PyObject *object, PyObject *const *args, size_t n
 
 static PyObject *step_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"original", "steps", "failed", NULL};
-    PyObject *original, *steps, *failed;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO!O", names, &original, &PyDict_Type, &steps, &failed))
+    static char *names[] = {"original", "steps", "failed", "unseen", NULL};
+    PyObject *original, *steps, *failed, *unseen;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO!OO", names, &original, &PyDict_Type, &steps, &failed, &unseen))
         return NULL;
     StepMethod *self = (StepMethod *)type->tp_alloc(type, 0);
     if (self == NULL)
@@ -81,6 +89,7 @@ static PyObject *step_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->original = Py_NewRef(original);
     self->steps = Py_NewRef(steps);
     self->failed = Py_NewRef(failed);
+    self->unseen = Py_NewRef(unseen);
     return (PyObject *)self;
 }
 
@@ -99,6 +108,7 @@ static PyObject *step_stop(PyObject *object, PyObject *Py_UNUSED(nothing))
     PyObject *before = self->steps;
     self->steps = none;
     Py_DECREF(before);
+    Py_CLEAR(self->unseen);
     Py_RETURN_NONE;
 }
 
@@ -127,6 +137,7 @@ static int step_traverse(PyObject *object, visitproc visit, void *arg)
     Py_VISIT(self->original);
     Py_VISIT(self->steps);
     Py_VISIT(self->failed);
+    Py_VISIT(self->unseen);
     return 0;
 }
 
@@ -138,6 +149,7 @@ static void step_dealloc(PyObject *object)
     Py_XDECREF(self->original);
     Py_XDECREF(self->steps);
     Py_XDECREF(self->failed);
+    Py_XDECREF(self->unseen);
     type->tp_free(object);
 }
 
@@ -153,7 +165,7 @@ static PyMemberDef step_members[] = {
 
 PyTypeObject StepMethod_Type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "kvhook._step.native.StepMethod",
-    .tp_doc = "StepMethod(original, steps, failed): a function in a class, with the step's record around it",
+    .tp_doc = "StepMethod(original, steps, failed, unseen): a function in a class, with the step's record around it",
     .tp_basicsize = sizeof(StepMethod),
     .tp_flags =
         Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_METHOD_DESCRIPTOR,

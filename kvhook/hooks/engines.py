@@ -19,12 +19,13 @@ from kvhook.faults import USERS
 from kvhook.hooks.event_loop import EventLoopRecorder
 from kvhook.hooks.noted import Notes
 from kvhook.hooks.own_step import CountOutputs, FirstOutputs, OutputCounts
-from kvhook.hooks.quiet import do_nothing, make_no_stats
+from kvhook.hooks.quiet import do_nothing, make_no_stats, stats_as_they_are
 from kvhook.hooks.registry import RecordedEngine, registry
 from kvhook.hooks.requests import request_methods, sees_requests
 from kvhook.hooks.schedule import FreeBlocks
 from kvhook.hooks.tap import Tap, no_blocks, replace
 from kvhook.hooks.taps import TAPS, core_of, has_core_output
+from kvhook.hooks.twins import note_part
 from kvhook.overlays import Overlay
 
 clock = time.monotonic_ns
@@ -75,6 +76,7 @@ def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> boo
     else:
         functions = _event_loop_recorder(engine, adapter, facts | {"timed_steps": False})
     known = registry.engines[key] = RecordedEngine(do_nothing)
+    note_part(engine)
     registry.engines_seen += 1
     registry.before.discard(key)
     try:
@@ -193,11 +195,8 @@ def _fit_again(engine: Any, known: RecordedEngine, functions: StepFunctions) -> 
         known.counts = _output_counts(engine, _counting_failed(known, id(engine)))
         owner.count_outputs(engine, True, True)
         return
-    stats = [each for each in (engine, processor) if hasattr(each, "log_stats")]
-    before = [each.log_stats for each in stats]
-    known.remove_tap()
-    for each, was in zip(stats, before, strict=True):
-        each.log_stats = was
+    with stats_as_they_are(engine):
+        known.remove_tap()
     facts = {"stats_on": not known.stats_off, FROM_CORE: True}
     _put_in(engine, adapter, functions, facts, _free_blocks(engine, adapter))
     if known.stats_off:

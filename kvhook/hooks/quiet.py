@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from kvhook.adapters.step_functions import Record
@@ -47,10 +48,23 @@ def quiet_manager(logger_class: Any) -> Any:
 
 def make_no_stats(engine: Any, holder: str) -> None:
     """Turn an engine's front-end stats off again: kvhook had turned them on, and its user wanted none."""
-    processor = getattr(engine, "output_processor", None)
-    owners: tuple[Any, ...] = (engine, processor, getattr(processor, "lora_states", None))
-    for owner in owners:
-        if hasattr(owner, "log_stats"):
-            owner.log_stats = False
+    for part in _parts_with_stats(engine):
+        part.log_stats = False
     if holder:
         setattr(engine, holder, None)
+
+
+@contextlib.contextmanager
+def stats_as_they_are(engine: Any) -> Iterator[None]:
+    """Leave an engine's front-end stats as they are, whatever is done to them meanwhile."""
+    before = [(part, part.log_stats) for part in _parts_with_stats(engine)]
+    yield
+    for part, was in before:
+        part.log_stats = was
+
+
+def _parts_with_stats(engine: Any) -> list[Any]:
+    """An engine and those of its parts that make stats if their ``log_stats`` says so."""
+    processor = getattr(engine, "output_processor", None)
+    parts = (engine, processor, getattr(processor, "lora_states", None))
+    return [part for part in parts if hasattr(part, "log_stats")]

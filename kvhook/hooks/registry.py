@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -147,6 +148,9 @@ class Registry:
         unknown: where engines were made that are none of vLLM's own.
         before: id() of engines that existed before kvhook was installed.
         failed: id() of engines whose ``__init__`` raised an error of vLLM's own.
+        parts: engine core or executor of an engine that was recorded -> id of that engine.
+        inherited: what `engines` was in the process from which this one was forked.
+        left: id() of engines that are not recorded -> themselves. Their steps are let pass without another look.
         engines_seen: engines that have been recorded in this session.
         requests_seen: requests that were added to them.
     """
@@ -164,6 +168,9 @@ class Registry:
     unknown: list[str] = field(default_factory=list)
     before: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
+    parts: weakref.WeakKeyDictionary[Any, int] = field(default_factory=weakref.WeakKeyDictionary)
+    inherited: dict[int, RecordedEngine] = field(default_factory=dict)
+    left: dict[int, weakref.ref[Any]] = field(default_factory=dict)
     engines_seen: int = 0
     requests_seen: int = 0
 
@@ -175,6 +182,11 @@ class Registry:
         """Whether a recorded engine's user left vLLM's stats off."""
         known = self.engines.get(id(engine))
         return known is not None and known.stats_off
+
+    def leave(self, engine: Any) -> None:
+        """Let the steps of an engine pass that is not recorded, without another look."""
+        key = id(engine)
+        self.left[key] = weakref.ref(engine, lambda _: self.left.pop(key, None))
 
     def remove(self, engine_id: int) -> None:
         """Stop recording an engine, and take out of it what was put into it."""
@@ -252,6 +264,7 @@ class Registry:
         self.warned.clear()
         self.unknown.clear()
         self.failed.clear()
+        self.left.clear()
         self.engines_seen = self.requests_seen = 0
 
     def clear(self) -> None:
@@ -288,6 +301,7 @@ def _in_child() -> None:
 
     The patches stay, and so does the owner: engines that the child makes are recorded into files of its own.
     """
+    registry.inherited.update(registry.engines)
     registry.clear()
     registry.unknown.clear()
     registry.engines_seen = registry.requests_seen = 0

@@ -20,6 +20,7 @@ from kvhook.faults import USERS, pass_on
 from kvhook.hooks.engines import fit_before_next_request, watch
 from kvhook.hooks.quiet import make_no_stats, quiet_manager
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER, Building, building, registry
+from kvhook.hooks.unseen import recorder_of
 
 clock = time.monotonic_ns
 
@@ -35,7 +36,7 @@ _steps, _records, _engines = registry.steps, registry.records, registry.engines
 def on_step(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """Around ``LLMEngine.step``: read the clock before and after it, then publish what came in between."""
     publish = _steps.get(id(instance))
-    if publish is None:
+    if publish is None and (publish := recorder_of(instance)) is None:
         return wrapped(*args, **kwargs)
     start = clock()
     try:
@@ -73,7 +74,7 @@ def around_step(original: Any) -> Any:
 def stoppable_step(original: Any) -> tuple[Any, Callable[[], None]]:
     """The same, and what makes it do nothing any more."""
     if _step.native is not None and isinstance(original, types.FunctionType):
-        method: Any = _step.native.StepMethod(original, _steps, publishing_failed)
+        method: Any = _step.native.StepMethod(original, _steps, publishing_failed, recorder_of)
         return method, method.kvhook_stop
     return stoppable("engine_step", original)
 
@@ -194,10 +195,12 @@ def on_engine_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         building.reset(token)
     registry.failed.discard(id(instance))
     try:
-        watch(instance, stats_were_on=stats_were_on, built_by_us=True)
+        if not watch(instance, stats_were_on=stats_were_on, built_by_us=True) and id(instance) not in registry.engines:
+            registry.leave(instance)
     except USERS:
         raise
     except BaseException as error:
+        registry.leave(instance)
         owner.fault("starting to record an engine", error, "this engine is not recorded")
         if not stats_were_on and adapter.timed and adapter.tap == "manager":
             make_no_stats(instance, "")

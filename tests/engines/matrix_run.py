@@ -19,7 +19,7 @@ from matrix_releases import ACCOUNT, OF_VENV, RELEASES, Entry
 
 WORKLOAD = HERE / "workload.py"
 #: One release's tests take some minutes.
-TIMEOUT_S = 3600
+TIMEOUT_S = 7200
 
 
 class Outcome(NamedTuple):
