@@ -27,7 +27,7 @@ class Publisher:
         publish: Callable[[int, bytes], int],
         clock: Callable[[], int] | None,
         on_sample: Callable[[int, int, int, int, int, int], int] | None,
-        orphan: Callable[[], None],
+        orphan: Callable[[bool], None],
         left: Callable[..., Any],
         engine: int,
         start: tuple[int, int, int],

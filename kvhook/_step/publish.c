@@ -222,12 +222,40 @@ static int measure(Publisher *self)
     return 0;
 }
 
+/* The number of outputs that came for this step and that nobody counted; 0 if they were. */
+Cell publisher_uncounted(const Publisher *self)
+{
+    if (self->uncounted < 0 || !cell_is_none(self->registers[self->uncounted]))
+        return cell_int(0);
+    return cell_copy(self->registers[REG_num_outputs]);
+}
+
+/* Whether the engine core sent outputs and stats for this step, and nobody counted the outputs; -1 with an exception. */
+HOT static int outputs_are_lost(const Publisher *self)
+{
+    if (LIKELY(self->uncounted < 0 || self->take.count == 4 || !cell_is_none(self->registers[self->uncounted])))
+        return 0;
+    if (cell_is_none(self->registers[self->take.registers[0]]))
+        return 0;
+    return cell_true(self->registers[REG_num_outputs]);
+}
+
+static int tell_lost(const Publisher *self)
+{
+    PyObject *answer = PyObject_CallOneArg(self->orphan, Py_True);
+    Py_XDECREF(answer);
+    return answer ? 0 : -1;
+}
+
 HOT int publish_step(Publisher *self, Cell t_start_ns, Cell t_end_ns)
 {
     Cell *registers = self->registers;
     cell_set(&registers[REG_t_start_ns], cell_copy(t_start_ns));
     cell_set(&registers[REG_t_end_ns], cell_copy(t_end_ns));
     cell_set(&registers[REG_num_aborted_reqs], cell_int(PyList_GET_SIZE(self->aborted)));
+    int lost = outputs_are_lost(self);
+    if (UNLIKELY(lost < 0))
+        return -1;
     if (run_statements(self) < 0 || put_lists(self) < 0 || put_finished(self) < 0 || put_aborted(self) < 0 ||
         put(self, &self->step) < 0)
         return -1;
@@ -241,7 +269,7 @@ HOT int publish_step(Publisher *self, Cell t_start_ns, Cell t_end_ns)
         cell_set(&registers[self->roots[i]], cell_borrow(Py_None));
     Cell *step = &registers[REG_step];
     cell_set(step, cell_arithmetic('+', *step, cell_int(1)));
-    if (step->tag == INTEGER && step->i % self->measure_every == 1)
-        return measure(self);
-    return 0;
+    if (step->tag == INTEGER && step->i % self->measure_every == 1 && measure(self) < 0)
+        return -1;
+    return UNLIKELY(lost) ? tell_lost(self) : 0;
 }

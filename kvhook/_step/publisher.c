@@ -115,6 +115,7 @@ static int flush_what_waits(Publisher *self)
 {
     if (!cell_true(self->registers[REG_pending]) && PyList_GET_SIZE(self->aborted) == 0)
         return 0;
+    cell_set(&self->registers[REG_num_outputs], cell_int(0));
     Cell now = publisher_clock(self);
     int result = now.tag == EMPTY ? -1 : publish_step(self, now, now);
     cell_clear(&now);
@@ -127,14 +128,6 @@ static PyObject *flush(PyObject *object, PyObject *Py_UNUSED(nothing))
     return result < 0 ? NULL : PyBool_FromLong(result);
 }
 
-/* The number of outputs that came for this step and that nobody counted; 0 if they were. */
-static Cell uncounted(const Publisher *self)
-{
-    if (self->uncounted < 0 || !cell_is_none(self->registers[self->uncounted]))
-        return cell_int(0);
-    return cell_copy(self->registers[REG_num_outputs]);
-}
-
 HOT static PyObject *take(PyObject *object, PyObject *const *args, Py_ssize_t nargs, PyObject *names)
 {
     Publisher *self = (Publisher *)object;
@@ -144,7 +137,7 @@ HOT static PyObject *take(PyObject *object, PyObject *const *args, Py_ssize_t na
     if (sort_arguments(wanted, args, nargs, names, given, false) < 0)
         return NULL;
     if (cell_true(self->registers[REG_pending])) {
-        Cell outputs = uncounted(self);
+        Cell outputs = publisher_uncounted(self);
         int waits = cell_true(outputs);
         cell_clear(&outputs);
         if (waits < 0)
@@ -153,7 +146,7 @@ HOT static PyObject *take(PyObject *object, PyObject *const *args, Py_ssize_t na
             Py_RETURN_TRUE;
         if (flush_what_waits(self) < 0)
             return NULL;
-        PyObject *answer = PyObject_CallNoArgs(self->orphan);
+        PyObject *answer = PyObject_CallOneArg(self->orphan, Py_False);
         if (answer == NULL)
             return NULL;
         Py_DECREF(answer);
@@ -188,7 +181,7 @@ static PyObject *left(PyObject *object, PyObject *Py_UNUSED(nothing))
 {
     Publisher *self = (Publisher *)object;
     static const int registers[] = {REG_n, REG_step, REG_request_number, REG_num_added_reqs};
-    Cell outputs = cell_true(self->registers[REG_pending]) ? uncounted(self) : cell_int(0);
+    Cell outputs = cell_true(self->registers[REG_pending]) ? publisher_uncounted(self) : cell_int(0);
     PyObject *arguments = PyTuple_New(6), *result = NULL;
     for (int i = 0; arguments != NULL && i < 6; i++) {
         PyObject *value = i < 4    ? cell_object(self->registers[registers[i]])

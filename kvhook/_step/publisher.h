@@ -63,5 +63,6 @@ void publisher_free(Publisher *self);
 void publisher_prefetch(const Publisher *self);
 int publish_step(Publisher *self, Cell t_start_ns, Cell t_end_ns);
 Cell publisher_clock(const Publisher *self);
+Cell publisher_uncounted(const Publisher *self);
 
 #endif

@@ -52,7 +52,7 @@ class Compiled(NamedTuple):
         clock: Callable[[], int],
         on_sample: OnSample = no_sample,
         start: Counters = Counters(),  # noqa: B008 (it cannot be changed)
-        on_orphan: Callable[[], None] = lambda: None,
+        on_orphan: Callable[[bool], None] = lambda _: None,
     ) -> StepFunctions:
         """Make the functions of the step path.
 
@@ -62,7 +62,8 @@ class Compiled(NamedTuple):
             clock: monotonic nanoseconds.
             on_sample: is called with what kvhook took, after each step in which that was measured.
             start: where to go on, if another publisher has written into the ring before.
-            on_orphan: is called when stats were published for which no step had come.
+            on_orphan: is called with False when stats were published for which no step had come, and with True when a
+                step was published whose outputs nobody had counted.
         """
         arguments = (publish_record, engine, clock, on_sample, start, on_orphan)
         if _step.native is not None:
@@ -85,7 +86,7 @@ class Compiled(NamedTuple):
         clock: Callable[[], int],
         on_sample: OnSample,
         start: Counters,
-        on_orphan: Callable[[], None],
+        on_orphan: Callable[[bool], None],
     ) -> StepFunctions:
         assert _step.native is not None
         plan = compile_program(self.plan, self.layout, _step.native)
@@ -111,7 +112,7 @@ class Compiled(NamedTuple):
         clock: Callable[[], int],
         on_sample: OnSample,
         start: Counters,
-        on_orphan: Callable[[], None],
+        on_orphan: Callable[[bool], None],
     ) -> StepFunctions:
         name = f"<kvhook publisher of engine {engine}>"
         # so that a traceback out of the generated code shows its lines

@@ -54,6 +54,9 @@ class SourceWriter(Shape):
         self.add(2, "nonlocal n, step, request_number, kvhook_ns, vllm_stats_ns, num_free_kv_blocks")
         self.add(2, f"nonlocal pending, num_added_reqs, scheduler_stats_logged, {roots}")
         self.add(2, "num_aborted_reqs = len(aborted)")
+        lost = self.uncounted if self.taken() else ""
+        if lost:
+            self.add(2, f"lost = {lost} and {self.taken()[0].name} is not None")
         for root in self.roots:
             self.root(root)
         for series, expression in self.plan.lists.items():
@@ -68,7 +71,11 @@ class SourceWriter(Shape):
         self.add(2, "step += 1")
         self.add(2, f"if step % {MEASURE_EVERY} == 1:")
         self.add(3, "kvhook_ns = clock() - t_end_ns + spent_ns")
-        self.add(3, "vllm_stats_ns = on_sample(n, step, request_number, t_start_ns, t_end_ns, kvhook_ns)\n")
+        self.add(3, "vllm_stats_ns = on_sample(n, step, request_number, t_start_ns, t_end_ns, kvhook_ns)")
+        if lost:
+            self.add(2, "if lost:")
+            self.add(3, "orphan(True)")
+        self.lines[-1] += "\n"
         self.between_steps()
         self.add(1, "return record, publish, take, add, abort, flush, left")
         return "\n".join(self.lines) + "\n"
@@ -85,7 +92,7 @@ class SourceWriter(Shape):
             self.add(3, f"if {self.uncounted}:")
             self.add(4, "return True")
         self.add(3, "flush()")
-        self.add(3, "orphan()")
+        self.add(3, "orphan(False)")
         self.add(2, "pending = 1")
         self.add(2, "num_outputs = outputs")
         for source in given:
@@ -120,8 +127,10 @@ class SourceWriter(Shape):
         self.add(2, "num_added_reqs += 1\n")
         self.add(1, "abort = aborted.append\n")
         self.add(1, "def flush():")
+        self.add(2, "nonlocal num_outputs")
         self.add(2, "if not (pending or aborted):")
         self.add(3, "return False")
+        self.add(2, "num_outputs = 0")
         self.add(2, "now = clock()")
         self.add(2, "publish(now, now)")
         self.add(2, "return True\n")

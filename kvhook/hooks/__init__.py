@@ -41,6 +41,7 @@ __all__ = [
     "note_engines_before",
     "patched",
     "requests_seen",
+    "stats_turned_off",
     "step_down",
     "unknown_engines",
     "watch",
@@ -85,6 +86,13 @@ def note_engines_before() -> list[Any]:
     before = [each for each in engines_alive() if not is_recorded(each)]
     registry.before = {id(each) for each in before}
     return before
+
+
+def stats_turned_off(engine: Any) -> bool:
+    """Whether the front end of an engine that is recorded makes no stats any more, because somebody turned them off."""
+    adapter = registry.adapter_of(engine)
+    holder = adapter.holder if adapter is not None else ""
+    return getattr(engine, "log_stats", None) is False or (bool(holder) and getattr(engine, holder, None) is None)
 
 
 def existed_before(engine: Any) -> bool:

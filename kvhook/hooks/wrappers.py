@@ -277,8 +277,9 @@ def on_processor(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
                 registry.put_again()
                 registry.warn_once(
                     "kvhook: an engine was made (%s in %s) while kvhook's wrapper of its __init__ was not there:"
-                    " somebody has put back what was there before kvhook.install(). It is not recorded, later ones"
-                    " are. kvhook.attach(llm) records this one from then on, if vLLM's stats are on in it",
+                    " somebody has put back what was there before kvhook.install(). Later ones are recorded. This one"
+                    " is recorded only if vLLM's stats are on in it: from its first step, an AsyncLLM from"
+                    " kvhook.attach(llm) on",
                     type(engine).__qualname__,
                     where,
                 )

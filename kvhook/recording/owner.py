@@ -118,12 +118,18 @@ class Owner(Readings):
                 raise
             return recorder.functions
 
-    def _orphan_of(self, engine: Any, number: int) -> Callable[[], None]:
-        """What is called when an engine's stats had to be published without a step."""
+    def _orphan_of(self, engine: Any, number: int) -> Callable[[bool], None]:
+        """What is called when an engine's stats had to be published without a step; or with one (`lost`), but the
+        outputs of that step were not counted."""
         alive = weakref.ref(engine)
 
-        def orphan() -> None:
-            self._own_steps.without_times(alive(), self._recorders[number])
+        def orphan(lost: bool) -> None:
+            engine, recorder = alive(), self._recorders[number]
+            if not lost:
+                self._own_steps.without_times(engine, recorder)
+            elif engine is not None and hooks.stats_turned_off(engine):  # if not, the engine's own step has failed
+                self._own_steps.not_counted(recorder)
+                self.count_outputs(engine, False, True)
 
         return orphan
 

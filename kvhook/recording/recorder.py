@@ -41,7 +41,8 @@ class Recorder:
         slots: its capacity, a power of two.
         clock: monotonic nanoseconds.
         on_sample: is called with what kvhook took in a step, see `kvhook.adapters.publisher.OnSample`.
-        on_orphan: is called when stats were published for which no step had come.
+        on_orphan: is called with False when stats were published for which no step had come, and with True when a
+            step was published whose outputs nobody had counted.
 
     Raises:
         OSError: the ring cannot be made.
@@ -57,7 +58,7 @@ class Recorder:
         slots: int,
         clock: Callable[[], int],
         on_sample: OnSample = no_sample,
-        on_orphan: Callable[[], None] = do_nothing,
+        on_orphan: Callable[[bool], None] = do_nothing,
     ) -> None:
         self.number = number
         self._facts, self._clock, self._on_sample = facts, clock, on_sample

@@ -5,6 +5,8 @@ The truth is the outputs, what is counted around the scheduler, and the function
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -95,6 +97,70 @@ def test_the_stats_of_the_front_end_are_turned_off_after_the_engine_was_made(
     turn_off(engine)
     same(session, *drive(engine))
     assert "were turned off, or their logger taken away" in caplog.text
+
+
+@pytest.mark.parametrize("turn_off", [flag, manager])
+@pytest.mark.parametrize("stats", [False, True], ids=["stats off", "stats on"])
+def test_the_stats_of_the_front_end_are_turned_off_between_two_runs(
+    turn_off: Callable[[Any], None], stats: bool, make_llm: MakeLLM, caplog: pytest.LogCaptureFixture
+):
+    session = kvhook.install()
+    engine = make_llm(disable_log_stats=not stats).llm_engine
+    calls, _ = drive(engine)
+    turn_off(engine)
+    more, done = drive(engine)
+    steps = session.steps()
+    assert len(steps) == calls + more
+    # what the first step without them gave is over when it shows: it is not known, and that is said
+    after = steps[calls + 1 :]
+    assert after["num_generation_tokens"].sum() == sum(len(one.outputs[0].token_ids) for one in done) - len(done)
+    assert after["num_finished_reqs"].sum() == len(done)
+    assert "were turned off, or their logger taken away" in caplog.text
+    assert "came that nobody counted" in caplog.text
+    assert session.summary().num_generation_tokens is None
+    assert session.faults == {}
+
+
+def test_a_copy_of_an_engine_is_recorded_with_the_engine(make_llm: MakeLLM, caplog: pytest.LogCaptureFixture):
+    session = kvhook.install()
+    engine = make_llm().llm_engine
+    twin = copy.copy(engine)
+    first, done = drive(engine)
+    of_twin, of_twin_done = drive(twin)
+    again, done_again = drive(engine)
+    steps = session.steps()
+    assert len(steps) == len(session.core_steps()) == first + of_twin + again
+    assert set(steps["engine"]) == {0}
+    assert (steps["t_end_ns"] > steps["t_start_ns"]).all()
+    every = [*done, *of_twin_done, *done_again]
+    assert steps["num_generation_tokens"].sum() == sum(len(one.outputs[0].token_ids) for one in every)
+    assert session.faults == {}
+    assert not [one for one in session.summary().accounts if not one.ok]
+    assert "not driven by vLLM's own" not in caplog.text
+
+
+@pytest.mark.parametrize("stats", [False, True], ids=["stats off", "stats on"])
+@pytest.mark.parametrize("level", ["full", "light"])
+def test_a_copy_of_an_engine_that_is_gone_is_recorded_and_that_is_said(
+    level: str, stats: bool, make_llm: MakeLLM, caplog: pytest.LogCaptureFixture
+):
+    session = kvhook.install(level=level)
+    llm = make_llm(disable_log_stats=not stats)
+    first, done = drive(llm.llm_engine)
+    twin = copy.copy(llm.llm_engine)
+    del llm.llm_engine
+    gc.collect()
+    more, of_twin_done = drive(twin)
+    steps = session.steps()
+    assert len(steps) == len(session.core_steps()) == first + more
+    every = [*done, *of_twin_done]
+    assert steps["num_generation_tokens"].sum() == sum(len(one.outputs[0].token_ids) for one in every)
+    assert steps["num_prompt_tokens"].sum() == sum(len(one.prompt_token_ids) for one in every)
+    assert "did not see it being made" in caplog.text
+    assert session.faults == {}
+    assert not [one for one in session.summary().accounts if not one.ok]
+    kvhook.uninstall()
+    assert drive(twin)[0] == more
 
 
 def counting(function: Callable[..., Any], name: str, calls: Counter[str]) -> Callable[..., Any]:

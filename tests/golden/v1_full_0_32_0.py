@@ -12,7 +12,7 @@ def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample,
             if num_outputs and iteration is None:
                 return True
             flush()
-            orphan()
+            orphan(False)
         pending = 1
         num_outputs = outputs
         num_free_kv_blocks = num_free
@@ -150,8 +150,10 @@ def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample,
     abort = aborted.append
 
     def flush():
+        nonlocal num_outputs
         if not (pending or aborted):
             return False
+        num_outputs = 0
         now = clock()
         publish(now, now)
         return True

@@ -10,7 +10,7 @@ def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample,
         nonlocal pending, engine_index, spent_ns, num_free_kv_blocks, num_outputs
         if pending:
             flush()
-            orphan()
+            orphan(False)
         pending = 1
         num_outputs = outputs
         num_free_kv_blocks = num_free
@@ -102,8 +102,10 @@ def bind(publish_record, pack_step, pack_request, pack_values, clock, on_sample,
     abort = aborted.append
 
     def flush():
+        nonlocal num_outputs
         if not (pending or aborted):
             return False
+        num_outputs = 0
         now = clock()
         publish(now, now)
         return True

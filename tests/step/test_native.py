@@ -148,6 +148,32 @@ def test_a_step_is_published_with_clocks_around_it(hooked: type[Engine], monkeyp
     assert len(seen) == 2, "an engine that is not recorded was"
 
 
+def test_what_an_engine_that_is_not_known_is_recorded_by_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    answers: list[Any] = [None, lambda start, end: seen.append((start, end)), KeyboardInterrupt()]
+    seen: list[tuple[int, int]] = []
+    asked = []
+
+    def unseen(engine: Any) -> Any:
+        asked.append(engine)
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    method: Any = native.StepMethod(Engine.step, {}, print, unseen)
+    engine = type("Asking", (Engine,), {"step": method})()
+    assert engine.step(1) == (id(engine), 1)
+    assert seen == []
+    assert engine.step(2) == (id(engine), 2)
+    assert len(seen) == 1
+    with pytest.raises(KeyboardInterrupt):
+        engine.step(3)
+    assert asked == [engine] * 3
+    method.kvhook_stop()
+    assert engine.step(4) == (id(engine), 4)
+    assert len(asked) == 3
+
+
 def test_an_engines_exception_passes_and_its_step_is_published(hooked: type[Engine], monkeypatch: pytest.MonkeyPatch):
     engine, seen = hooked(), []
     record(engine, lambda start, end: seen.append(sys.exc_info()[0]), monkeypatch)

@@ -75,7 +75,7 @@ def steps(count: int) -> int:
                 return n + 1
 
             functions = compiled._bind_native(
-                publish_record, 0, time.monotonic_ns, lambda *_: -1, Counters(), lambda: None
+                publish_record, 0, time.monotonic_ns, lambda *_: -1, Counters(), lambda _: None
             )
             watched = [None, 0, 1, 257, publish_record, *_every_object(stats)]
 

@@ -94,7 +94,7 @@ def _path(bind: Callable[..., StepFunctions], start: Counters) -> Path:
         samples.append(given)
         return len(samples) * 1000
 
-    functions = bind(publish_record, 3, lambda: next(ticks), on_sample, start, lambda: orphans.append(1))
+    functions = bind(publish_record, 3, lambda: next(ticks), on_sample, start, lambda lost: orphans.append(1 + lost))
     return Path(functions, records, samples, orphans)
 
 
