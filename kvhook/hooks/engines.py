@@ -186,7 +186,7 @@ def fit_before_next_request(engine: Any) -> None:
 
 
 def _fit_again(engine: Any, known: RecordedEngine, functions: StepFunctions) -> None:
-    """Take what records an engine out of its parts, and put it into those that it has now."""
+    """Take what records an engine out of the parts that it had, and put it into those that it has now."""
     adapter, processor, owner = registry.adapter_of(engine), engine.output_processor, registry.owner
     if adapter is None or owner is None:
         return
@@ -198,6 +198,7 @@ def _fit_again(engine: Any, known: RecordedEngine, functions: StepFunctions) -> 
     with stats_as_they_are(engine):
         known.remove_tap()
     facts = {"stats_on": not known.stats_off, FROM_CORE: True}
+    note_part(engine)
     _put_in(engine, adapter, functions, facts, _free_blocks(engine, adapter))
     if known.stats_off:
         known.remove_tap = _and_turn_stats_off(known.remove_tap, engine)
@@ -252,10 +253,17 @@ def _put_in(
     num_free = blocks.take if blocks is not None else no_blocks
     tap = Tap(engine, adapter, functions, registry.records, failed, every, facts, num_free, came, first, known.counts)
 
+    alive, client, looked_at_client = weakref.ref(engine), getattr(engine, "engine_core", None), False
+
     def add() -> None:
+        nonlocal looked_at_client
         known.thread = threading.get_ident()
         registry.requests_seen += 1
         functions.add()
+        if not looked_at_client:  # a subclass may have exchanged it at the end of its __init__
+            looked_at_client, engine = True, alive()
+            if getattr(engine, "engine_core", client) is not client and known.functions is not None:
+                _fit_again(engine, known, known.functions)
 
     def abort(request: AbortedRequest) -> None:
         known.thread = threading.get_ident()

@@ -80,6 +80,48 @@ def test_a_subclass_puts_in_an_output_processor_of_its_own(
     assert (calls, len(done)) == (len(session.steps()), len(PROMPTS))
 
 
+@pytest.mark.parametrize("stats", [False, True], ids=["stats off", "stats on"])
+@pytest.mark.parametrize("level", ["full", "light"])
+def test_a_subclass_puts_in_a_client_of_its_own(level: str, stats: bool, make_llm: MakeLLM, model: str):
+    from vllm import EngineArgs  # type: ignore[import-not-found, unused-ignore]
+    from vllm.v1.engine.llm_engine import LLMEngine  # type: ignore[import-not-found, unused-ignore]
+
+    class Client:
+        """Hands all on to vLLM's."""
+
+        def __init__(self, client: Any) -> None:
+            self.client = client
+
+        def get_output(self) -> Any:
+            outputs, _ = self.client.engine_core.step_fn()
+            self.client.engine_core.post_step(model_executed=True)
+            return (outputs and outputs.get(0)) or type(self).empty()
+
+        @staticmethod
+        def empty() -> Any:
+            from vllm.v1.engine import EngineCoreOutputs  # type: ignore[import-not-found, unused-ignore]
+
+            return EngineCoreOutputs()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.client, name)
+
+    class Engine(LLMEngine):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.engine_core = Client(self.engine_core)
+
+    session = kvhook.install(level=level)
+    options = {name: value for name, value in vllm_here.options().items() if name != "use_tqdm_on_load"}
+    vllm_here.collect_engines()
+    engine = Engine.from_engine_args(EngineArgs(model=model, **options, disable_log_stats=not stats))
+    same(session, *drive(engine))
+    assert session.steps()["has_scheduler_stats"].all()
+    kvhook.uninstall()
+    calls, done = drive(engine)
+    assert (calls, len(done)) == (len(session.steps()), len(PROMPTS))
+
+
 def flag(engine: Any) -> None:
     engine.log_stats = False
 
