@@ -26,7 +26,7 @@ def say(text: str) -> None:
     try:
         print(text, file=stream, flush=True)
     except (OSError, ValueError):
-        _discard(stream)
+        discard(stream)
 
 
 def settle() -> OSError | None:
@@ -41,13 +41,13 @@ def settle() -> OSError | None:
             if stream is not None:
                 stream.flush()
         except (OSError, ValueError) as error:
-            _discard(stream)
+            discard(stream)
             if stream is sys.stdout and isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 why = error
     return why
 
 
-def _discard(stream: TextIO) -> None:
+def discard(stream: TextIO) -> None:
     """Empty the buffer of a stream that cannot be written."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         number = stream.fileno()

@@ -16,6 +16,7 @@ import kvhook
 from tests.conftest import ROOT
 from tests.standin import fake_vllm, step_stats
 
+TRACE = ROOT / "tests" / "data" / "engine-0.32.0-full.kvh"
 STATES = ("closed", "full", "unread")
 
 
@@ -154,3 +155,24 @@ def test_the_summary_at_the_end_of_a_program_leaves_its_exit_code_alone(tmp_path
     done = started(["env", "KVHOOK=1", f"KVHOOK_TRACE={tmp_path}/run.kvh", *script], tmp_path, {2: state})
     assert done.returncode == 3
     assert done.stdout == b"input: \n"
+
+
+@pytest.mark.parametrize("files", [1, 60], ids=["little output", "much output"])
+@pytest.mark.parametrize("wrong", ["", "steps > 1"], ids=["nothing to fail by", "a condition that holds"])
+def test_a_verb_whose_reader_has_gone_ends_with_its_own_exit_code(files: int, wrong: str):
+    """``kvhook summary ... --fail-if ... | head -1`` with pipefail: the job fails if the condition holds."""
+    command = [sys.executable, "-m", "kvhook", "summary", "--json", *[str(TRACE)] * files]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as out:
+        done = subprocess.run(
+            [*command, *(["--fail-if", wrong] if wrong else [])],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == (3 if wrong else 0)
+    assert ("steps > 1: true" in done.stderr) == bool(wrong)
+    assert "Traceback" not in done.stderr

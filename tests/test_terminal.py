@@ -79,7 +79,7 @@ def test_lines_and_what_is_no_text_stay_as_they_are(monkeypatch: pytest.MonkeyPa
     out: Any = io.TextIOWrapper(written, encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", None)
-    with for_people():
+    with for_people(to_the_end=False):
         assert sys.stderr is None
         assert type(sys.stdout) is not type(out)
         print("one\n\ttwo ▁▂▃ é", ODD)

@@ -55,6 +55,10 @@ VERBS: dict[str, dict[str, str]] = {
     },
 }
 
+#: Verbs whose output may have no end. They end with 0 when the reader of a pipe has gone; the others go on to their
+#: exit code.
+ENDLESS = ("tail",)
+
 _DESCRIPTION = """\
 kvhook records what vLLM's KV cache does in every engine step: how full it is, how many prompt tokens the prefix cache
 gives, what waits and what is preempted, and how long it all takes. A program is recorded with one line before it
@@ -136,7 +140,7 @@ def _run(args: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     called = f"kvhook {args.verb}"
     try:
-        with for_people():
+        with for_people(to_the_end=args.verb not in ENDLESS):
             code = load(args.verb).run(args)
         why = streams.settle()
         return code if why is None else code or _unwritten(called, why)

@@ -109,7 +109,8 @@ def test_a_subclass_puts_in_a_client_of_its_own(level: str, stats: bool, make_ll
     class Engine(LLMEngine):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.engine_core = Client(self.engine_core)
+            made: Any = self
+            made.engine_core = Client(made.engine_core)
 
     session = kvhook.install(level=level)
     options = {name: value for name, value in vllm_here.options().items() if name != "use_tqdm_on_load"}
