@@ -18,7 +18,7 @@ from matrix_places import HERE, ROOT, cache, place
 from matrix_releases import ACCOUNT, OF_VENV, RELEASES, Entry
 
 WORKLOAD = HERE / "workload.py"
-#: One release's tests take some minutes.
+#: One release's tests take some minutes; 0.20 to 0.22, where each engine has a worker process, up to an hour or more.
 TIMEOUT_S = 7200
 
 
