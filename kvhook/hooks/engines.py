@@ -23,7 +23,7 @@ from kvhook.hooks.quiet import do_nothing, make_no_stats, stats_as_they_are
 from kvhook.hooks.registry import RecordedEngine, registry
 from kvhook.hooks.requests import request_methods, sees_requests
 from kvhook.hooks.schedule import FreeBlocks
-from kvhook.hooks.tap import Tap, no_blocks, replace
+from kvhook.hooks.tap import Tap, both, no_blocks, replace
 from kvhook.hooks.taps import TAPS, core_of, has_core_output
 from kvhook.hooks.twins import note_part
 from kvhook.overlays import Overlay
@@ -183,6 +183,8 @@ def fit_before_next_request(engine: Any) -> None:
         return engine.add_request(*args, **kwargs)
 
     overlay = Overlay(engine, "add_request", fit_and_add_request)
+    known = registry.engines[id(engine)]
+    known.remove_tap = both(overlay.take_out, known.remove_tap)
 
 
 def _fit_again(engine: Any, known: RecordedEngine, functions: StepFunctions) -> None:
@@ -276,13 +278,7 @@ def _put_in(
     remove_stats = TAPS[adapter.tap](tap)
     known.record_keys = tuple(registry.records.keys() - before)
     settled = _publish_by(first, functions, key)
-    remove_methods = replace(*methods)
-
-    def remove() -> None:
-        remove_stats()
-        remove_methods()
-
-    known.remove_tap = remove
+    known.remove_tap = both(remove_stats, replace(*methods))
 
 
 def _note_of(engine: Any) -> Callable[[Any], None]:

@@ -59,6 +59,16 @@ class Tap(NamedTuple):
         return self.functions.record
 
 
+def both(first: Undo, then: Undo) -> Undo:
+    """A function that calls one and then the other."""
+
+    def undo() -> None:
+        first()
+        then()
+
+    return undo
+
+
 def replace(*replaced: tuple[Any, str, Callable[..., Any]]) -> Undo:
     """Replace methods of single objects. The function that is returned puts back what was there."""
     overlays = [Overlay(owner, name, function) for owner, name, function in replaced]

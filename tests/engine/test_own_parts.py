@@ -123,6 +123,22 @@ def test_a_subclass_puts_in_a_client_of_its_own(level: str, stats: bool, make_ll
     assert (calls, len(done)) == (len(session.steps()), len(PROMPTS))
 
 
+def test_an_engine_is_left_as_it_was_where_no_request_came_to_a_processor_of_its_own(make_llm: MakeLLM):
+    from vllm.v1.engine.output_processor import OutputProcessor  # type: ignore[import-not-found, unused-ignore]
+
+    kvhook.install()
+    engine = make_llm().llm_engine
+
+    def exchange(self: Any) -> None:  # kvhook goes by who makes the processor
+        self.output_processor = OutputProcessor(self.output_processor.tokenizer, log_stats=False)
+
+    exchange(engine)
+    assert "add_request" in vars(engine)
+    kvhook.uninstall()
+    assert "add_request" not in vars(engine)
+    assert drive(engine)[0]
+
+
 def flag(engine: Any) -> None:
     engine.log_stats = False
 
