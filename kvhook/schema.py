@@ -299,6 +299,7 @@ RUN_FIELDS: tuple[FactField, ...] = (
     ),
     FactField("labels", "list", "", "the labels that requests were given"),
     FactField("part", "text", "", "which part of a run this is; empty if it is all of it"),
+    FactField("not_closed", "text", "", "that the process was killed, and what became of its last records"),
     FactField("faults", "texts", "", "what failed inside kvhook: the first error at each place"),
     FactField("hook_call_ns", "i8", "ns", "a session's: see the fact of that name about engines"),
     FactField("why_no_steps", "text", "", "a session's: what to do if no steps are recorded"),

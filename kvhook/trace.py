@@ -23,6 +23,7 @@ from kvhook.records.engines import Engines
 from kvhook.records.events import Events
 from kvhook.records.imported import Exported, SlotsInMemory, as_source
 from kvhook.records.imported_core import as_cores
+from kvhook.records.left import rest_of
 from kvhook.records.selection import places_of
 from kvhook.records.sources import ArraySlots, FileSlots, RenumberedSlots, SlotSource
 from kvhook.records.whose import Front, cores_of, shifted
@@ -272,8 +273,11 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
         if place.suffix in READERS:
             with exported_by_kvhook(place):
                 return _of_export(READERS[place.suffix](place), str(place))
-        if not header_of(place).capacity:
+        if not (header := header_of(place)).capacity:
             trace = open_files([place], str(place))
+            rings, why = rest_of(header, trace.engines, place)
+            if why:
+                trace = Trace([*trace.sources, *rings], str(place), {"not_closed": why})
             trace.fronts = (Front(place.absolute()),)  # its cores are looked for when somebody asks for them
             return trace
         with RingReader(place) as reader:
@@ -346,7 +350,8 @@ def _side_by_side(traces: Sequence[Trace]) -> Trace:
         codes = {column: code + max(theirs.names[column], default=-1) + 1 for column, code in codes.items()}
     damaged = sum(trace.damaged for trace in traces)
     name = ", ".join(t.name for t in traces)
-    together = Trace(sources, name, {"damaged": damaged}, facts, events=events)
+    not_closed = "; ".join(why for trace in traces if (why := str(trace.meta["not_closed"])))
+    together = Trace(sources, name, {"damaged": damaged, "not_closed": not_closed}, facts, events=events)
     _join_cores(together, traces, firsts)
     return together
 

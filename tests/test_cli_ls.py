@@ -11,11 +11,12 @@ import pytest
 
 from kvhook.cli import main
 from kvhook.cli.ls import as_text
-from kvhook.discovery import cleaning, rings
+from kvhook.discovery import cleaning
 from kvhook.discovery.cleaning import prune
-from kvhook.discovery.rings import ALIVE, CLOSED_RING, DAMAGED, DEAD, choose, directories, find_rings
+from kvhook.discovery.rings import ALIVE, CLOSED_RING, DAMAGED, DEAD, choose, find_rings
 from kvhook.errors import KvhookError
-from kvhook.ring import place
+from kvhook.ring import directory, place
+from kvhook.ring.directory import directories
 from tests.conftest import give_away
 from tests.ring.synthetic import Recording
 from tests.standin import fake_vllm, step_stats
@@ -104,7 +105,7 @@ def test_rings_are_looked_for_in_all_places_but_not_in_planted_ones(tmp_path: Pa
     good, link, missing, asked = (tmp_path / name for name in ("good", "link", "missing", "asked"))
     good.mkdir()
     link.symlink_to(good)
-    monkeypatch.setattr(rings, "default_directories", lambda: [link, good, missing])
+    monkeypatch.setattr(directory, "default_directories", lambda: [link, good, missing])
     monkeypatch.delenv(place.ENV_DIR)
     assert directories() == [good]
     monkeypatch.setenv(place.ENV_DIR, str(asked))
@@ -116,7 +117,7 @@ def test_what_belongs_to_somebody_else_is_not_looked_at(tmp_path: Path, monkeypa
     theirs = tmp_path / "theirs"
     Recording(theirs).run(1)
     give_away(theirs, 4242)
-    monkeypatch.setattr(rings, "default_directories", lambda: [theirs])
+    monkeypatch.setattr(directory, "default_directories", lambda: [theirs])
     monkeypatch.delenv(place.ENV_DIR)
     assert directories() == []
     (ring,) = theirs.iterdir()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import kvhook
 from kvhook.cli import main
 from kvhook.discovery.recovery import recover
 from kvhook.errors import KvhookError
+from tests.conftest import ROOT
 from tests.ring.synthetic import Recording
 
 
@@ -55,6 +58,82 @@ def test_the_trace_is_completed_in_place(
     assert whole.meta["engines"][0]["recovered"] == 42
     assert path.stat().st_mode & 0o777 == 0o600
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["run.kvh"]
+
+
+def test_a_trace_is_opened_with_what_is_still_in_the_ring_and_says_so(
+    crashed: tuple[Recording, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    _, path = crashed
+    short = kvhook.open(path)
+    assert len(short.steps()) == 59
+    # nobody has told where the rings are
+    assert "its ring is not there: the last second of it may be missing" in short.meta["not_closed"]
+    monkeypatch.setenv("KVHOOK_DIR", str(tmp_path / "rings"))
+    whole = kvhook.open(path)
+    assert whole.steps()["step"].tolist() == list(range(100))
+    assert whole.steps()["num_generation_tokens"].tolist() == list(range(100))
+    assert whole.requests()["request_id"].tolist() == [3, 4]
+    assert (whole.meta["records_lost"], whole.meta["damaged"]) == (0, 0)
+    assert "ended without closing" in whole.summary().not_closed
+    assert main(["summary", str(path)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not closed process" in said
+    assert f"42 of its records are still in its ring: kvhook recover {path} moves them" in said
+    assert main(["export", str(path), str(tmp_path / "run.csv")]) == 0
+    assert kvhook.open(tmp_path / "run.csv").meta["not_closed"] == whole.meta["not_closed"]
+    together = kvhook.open(path, ROOT / "tests" / "data" / "engine-0.32.0-full.kvh")
+    assert together.meta["not_closed"] == whole.meta["not_closed"]
+    before, facts = whole.summary().as_dict(), whole.meta["engines"]
+    assert main(["recover", str(path)]) == 0
+    recovered = kvhook.open(path)
+    assert recovered.meta["not_closed"] == ""
+    assert recovered.meta["engines"] == facts
+    assert recovered.summary().as_dict() == before | {"not_closed": ""}
+
+
+def test_what_a_killed_process_has_recorded_is_opened_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KVHOOK_DIR", str(tmp_path / "rings"))
+    code = """
+import os, signal
+import kvhook
+from tests.standin import fake_vllm, step_stats
+with fake_vllm() as vllm:
+    kvhook.install(trace="run.kvh", core="off")
+    engines = [vllm.engine(), vllm.engine()]
+    for n in range(40):
+        for engine in engines:
+            engine.plan.append(step_stats(generated=n))
+            engine.step()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, timeout=120, check=False)
+    assert done.returncode == -9
+    trace = kvhook.open(tmp_path / "run.kvh")
+    for engine in (0, 1):
+        assert trace.steps(engine)["num_generation_tokens"].tolist() == list(range(40))
+    assert trace.meta["records_lost"] == 0
+
+
+def test_several_files_a_folder_and_a_pattern(
+    crashed: tuple[Recording, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    _, path = crashed
+    rings = ["--dir", str(tmp_path / "rings")]
+    text = tmp_path / "text.kvh"
+    text.write_text("no trace")
+    before = path.read_bytes()
+    assert main(["recover", str(text), str(path), *rings]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert "text.kvh" in said[0]
+    assert said[1:] == [f"{path}: engine 0: 42 records added"]
+    text.unlink()
+    for several in (str(tmp_path), str(tmp_path / "*.kvh")):
+        path.write_bytes(before)
+        assert main(["recover", several, *rings]) == 0
+        assert capsys.readouterr().out == f"{path}: engine 0: 42 records added\n"
+    assert main(["recover", str(path), str(path), "--out", str(tmp_path / "other.kvh"), *rings]) == 1
+    assert "--out takes one file, and these are 2" in capsys.readouterr().err
 
 
 def test_twice_is_once(crashed: tuple[Recording, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,9 +11,9 @@ import pytest
 
 import kvhook
 from kvhook.cli import main
-from kvhook.discovery.directory import remove_path
 from kvhook.discovery.watch import Watch
 from kvhook.ring import notes
+from kvhook.ring.directory import remove_path
 from kvhook.ring.notes import RingNotes, notes_of, read_notes
 from tests.conftest import give_away
 from tests.standin import fake_vllm, step_stats

@@ -175,6 +175,8 @@ class Summary:
     core: CoreReport | None = None
     #: which part of a run this is, "" if it is all of it
     part: str = ""
+    #: that the process was killed, and what became of its last records; "" if the run was closed
+    not_closed: str = ""
     #: what was left out because it is warm-up; None if nothing was
     left_out: LeftOut | None = None
     #: engines that are left out because they did the work of others once more: ranks that an external launcher started

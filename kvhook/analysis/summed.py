@@ -112,6 +112,7 @@ def _run(s: Sums) -> Numbers:
         "prefix_caching": s.prefix_caching,
         "max_loras": _most(s, "max_loras"),
         "part": str(s.meta.get("part", "")),
+        "not_closed": str(s.meta.get("not_closed", "")),
         "clock_drift_ns": int(s.meta["clock_drift_ns"]),
     }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvhook.adapters.table import read_path
 from kvhook.demo import engine as demo
-from kvhook.discovery.directory import remove_path
+from kvhook.ring.directory import remove_path
 
 if TYPE_CHECKING:
     from kvhook.recording.session import Session

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from kvhook.cli.common import add_dir, positive
 from kvhook.discovery.cleaning import history_of
-from kvhook.discovery.rings import ALIVE, CLOSED_RING, DEAD, choose, directories, find_rings, parse_pid
+from kvhook.discovery.rings import ALIVE, CLOSED_RING, DEAD, choose, find_rings, parse_pid
 from kvhook.errors import KvhookError
+from kvhook.ring.directory import directories
 from kvhook.text.bar import shows_blocks
 from kvhook.text.steps import StepLines
 
@@ -90,8 +91,8 @@ def _cores(trace: Trace, header: Header) -> CoreRecords:
     """What the engine cores of the run recorded: beside the trace, in the temporary history of a ring's process, or
     what is left in the rings beside that ring."""
     from kvhook.discovery.cleaning import histories_of
-    from kvhook.discovery.rings import ring_files
     from kvhook.records.core_files import files_of, open_cores, open_rings
+    from kvhook.ring.directory import ring_files
     from kvhook.ring.place import history_root
 
     found = trace.cores()

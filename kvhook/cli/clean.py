@@ -6,7 +6,8 @@ import argparse
 
 from kvhook.cli.common import add_dir, age, size
 from kvhook.discovery.cleaning import leftovers, remove
-from kvhook.discovery.rings import OLD, directories
+from kvhook.discovery.rings import OLD
+from kvhook.ring.directory import directories
 
 
 class CleanCommand:

@@ -42,7 +42,8 @@ def open_run(text: str) -> Trace:
 
     if not (text.isascii() and text.isdecimal() and len(text) < 11) or Path(text).exists():
         return open_trace(text)
-    from kvhook.discovery.rings import ALIVE, choose, directories, find_rings
+    from kvhook.discovery.rings import ALIVE, choose, find_rings
+    from kvhook.ring.directory import directories
 
     rings = find_rings(directories())
     newest = choose(rings, int(text))

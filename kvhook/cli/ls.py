@@ -8,7 +8,8 @@ import time
 from typing import Any
 
 from kvhook.cli.common import add_dir, age, size
-from kvhook.discovery.rings import ALL_STREAMS, Ring, directories, find_rings
+from kvhook.discovery.rings import Ring, find_rings
+from kvhook.ring.directory import ALL_STREAMS, directories
 
 _COLUMNS = ("PID", "ENGINE", "STATE", "MODEL", "PROGRAM", "STEPS", "AGE", "SIZE")
 _RIGHT = frozenset({"PID", "ENGINE", "STEPS", "AGE", "SIZE"})

@@ -173,9 +173,9 @@ def _why_unwritable(place: Place) -> str:
 
 def _textfile(path: Path | None) -> Textfile | None:
     """What writes the file for Prometheus, of the engines of this process's children."""
-    from kvhook.discovery.rings import directories
     from kvhook.discovery.watch import descends_from
     from kvhook.launch.textfile import Textfile
+    from kvhook.ring.directory import directories
 
     if path is None:
         return None
@@ -209,8 +209,8 @@ def _environment(args: argparse.Namespace, place: Place) -> dict[str, str]:
 
 def _tell(place: Place, begun: int, code: int, command: list[str], children: list[int]) -> None:
     """What was recorded, on standard error."""
-    from kvhook.discovery.rings import directories
     from kvhook.launch.traces import completed, traces_since
+    from kvhook.ring.directory import directories
     from kvhook.text.afterwards import next_commands, short
     from kvhook.trace import open_trace
 
@@ -231,10 +231,10 @@ def _tell(place: Place, begun: int, code: int, command: list[str], children: lis
 
 
 def _why_nothing(place: Place, begun: int, command: list[str], children: list[int]) -> str:
-    from kvhook.discovery.rings import directories
     from kvhook.launch.interpreter import interpreter_of, lacks_kvhook
     from kvhook.launch.traces import rings_since
     from kvhook.recording.core_side import PLUGIN_OFF, is_kept_out
+    from kvhook.ring.directory import directories
 
     unwritable = _why_unwritable(place)
     if rings := rings_since(directories(), begun, children):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from kvhook import streams
 from kvhook.cli.common import add_dir, positive
 from kvhook.discovery.follow import DIED, INTERVAL, News, follow
-from kvhook.discovery.rings import ALIVE, choose, directories, find_rings, parse_pid, wait_for
+from kvhook.discovery.rings import ALIVE, choose, find_rings, parse_pid, wait_for
 from kvhook.errors import KvhookError
+from kvhook.ring.directory import directories
 from kvhook.text.bar import shows_blocks
 from kvhook.text.steps import StepLines
 

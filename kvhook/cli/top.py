@@ -42,8 +42,8 @@ class TopCommand:
 
     def run(self, args: argparse.Namespace) -> int:
         """Show it until the user quits."""
-        from kvhook.discovery.rings import directories
         from kvhook.discovery.watch import Watch, one_of
+        from kvhook.ring.directory import directories
         from kvhook.text.bar import shows_blocks
         from kvhook.text.live import detail, screen
 

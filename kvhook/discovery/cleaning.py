@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from kvhook.discovery.directory import entries, info_of, is_ours, remove_path
-from kvhook.discovery.rings import ALIVE, ALL_STREAMS, FRONT_ENDS, OLD, find_rings, glance, is_elsewhere, ring_files
+from kvhook.discovery.rings import ALIVE, OLD, find_rings, glance, is_elsewhere
 from kvhook.errors import KvhookError
+from kvhook.ring.directory import ALL_STREAMS, FRONT_ENDS, entries, info_of, is_ours, remove_path, ring_files
 from kvhook.ring.place import is_alive, pid_namespace, process_start
 from kvhook.ring.trace_file import header_of
 

@@ -6,19 +6,17 @@ are too many: see `kvhook.discovery.cleaning`.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvhook.core_schema import CORE_STEP
-from kvhook.discovery.directory import entries, info_of, is_ours
 from kvhook.errors import KvhookError
+from kvhook.ring.directory import FRONT_ENDS, info_of, ring_files
 from kvhook.ring.layout import CLOSED, Header
-from kvhook.ring.place import ENV_DIR, RING_NAME, RING_SUFFIXES, default_directories, is_alive
+from kvhook.ring.place import RING_NAME, RING_SUFFIXES, is_alive
 from kvhook.ring.reader import RingReader, writer_alive
 from kvhook.ring.slots import fields_of, slot_head
 from kvhook.ring.trace_file import header_of
@@ -29,11 +27,6 @@ ALIVE, DEAD, CLOSED_RING, DAMAGED = "alive", "dead", "closed", "damaged"
 
 #: `clean` takes what is older than this, in seconds.
 OLD = 24 * 3600.0
-
-#: What find_rings and others look for by default: rings of front ends, which have the engine's steps.
-FRONT_ENDS = ("",)
-#: Those, and what was recorded inside the engine core.
-ALL_STREAMS = tuple(RING_SUFFIXES)
 
 #: What is recorded -> the records by which a ring's progress is told: their kind, their columns, their last time.
 _PROGRESS = {"": (STEP, "step", "t_end_ns"), "core": (CORE_STEP, "core_step", "t_end_ns")}
@@ -70,22 +63,6 @@ class Ring(NamedTuple):
     def ended(self) -> bool:
         """Whether its process no longer writes to it, and it can be read."""
         return self.state in (DEAD, CLOSED_RING)
-
-
-def directories(wanted: str | os.PathLike[str] | None = None) -> list[Path]:
-    """Where rings of this user may be: the directory that is asked for, else ``KVHOOK_DIR`` and the default places.
-
-    A default place that is a link, or belongs to another user, is left out: its name can be guessed.
-    """
-    if wanted:
-        return [Path(wanted)]
-    places = [Path(asked)] if (asked := os.environ.get(ENV_DIR)) else []
-    for place in default_directories():
-        with contextlib.suppress(OSError):
-            info = os.lstat(place)
-            if stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and place not in places:
-                places.append(place)
-    return places
 
 
 def find_rings(places: Iterable[Path], streams: Iterable[str] = FRONT_ENDS) -> list[Ring]:
@@ -170,15 +147,6 @@ def parse_pid(text: str) -> int | Path:
 
 
 # ---- looking at files ----------------------------------------------------------------------------------------------
-
-
-def ring_files(places: Iterable[Path], streams: Iterable[str] = FRONT_ENDS) -> Iterator[Path]:
-    """The ring files of this user in these directories, of these streams."""
-    suffixes = {RING_SUFFIXES[stream] for stream in streams}
-    for place in places:
-        for path in entries(place):
-            if path.suffix in suffixes and RING_NAME.fullmatch(path.name) and is_ours(path, stat.S_ISREG):
-                yield path
 
 
 def glance(path: Path) -> tuple[Ring, Header | None]:

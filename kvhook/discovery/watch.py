@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvhook.analysis.live import COLUMNS, Live, View
-from kvhook.discovery.rings import ALIVE, glance, ring_files
+from kvhook.discovery.rings import ALIVE, glance
 from kvhook.errors import KvhookError
 from kvhook.records.core import CoreRecords
 from kvhook.records.events import open_scope
 from kvhook.records.sources import ArraySlots
+from kvhook.ring.directory import ring_files
 from kvhook.ring.notes import read_notes
 from kvhook.ring.reader import RingReader
 from kvhook.schema import VALUE_SERIES

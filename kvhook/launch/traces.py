@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvhook.discovery.recovery import recover
-from kvhook.discovery.rings import Ring, look_at, ring_files
+from kvhook.discovery.rings import Ring, look_at
 from kvhook.errors import KvhookError
 from kvhook.records.core_files import is_of_core
 from kvhook.records.whose import may_be_beside
+from kvhook.ring.directory import ring_files
 from kvhook.ring.layout import CLOSED
 from kvhook.ring.reader import writer_alive
 from kvhook.ring.trace_file import TRACE_SUFFIX, header_of

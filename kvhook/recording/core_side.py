@@ -19,11 +19,12 @@ from kvhook.core.plan import CorePlan
 from kvhook.core.process import process
 from kvhook.core.recorder import STREAM
 from kvhook.discovery.cleaning import HISTORY_PREFIX, name_of_mark
-from kvhook.discovery.recovery import recover, rings_of
+from kvhook.discovery.recovery import recover
 from kvhook.errors import KvhookError
 from kvhook.faults import Faults
 from kvhook.records.core import CoreRecords
 from kvhook.records.core_files import files_of, open_cores
+from kvhook.records.left import rings_of
 from kvhook.ring.layout import CLOSED
 from kvhook.ring.place import history_root, process_start
 from kvhook.ring.reader import writer_alive

@@ -32,7 +32,7 @@ _FEWEST_VALUES, _VALUES_PER_ROW = 1 << 20, 256
 #: Facts of ``meta`` that follow from the slots, and that are wrong for slots that were made anew.
 _COUNTED = ("records_published", "records_overrun", "records_unwritten")
 #: Facts of ``meta`` that are taken over as they are.
-_KEPT = ("records_lost", "records_dropped", "damaged", "faults", "hook_call_ns", "why_no_steps", "part")
+_KEPT = ("records_lost", "records_dropped", "damaged", "faults", "hook_call_ns", "why_no_steps", "part", "not_closed")
 
 
 class Exported(NamedTuple):

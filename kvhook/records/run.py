@@ -206,5 +206,6 @@ class Run:
             "engine_events": [event._asdict() for event in self.engine_events],
             "labels": list(self.names("label").values()),
             "part": "",
+            "not_closed": "",
             **({"faults": faults} if faults else {}),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Iterable, Iterator
 
 from kvhook.analysis.accounts import Account
@@ -71,6 +72,9 @@ def _head(s: Summary) -> Iterator[str]:
     yield f"vLLM {s.vllm or '?'}{f', {model}' if model else ''}: {s.steps:,} steps{of} in {seconds(s.wall_time)}"
     if s.part:
         yield _row("only", s.part)
+    if s.not_closed:
+        for i, line in enumerate(textwrap.wrap(s.not_closed, _LONGEST, break_long_words=False, break_on_hyphens=False)):
+            yield _row("" if i else "not closed", line)
     if s.left_out:
         yield _row("left out", _left_out(s.left_out))
     if s.replicas:

@@ -135,11 +135,15 @@ while thread.is_alive():
 steps(20)
 assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
 numbers = session.steps()["step"].tolist()
-assert numbers == list(range(len(numbers)))
+assert sorted(set(numbers)) == numbers
+assert len(numbers) + session.meta["records_lost"] == numbers[-1] + 1
 """
     run(code, fresh)
-    steps = kvhook.open(fresh / "run.kvh").steps()["step"].tolist()
-    assert steps == list(range(len(steps)))
+    trace = kvhook.open(fresh / "run.kvh")
+    steps = trace.steps()["step"].tolist()
+    assert sorted(set(steps)) == steps
+    # where other programs keep the thread that empties the ring from running, the ring is overrun: that is counted
+    assert len(steps) + trace.meta["records_lost"] == steps[-1] + 1
     assert len(steps) >= 20
 
 
