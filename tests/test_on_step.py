@@ -75,30 +75,36 @@ def test_what_is_not_known_is_none(fresh: Path):
     ]
 
 
+class Waits:
+    """A function for `on_step` that notes the steps it gets, and returns when it is told to."""
+
+    def __init__(self) -> None:
+        self.got: list[int] = []
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, steps: list[dict[str, Any]]) -> None:
+        self.got.extend(step["step"] for step in steps)
+        self.begun.set()
+        self.go_on.wait(60)
+
+
 def test_a_slow_function_costs_records_that_are_counted_and_no_step_waits_for_it(fresh: Path):
-    begun, go_on = threading.Event(), threading.Event()
-    got: list[int] = []
-
-    def slow(steps: list[dict[str, Any]]) -> None:
-        got.extend(step["step"] for step in steps)
-        begun.set()
-        go_on.wait(60)
-
+    slow = Waits()
     with fake_vllm() as vllm:
         session = kvhook.install(ring_slots=64)
         subscription = session.on_step(slow, every=0.001)
         engine = vllm.engine()
         run(engine, 1)
         session.trace()
-        assert begun.wait(60)
+        assert slow.begun.wait(60)
         run(engine, 500, first=1)
         session.trace()
-        go_on.set()
+        slow.go_on.set()
         subscription.close()
-    assert got[0] == 0
-    assert got[-1] == 500
-    assert got == sorted(set(got))
-    assert len(got) + subscription.dropped == 501
+    assert slow.got[0] == 0
+    assert slow.got[-1] == 500
+    assert slow.got == sorted(set(slow.got))
+    assert len(slow.got) + subscription.dropped == 501
     assert subscription.dropped > 400
 
 
@@ -159,36 +165,29 @@ def test_what_a_function_that_does_not_return_did_not_get_is_counted_and_said(
     fresh: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(subscriptions, "PATIENCE", 0.2)
-    begun, go_on = threading.Event(), threading.Event()
-    got: list[int] = []
-
-    def blocks(steps: list[dict[str, Any]]) -> None:
-        got.extend(step["step"] for step in steps)
-        begun.set()
-        go_on.wait(60)
-
+    blocks = Waits()
     with fake_vllm() as vllm:
         session = kvhook.install()
         subscription = session.on_step(blocks, every=0.001)
         engine = vllm.engine()
         run(engine, 1)
         session.trace()
-        assert begun.wait(60)
+        assert blocks.begun.wait(60)
         run(engine, 400, first=1)
         run(vllm.engine(), 50)  # an engine that the subscription has not looked at yet
         kvhook.uninstall()
         made = len(session.steps())
         said = (subscription.steps, subscription.dropped)
         health = session.health()
-        go_on.set()
+        blocks.go_on.set()
         subscription._thread.join(60)
     assert made == 451
-    assert said == (len(got), 451 - len(got))
+    assert said == (len(blocks.got), 451 - len(blocks.got))
     assert (subscription.steps, subscription.dropped) == said, "what was said is final: it gets nothing afterwards"
     assert session.faults == {"handing all steps to a function of on_step": 1}
     assert not health.ok
-    assert f"did not get {451 - len(got)} of the records" in str(health)
-    assert caplog.text.count(f"did not get {451 - len(got)} of the records") == 1
+    assert f"did not get {451 - len(blocks.got)} of the records" in str(health)
+    assert caplog.text.count(f"did not get {451 - len(blocks.got)} of the records") == 1
 
 
 BLOCKS_AT_THE_END = """

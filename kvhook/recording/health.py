@@ -62,7 +62,8 @@ class Health:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain dictionaries and lists, with ``ok``."""
-        return {"ok": self.ok, **dataclasses.asdict(self), "seams": [dataclasses.asdict(each) for each in self.seams]}
+        plain = dataclasses.asdict(self)
+        return {"ok": self.ok, **plain, "seams": list(plain["seams"])}
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
