@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from kvhook.facts import ANONYMOUS
 from kvhook.faults import contained, is_users
 from kvhook.recording.background import Background
 from kvhook.recording.clocks import read_clocks
@@ -379,6 +380,8 @@ class Spool:
         meta = {key: told[key] for key in names if key in told}
         mine = {number for number, e in self._engines.items() if e.recorder.ring.layout == layout}
         self._meta_due |= mine
+        if not told.get(ANONYMOUS):  # where to look for what is lacking if this process is killed
+            meta["rings"] = str(next(iter(self._engines.values())).recorder.ring.path.parent.absolute())
         file = self._files.begin(layout, meta | {"pid_namespace": pid_namespace()})
         file.engine = min(mine, default=0)
         for number in sorted(mine):

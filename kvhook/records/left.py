@@ -87,10 +87,14 @@ def rings_of(header: Header, places: Iterable[Path]) -> Iterator[Path]:
     """The rings of the process that wrote a file, of what is recorded in it.
 
     Args:
-        header: of the file.
-        places: directories of rings.
+        header: of the file. It says where the rings were made, unless it is anonymous.
+        places: directories of rings, besides that one.
     """
-    for path in ring_files(places, ALL_STREAMS):
+    told = header.meta.get("rings")
+    found = list(places)
+    if isinstance(told, str) and (place := Path(told)).is_absolute() and place not in found:
+        found.append(place)
+    for path in ring_files(found, ALL_STREAMS):
         with contextlib.suppress(KvhookError, OSError):
             ring = header_of(path, follow_links=False)
             # engines whose columns differ went to another file of the same run

@@ -253,10 +253,13 @@ with fake_vllm() as vllm:
     os._exit(0)
 """
     from kvhook.discovery.recovery import recover
+    from kvhook.trace import open_files
 
     python(code)
     path = tmp_path / "run.kvh"
-    assert len(kvhook.open(path).steps()) == 200
+    assert len(open_files([path], "the file alone").steps()) == 200
+    # the header of the file says where the ring is
+    assert kvhook.open(path).steps()["num_generation_tokens"].tolist() == list(range(500))
     done = recover(path, [tmp_path / "rings"])
     assert done.added == {0: 300}
     assert kvhook.open(path).steps()["num_generation_tokens"].tolist() == list(range(500))
