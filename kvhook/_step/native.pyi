@@ -62,6 +62,8 @@ class Counter:
 class OutputTap:
     """In place of ``get_output``, see `kvhook.hooks.taps`: at level full with `first`, at level light with `count`."""
 
+    counts: Any
+
     def __new__(
         cls,
         get_output: Callable[..., Any],

@@ -16,6 +16,7 @@ typedef struct {
     PyObject *num_free; /* NULL: the scheduler is in another process, so it is -1 */
     PyObject *first, *rest;                   /* level full */
     PyObject *count, *make_counts, *processor; /* level light */
+    PyObject *counts;                         /* of the latest outputs that were counted; NULL: none yet */
     PyObject *clock;                          /* NULL: the monotonic clock */
     int64_t every, measure_every, steps, spent, counting;
     Place scheduler_stats, outputs, watching, request_states;
@@ -137,6 +138,7 @@ HOT static int look_light(OutputTap *self, PyObject *outputs)
     if (any && self->steps % self->every == 0) {
         if ((counts = counted(self, list)) == NULL)
             goto done;
+        Py_XSETREF(self->counts, Py_NewRef(counts));
         if (start) {
             self->counting = tap_clock(self) - start;
             start = tap_clock(self);
@@ -223,6 +225,7 @@ static int tap_traverse(PyObject *object, visitproc visit, void *arg)
     Py_VISIT(self->make_counts);
     Py_VISIT(self->processor);
     Py_VISIT(self->clock);
+    Py_VISIT(self->counts);
     return 0;
 }
 
@@ -246,7 +249,8 @@ static void tap_dealloc(PyObject *object)
     PyTypeObject *type = Py_TYPE(object);
     PyObject_GC_UnTrack(object);
     PyObject *held[] = {self->get_output, self->take,        self->failed,    self->num_free, self->first,
-                        self->rest,       self->count,       self->make_counts, self->processor, self->clock};
+                        self->rest,       self->count,       self->make_counts, self->processor, self->clock,
+                        self->counts};
     for (size_t i = 0; i < sizeof held / sizeof *held; i++)
         Py_XDECREF(held[i]);
     Py_XDECREF(self->scheduler_stats.name);
@@ -255,6 +259,11 @@ static void tap_dealloc(PyObject *object)
     Py_XDECREF(self->request_states.name);
     type->tp_free(object);
 }
+
+static PyMemberDef tap_members[] = {
+    {"counts", T_OBJECT, offsetof(OutputTap, counts), READONLY, "of the latest outputs that were counted"},
+    {NULL, 0, 0, 0, NULL},
+};
 
 PyTypeObject OutputTap_Type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "kvhook._step.native.OutputTap",
@@ -267,4 +276,5 @@ PyTypeObject OutputTap_Type = {
     .tp_clear = tap_clear,
     .tp_call = PyVectorcall_Call,
     .tp_vectorcall_offset = offsetof(OutputTap, vectorcall),
+    .tp_members = tap_members,
 };

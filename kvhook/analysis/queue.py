@@ -47,7 +47,8 @@ class Queue(NamedTuple):
     def left(self) -> int:
         """How many are still there after the last step. The scheduler's last stats may count requests that the front
         end has ended since, up to `late`; how many of these there are follows from what came and what ended."""
-        return max(self.at_end - self.late, min(self.at_end, self.before + self.added - self.finished))
+        ended = min(self.late, self.at_end)
+        return max(self.at_end - ended, min(self.at_end, self.before + self.added - self.finished))
 
     @property
     def ended_since(self) -> int:

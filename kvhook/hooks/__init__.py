@@ -18,7 +18,8 @@ from kvhook.hooks.engines import clock, count_outputs, step_down, watch
 from kvhook.hooks.event_loop import EventLoopRecorder
 from kvhook.hooks.existing import engines_alive
 from kvhook.hooks.patching import arm, disarm, patched
-from kvhook.hooks.registry import Owner, building, registry
+from kvhook.hooks.registry import Owner, building, note_alive, registry
+from kvhook.hooks.twins import original_of
 
 __all__ = [
     "EventLoopRecorder",
@@ -36,6 +37,7 @@ __all__ = [
     "existed_before",
     "failed_to_build",
     "flush",
+    "is_parents",
     "is_recorded",
     "is_vllms_step",
     "note_engines_before",
@@ -62,8 +64,8 @@ def armed_level() -> str:
 
 
 def is_recorded(engine: Any) -> bool:
-    """Whether an engine is being recorded."""
-    return id(engine) in registry.engines
+    """Whether an engine is being recorded, or another whose copy it is."""
+    return id(engine) in registry.engines or original_of(engine) in registry.engines
 
 
 def is_vllms_step(step: Any) -> bool:
@@ -84,7 +86,9 @@ def requests_seen() -> int:
 def note_engines_before() -> list[Any]:
     """The engines that exist and are not recorded, at the moment at which kvhook is installed."""
     before = [each for each in engines_alive() if not is_recorded(each)]
-    registry.before = {id(each) for each in before}
+    registry.before.clear()
+    for each in before:
+        note_alive(registry.before, each)
     return before
 
 
@@ -98,6 +102,11 @@ def stats_turned_off(engine: Any) -> bool:
 def existed_before(engine: Any) -> bool:
     """Whether an engine existed before kvhook was installed."""
     return id(engine) in registry.before
+
+
+def is_parents(engine: Any) -> bool:
+    """Whether an engine was recorded in the process from which this one was forked, and not yet here."""
+    return id(engine) in registry.inherited
 
 
 def failed_to_build(engine: Any) -> bool:

@@ -17,20 +17,21 @@ from kvhook.adapters.table import Adapter, vllm_version
 from kvhook.errors import StatsOffError
 from kvhook.faults import USERS
 from kvhook.hooks.event_loop import EventLoopRecorder
-from kvhook.hooks.noted import Notes
+from kvhook.hooks.latest import Latest
+from kvhook.hooks.noted import note_of
 from kvhook.hooks.own_step import CountOutputs, FirstOutputs, OutputCounts
-from kvhook.hooks.quiet import do_nothing, make_no_stats, stats_as_they_are
+from kvhook.hooks.quiet import do_nothing, make_no_stats
 from kvhook.hooks.registry import RecordedEngine, registry
 from kvhook.hooks.requests import request_methods, sees_requests
 from kvhook.hooks.schedule import FreeBlocks
 from kvhook.hooks.tap import Tap, both, no_blocks, replace
 from kvhook.hooks.taps import TAPS, core_of, has_core_output
-from kvhook.hooks.twins import note_part
+from kvhook.hooks.twins import copies_of, note_part, original_of
 from kvhook.overlays import Overlay
 
 clock = time.monotonic_ns
 
-_LABEL, _FREE_BLOCKS = "noting a request's label", "reading the free blocks of a schedule"
+_FREE_BLOCKS = "reading the free blocks of a schedule"
 
 
 def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> bool:
@@ -44,7 +45,7 @@ def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> boo
         StatsOffError: it makes no stats, because kvhook was not there when it was built.
     """
     owner, adapter = registry.owner, registry.adapter_of(engine)
-    if owner is None or adapter is None or id(engine) in registry.engines:
+    if owner is None or adapter is None or id(engine) in registry.engines or original_of(engine) in registry.engines:
         return False
     if adapter.must_be_built and not built_by_us:
         raise StatsOffError(
@@ -75,16 +76,17 @@ def watch(engine: Any, *, stats_were_on: bool, built_by_us: bool = False) -> boo
         registry.steps[key] = functions.publish
     else:
         functions = _event_loop_recorder(engine, adapter, facts | {"timed_steps": False})
-    known = registry.engines[key] = RecordedEngine(do_nothing)
-    note_part(engine)
+    known = registry.engines[key] = RecordedEngine(do_nothing, engine=weakref.ref(engine))
     registry.engines_seen += 1
-    registry.before.discard(key)
+    registry.before.pop(key, None)
+    registry.left.pop(key, None)
+    registry.inherited.pop(key, None)
     try:
         _put_in(engine, adapter, functions, facts, blocks)
         if not stats_were_on and adapter.level == "full":
             known.stats_off = True
             if adapter.timed and adapter.tap == "manager":
-                known.remove_tap = _and_turn_stats_off(known.remove_tap, engine)
+                known.end = _turn_stats_off(engine)
     except BaseException:
         forget(key)
         raise
@@ -160,21 +162,22 @@ def _go_on(engine: Any, adapter: Adapter, functions: StepFunctions, every: int =
     known, full = registry.engines[id(engine)], registry.adapter_of(engine)
     known.remove_tap()
     if known.stats_off and full is not None:
-        make_no_stats(engine, full.holder)
+        for each in (engine, *copies_of(engine)):
+            make_no_stats(each, full.holder)
     _put_in(engine, adapter, functions, {FROM_CORE: True}, _free_blocks(engine, adapter), every)
     registry.steps[id(engine)] = functions.publish
 
 
 def fit_before_next_request(engine: Any) -> None:
-    """An engine that is recorded gets another output processor after its ``__init__``, as a subclass may do. Before the
-    next request is added, what records the engine is put into that one."""
+    """An engine that is recorded may get another output processor, as a subclass may do at the end of its ``__init__``.
+    Before the next request is added, what records the engine is put into that one."""
 
     def fit_and_add_request(*args: Any, **kwargs: Any) -> Any:
         overlay.take_out()
         known = registry.engines.get(id(engine))
-        if known is not None and known.functions is not None:
+        if known is not None:
             try:
-                _fit_again(engine, known, known.functions)
+                _look_at_parts(engine, known)
             except USERS:
                 raise
             except BaseException as error:
@@ -187,23 +190,29 @@ def fit_before_next_request(engine: Any) -> None:
     known.remove_tap = both(overlay.take_out, known.remove_tap)
 
 
-def _fit_again(engine: Any, known: RecordedEngine, functions: StepFunctions) -> None:
+def _look_at_parts(engine: Any, known: RecordedEngine) -> None:
+    """Put what records an engine into other parts, if it has got others since."""
+    if known.functions is None or known.adapter is None:
+        return
+    client, processor = getattr(engine, "engine_core", None), getattr(engine, "output_processor", None)
+    # its requests have no clocks: vLLM's step would fail on the stats that kvhook had turned on
+    quiet = known.stats_off and known.adapter.level == "full" and not getattr(processor, "log_stats", True)
+    if quiet or client is not known.client or processor is not known.processor:
+        _fit_again(engine, known, known.functions, quiet)
+
+
+def _fit_again(engine: Any, known: RecordedEngine, functions: StepFunctions, quiet: bool) -> None:
     """Take what records an engine out of the parts that it had, and put it into those that it has now."""
-    adapter, processor, owner = registry.adapter_of(engine), engine.output_processor, registry.owner
+    adapter, owner = known.adapter, registry.owner
     if adapter is None or owner is None:
         return
-    if known.stats_off and not getattr(processor, "log_stats", True):
-        # its requests have no clocks: vLLM's step would fail on the stats that kvhook had turned on
+    if quiet:
         known.counts = _output_counts(engine, _counting_failed(known, id(engine)))
         owner.count_outputs(engine, True, True)
         return
-    with stats_as_they_are(engine):
-        known.remove_tap()
+    known.remove_tap()
     facts = {"stats_on": not known.stats_off, FROM_CORE: True}
-    note_part(engine)
     _put_in(engine, adapter, functions, facts, _free_blocks(engine, adapter))
-    if known.stats_off:
-        known.remove_tap = _and_turn_stats_off(known.remove_tap, engine)
 
 
 def _counting_failed(known: RecordedEngine, key: int) -> Callable[[BaseException], None]:
@@ -253,55 +262,36 @@ def _put_in(
 
     came = functions.outputs_came if isinstance(functions, EventLoopRecorder) else do_nothing
     num_free = blocks.take if blocks is not None else no_blocks
-    tap = Tap(engine, adapter, functions, registry.records, failed, every, facts, num_free, came, first, known.counts)
+    latest = Latest()
+    tap = Tap(
+        engine, adapter, functions, registry.records, failed, every, facts, num_free, came, first, known.counts, latest
+    )
 
-    alive, client, looked_at_client = weakref.ref(engine), getattr(engine, "engine_core", None), False
+    alive = weakref.ref(engine)
 
     def add() -> None:
-        nonlocal looked_at_client
         known.thread = threading.get_ident()
         registry.requests_seen += 1
         functions.add()
-        if not looked_at_client:  # a subclass may have exchanged it at the end of its __init__
-            looked_at_client, engine = True, alive()
-            if getattr(engine, "engine_core", client) is not client and known.functions is not None:
-                _fit_again(engine, known, known.functions)
+        latest.added()
+        _look_at_parts(alive(), known)
 
     def abort(request: AbortedRequest) -> None:
         known.thread = threading.get_ident()
         functions.abort(request)
+        latest.aborted()
 
-    methods = request_methods(engine, adapter, add, abort, failed, _note_of(engine))
+    methods = request_methods(engine, adapter, add, abort, failed, note_of(engine))
     if blocks is not None:
         methods.append(blocks.method())
     before = set(registry.records)
     remove_stats = TAPS[adapter.tap](tap)
     known.record_keys = tuple(registry.records.keys() - before)
+    known.adapter = adapter
+    known.client, known.processor = getattr(engine, "engine_core", None), getattr(engine, "output_processor", None)
+    note_part(engine)
     settled = _publish_by(first, functions, key)
     known.remove_tap = both(remove_stats, replace(*methods))
-
-
-def _note_of(engine: Any) -> Callable[[Any], None]:
-    """What notes the label, the adapter and the prompt's number of each request that is added to an engine."""
-    alive = weakref.ref(engine)
-
-    def codes_of(request_id: Any, lora_name: str) -> tuple[int, int]:
-        owner = registry.owner
-        return (-1, -1) if owner is None else owner.label_request(alive(), request_id, lora_name)
-
-    notes = Notes(codes_of)
-
-    def note(states: Any) -> None:
-        if registry.is_off(_LABEL):
-            return
-        try:
-            notes.take(states[next(reversed(states))])  # a dictionary: the newest is the last
-        except USERS:
-            raise
-        except BaseException as error:
-            registry.fault(_LABEL, error, "this request has none")
-
-    return note
 
 
 def _output_counts(engine: Any, failed: Callable[[BaseException], None]) -> OutputCounts | None:
@@ -354,21 +344,21 @@ def _free_blocks(engine: Any, adapter: Adapter) -> FreeBlocks | None:
         return None
 
 
-def _and_turn_stats_off(remove_tap: Callable[[], None], engine: Any) -> Callable[[], None]:
-    """Leave the engine without stats, as its user wanted it.
+def _turn_stats_off(engine: Any) -> Callable[[], None]:
+    """What leaves an engine without stats, as its user wanted it, and its copies.
 
     Not for engines on an event loop: their output handler keeps making stats whatever is said later, and needs the
     clocks of new requests for that.
     """
     alive = weakref.ref(engine)
 
-    def undo() -> None:
-        remove_tap()
+    def turn_off() -> None:
         engine = alive()
         if engine is not None:
-            make_no_stats(engine, "")
+            for each in (engine, *copies_of(engine)):
+                make_no_stats(each, "")
 
-    return undo
+    return turn_off
 
 
 def _event_loop_recorder(engine: Any, adapter: Adapter, facts: dict[str, Any]) -> EventLoopRecorder:

@@ -47,11 +47,12 @@ class OutputCounts:
     def __init__(self, processor: Any, count: Counter, failed: Callable[[BaseException], None]) -> None:
         self._processor, self._count, self._failed = processor, count, failed
         self._latest: Counts | None = None
+        self._latest_outputs: Any = ()
         self._processed = False
 
     def look(self, outputs: Any) -> Counts | None:
         """What there is to count in outputs that have just come, before they are processed; None if nothing."""
-        self._latest, self._processed = None, False
+        self._latest, self._latest_outputs, self._processed = None, outputs.outputs, False
         if not outputs.outputs:
             return None
         states, counts = self._processor.request_states, Counts()
@@ -69,13 +70,19 @@ class OutputCounts:
             before = size_of(self._processor, self._failed)
             result = process_outputs(*args, **kwargs)
             counts = self._latest
-            if counts is not None:
+            if counts is not None and self._are_latest(*args, **kwargs):
                 finished = before - size_of(self._processor, self._failed)
                 counts.num_finished_reqs = finished + (counts.num_finished_reqs if self._processed else 0)
                 self._processed = True
             return result
 
         return process_outputs_and_count
+
+    def _are_latest(self, engine_core_outputs: Any, *_: Any, **__: Any) -> bool:
+        """Whether these outputs, or the first of them, came last. A loop may process what came before."""
+        if engine_core_outputs is self._latest_outputs:
+            return True
+        return len(engine_core_outputs) > 0 and any(each is engine_core_outputs[0] for each in self._latest_outputs)
 
 
 class FirstOutputs:

@@ -48,7 +48,7 @@ def disarm() -> None:
     """Put back what was there. A name that somebody else has wrapped meanwhile keeps our wrapper below theirs, where
     it does nothing any more."""
     owner, registry.owner = registry.owner, None
-    for engine_id in list(registry.engines):
+    for engine_id in [*registry.engines, *registry.inherited]:
         try:
             forget(engine_id)
         except USERS:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from kvhook.adapters.step_functions import Record
+from kvhook.adapters.table import Adapter
 
 
 def do_nothing(*_: Any, **__: Any) -> None:
@@ -48,23 +48,15 @@ def quiet_manager(logger_class: Any) -> Any:
 
 def make_no_stats(engine: Any, holder: str) -> None:
     """Turn an engine's front-end stats off again: kvhook had turned them on, and its user wanted none."""
-    for part in _parts_with_stats(engine):
-        part.log_stats = False
+    processor = getattr(engine, "output_processor", None)
+    parts: tuple[Any, ...] = (engine, processor, getattr(processor, "lora_states", None))
+    for part in parts:
+        if hasattr(part, "log_stats"):
+            part.log_stats = False
     if holder:
         setattr(engine, holder, None)
 
 
-@contextlib.contextmanager
-def stats_as_they_are(engine: Any) -> Iterator[None]:
-    """Leave an engine's front-end stats as they are, whatever is done to them meanwhile."""
-    before = [(part, part.log_stats) for part in _parts_with_stats(engine)]
-    yield
-    for part, was in before:
-        part.log_stats = was
-
-
-def _parts_with_stats(engine: Any) -> list[Any]:
-    """An engine and those of its parts that make stats if their ``log_stats`` says so."""
-    processor = getattr(engine, "output_processor", None)
-    parts = (engine, processor, getattr(processor, "lora_states", None))
-    return [part for part in parts if hasattr(part, "log_stats")]
+def is_quiet(engine: Any, adapter: Adapter) -> bool:
+    """Whether kvhook has made an engine's loggers, because its user left vLLM's stats off."""
+    return bool(adapter.holder) and isinstance(getattr(engine, adapter.holder, None), QuietManager)

@@ -29,6 +29,9 @@ from kvhook.hooks.reach import is_of, reaches
 
 log = logging.getLogger("kvhook")
 
+#: In the place of the id of an engine that is not recorded any more.
+GONE = -1
+
 #: What happens when recording an engine has failed.
 NOT_RECORDED_FURTHER = "this engine is not recorded any further"
 
@@ -119,6 +122,10 @@ class RecordedEngine:
         functions: the functions that record it; None on an event loop, where each rank has its own.
         counts: counts its outputs, in case nobody else does.
         record_keys: where `Registry.records` has its `record`.
+        adapter: the tables by which it is recorded now.
+        client, processor: its engine core's client and its output processor when it was tapped; None for V0.
+        end: is called once it is not recorded any more: leaves its stats as the user wanted them.
+        engine: the engine itself.
     """
 
     remove_tap: Callable[[], None]
@@ -128,6 +135,11 @@ class RecordedEngine:
     functions: StepFunctions | None = None
     counts: OutputCounts | None = None
     record_keys: tuple[int, ...] = ()
+    adapter: Adapter | None = None
+    client: Any = None
+    processor: Any = None
+    end: Callable[[], None] = do_nothing
+    engine: Callable[[], Any] = do_nothing
 
 
 @dataclass(slots=True)
@@ -146,10 +158,11 @@ class Registry:
         imported: modules of adapters whose import has ended.
         warned: the warnings that were given in this session.
         unknown: where engines were made that are none of vLLM's own.
-        before: id() of engines that existed before kvhook was installed.
+        before: id() of engines that existed before kvhook was installed -> themselves.
         failed: id() of engines whose ``__init__`` raised an error of vLLM's own.
-        parts: engine core or executor of an engine that was recorded -> id of that engine.
-        inherited: what `engines` was in the process from which this one was forked.
+        parts: id() of a part of an engine that was recorded -> the part, and the engine's id while it is recorded. See
+            `kvhook.hooks.twins`.
+        inherited: what `engines` was in the process from which this one was forked. Nothing is tapped in these.
         left: id() of engines that are not recorded -> themselves. Their steps are let pass without another look.
         engines_seen: engines that have been recorded in this session.
         requests_seen: requests that were added to them.
@@ -166,9 +179,9 @@ class Registry:
     imported: set[str] = field(default_factory=set)
     warned: set[str] = field(default_factory=set)
     unknown: list[str] = field(default_factory=list)
-    before: set[int] = field(default_factory=set)
+    before: dict[int, weakref.ref[Any]] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
-    parts: weakref.WeakKeyDictionary[Any, int] = field(default_factory=weakref.WeakKeyDictionary)
+    parts: dict[int, tuple[weakref.ref[Any], int]] = field(default_factory=dict)
     inherited: dict[int, RecordedEngine] = field(default_factory=dict)
     left: dict[int, weakref.ref[Any]] = field(default_factory=dict)
     engines_seen: int = 0
@@ -185,16 +198,25 @@ class Registry:
 
     def leave(self, engine: Any) -> None:
         """Let the steps of an engine pass that is not recorded, without another look."""
-        key = id(engine)
-        self.left[key] = weakref.ref(engine, lambda _: self.left.pop(key, None))
+        note_alive(self.left, engine)
 
     def remove(self, engine_id: int) -> None:
         """Stop recording an engine, and take out of it what was put into it."""
         self.steps.pop(engine_id, None)
+        for part, (alive, whose) in list(self.parts.items()):
+            if whose == engine_id:
+                self.parts[part] = alive, GONE
         known = self.engines.pop(engine_id, None)
         if known is not None:
             self._take_out(known)
             self._flush(known)
+        self.disown(engine_id)
+
+    def disown(self, engine_id: int) -> None:
+        """Forget an engine that was recorded in the process from which this one was forked."""
+        known = self.inherited.pop(engine_id, None)
+        if known is not None:
+            self._take_out(known)
 
     def give_up(self, known: RecordedEngine, engine_id: int, where: str, error: BaseException) -> None:
         """Recording an engine has failed at a seam: it is not recorded any further, and nothing of kvhook's is called
@@ -211,8 +233,10 @@ class Registry:
         remove, known.remove_tap = known.remove_tap, do_nothing
         for key in known.record_keys:
             self.records.pop(key, None)
+        end, known.end = known.end, do_nothing
         try:
             remove()
+            end()
         except USERS:
             raise
         except BaseException as error:
@@ -265,6 +289,7 @@ class Registry:
         self.unknown.clear()
         self.failed.clear()
         self.left.clear()
+        self.parts.clear()
         self.engines_seen = self.requests_seen = 0
 
     def clear(self) -> None:
@@ -289,6 +314,12 @@ class Registry:
             log.warning(text, *values)
 
 
+def note_alive(among: dict[int, weakref.ref[Any]], engine: Any) -> None:
+    """Note an engine by its id, until it is deleted: another one may get its id then."""
+    key = id(engine)
+    among[key] = weakref.ref(engine, lambda _: among.pop(key, None))
+
+
 #: The one registry of this process.
 registry = Registry()
 
@@ -297,12 +328,20 @@ building: contextvars.ContextVar[Building | None] = contextvars.ContextVar("kvho
 
 
 def _in_child() -> None:
-    """After a fork the child has copies of the parent's engines, which it does not record: a ring has one writer.
+    """After a fork the child has copies of the parent's engines. What is in them publishes into the parent's ring,
+    which has one writer, so it is taken out. If the child steps such an engine, it is recorded anew, see
+    `kvhook.hooks.unseen`.
 
     The patches stay, and so does the owner: engines that the child makes are recorded into files of its own.
     """
     registry.inherited.update(registry.engines)
     registry.clear()
+    for known in registry.inherited.values():
+        remove, known.remove_tap = known.remove_tap, do_nothing
+        try:
+            remove()
+        except BaseException as error:
+            registry.fault("taking the parent's kvhook out of an engine", error, "what is left there does nothing")
     registry.unknown.clear()
     registry.engines_seen = registry.requests_seen = 0
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from kvhook.adapters.step_functions import Record
 from kvhook.adapters.table import Adapter
+from kvhook.hooks.latest import Latest
 from kvhook.hooks.own_step import FirstOutputs, OutputCounts
 from kvhook.hooks.quiet import do_nothing
 from kvhook.overlays import Overlay
@@ -38,7 +39,8 @@ class Tap(NamedTuple):
     ``failed`` is called with an error of kvhook's. ``every``: outputs are counted in one of so many steps (`tap_core`
     alone). ``num_free_blocks`` returns the fewest free KV blocks after a schedule since it was last called, -1 where
     that is not known. ``outputs_came`` is called with the engine core's outputs, on an event loop. ``first`` looks at
-    the first outputs at level full, and ``counts`` counts outputs (`tap_own_step`).
+    the first outputs at level full, and ``counts`` counts outputs (`tap_own_step`). ``latest`` is told where the counts
+    of the latest outputs are (`tap_core`).
     """
 
     engine: Any
@@ -52,6 +54,7 @@ class Tap(NamedTuple):
     outputs_came: Callable[[Any], None] = do_nothing
     first: FirstOutputs | None = None
     counts: OutputCounts | None = None
+    latest: Latest = Latest()
 
     @property
     def record(self) -> Record:

@@ -246,16 +246,17 @@ def tap_core(tap: Tap) -> Undo:
     get_output, processor, count = core.get_output, core.processor, core.counter
     take, failed, every, num_free = tap.functions.take, tap.failed, tap.every, tap.num_free_blocks
     steps = spent = counting = 0
+    latest: Counts | None = None
 
     def get_output_and_count(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps, spent, counting
+        nonlocal steps, spent, counting, latest
         outputs = get_output(*args, **kwargs)
         try:
             # as often as the publisher measures itself
             start = 0 if steps % MEASURE_EVERY else clock()
             counts = None
             if outputs.outputs and not steps % every:
-                counts = Counts()
+                latest = counts = Counts()
                 # requests that are gone at the end of the step have finished; those that end with a stop string are
                 # known to the front end only
                 counts.states = states = processor.request_states
@@ -274,20 +275,22 @@ def tap_core(tap: Tap) -> Undo:
             failed(error)
         return outputs
 
-    method: Callable[..., Any] = get_output_and_count
-    if _step.native is not None:
-        method = _step.native.OutputTap(
-            get_output,
-            take,
-            failed,
-            _unless_no_blocks(num_free),
-            count=count,
-            make_counts=Counts,
-            processor=processor,
-            clock=None if clock is time.monotonic_ns else clock,
-            every=every,
-            measure_every=MEASURE_EVERY,
-        )
+    if _step.native is None:
+        tap.latest.read = lambda: latest
+        return replace((core.client, "get_output", get_output_and_count))
+    method = _step.native.OutputTap(
+        get_output,
+        take,
+        failed,
+        _unless_no_blocks(num_free),
+        count=count,
+        make_counts=Counts,
+        processor=processor,
+        clock=None if clock is time.monotonic_ns else clock,
+        every=every,
+        measure_every=MEASURE_EVERY,
+    )
+    tap.latest.read = lambda: method.counts
     return replace((core.client, "get_output", method))
 
 

@@ -14,7 +14,7 @@ from kvhook.adapters.table import Adapter
 from kvhook.errors import StatsOffError
 from kvhook.faults import USERS
 from kvhook.hooks.engines import watch
-from kvhook.hooks.quiet import QuietManager, stats_as_they_are
+from kvhook.hooks.quiet import is_quiet
 from kvhook.hooks.registry import registry
 from kvhook.hooks.twins import original_of
 
@@ -25,14 +25,14 @@ def recorder_of(engine: Any) -> PublishStep | None:
     Called in each step of an engine that is not in `Registry.steps`.
     """
     key = id(engine)
-    if registry.owner is None or key in registry.left or key in registry.engines or key in registry.before:
+    if registry.owner is None or key in registry.left or key in registry.engines:
         return None
     try:
         original = original_of(engine)
         if original in registry.engines:
-            return registry.steps.get(original)  # its parts have what records them both
+            return _with(engine, original)
         adapter = registry.adapter_of(engine)
-        return None if adapter is None else _begin(engine, adapter, original)
+        return None if adapter is None or key in registry.before else _begin(engine, adapter, original)
     except USERS:
         raise
     except BaseException as error:
@@ -41,13 +41,18 @@ def recorder_of(engine: Any) -> PublishStep | None:
         return None
 
 
+def _with(engine: Any, original: int) -> PublishStep | None:
+    """Record a copy with the engine whose parts it has: these have what records them both."""
+    record, key = registry.records.get(original), id(engine)
+    if record is not None and key not in registry.records:  # V0: the stats pass the engine itself
+        registry.records[key] = record
+        registry.engines[original].record_keys += (key,)
+    return registry.steps.get(original)
+
+
 def _begin(engine: Any, adapter: Adapter, original: int | None) -> PublishStep | None:
     """Record an engine from its next step on, if that can be done."""
-    inherited = registry.inherited.pop(original, None) if original is not None else None
-    if inherited is not None:
-        with stats_as_they_are(engine):
-            inherited.remove_tap()
-    quiet = isinstance(getattr(engine, adapter.holder, None), QuietManager) if adapter.holder else False
+    quiet = is_quiet(engine, adapter)
     name = type(engine).__qualname__
     try:
         if original is None and not quiet and getattr(engine, "log_stats", None) is False:

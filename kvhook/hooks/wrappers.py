@@ -268,9 +268,12 @@ def on_processor(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         try:
             frame = sys._getframe(1)  # noqa: SLF001 (there is no public way to the caller)
             engine = frame.f_locals.get("self")
+            recorded = [each for known in registry.engines.values() if (each := known.engine()) is not None]
             if id(engine) in registry.engines:
                 fit_before_next_request(engine)
                 return result
+            for each in recorded:  # it may be given to one of these
+                fit_before_next_request(each)
             where = f"{frame.f_globals.get('__name__', '?')}, line {frame.f_lineno}"
             registry.unknown.append(where)
             if registry.adapter_of(engine) is not None:
@@ -286,7 +289,8 @@ def on_processor(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
                 return result
             registry.warn_once(
                 "kvhook: an engine was made that is neither vLLM's LLMEngine nor its AsyncLLM (in %s)."
-                " It is not recorded",
+                " It is not recorded. If an engine that is recorded was given another output processor there, it is"
+                " recorded further on",
                 where,
             )
         except USERS:
