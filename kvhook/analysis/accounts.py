@@ -16,7 +16,7 @@ from kvhook.analysis.part import Part
 from kvhook.analysis.queue import NEEDED, Queue, together
 from kvhook.analysis.request_totals import Prompts
 from kvhook.analysis.totals import Totals
-from kvhook.records.levels import tokens_are_known
+from kvhook.records.levels import NOBODY_COUNTED, tokens_are_known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,15 @@ class _Side(Part):
             reasons.append(Reason(_BEFORE, less=ANY))
         if busy:
             reasons.append(Reason(_AT_END, more=ANY))
+        return [*reasons, *self.of_all()]
+
+    def of_all(self) -> list[Reason]:
+        """Reasons that any account of requests or their tokens may have."""
+        reasons = []
         if self.missing:
             reasons.append(Reason(_LOST, ANY, ANY))
+        if any(e.get("tokens_not_counted") for e in self.engines):
+            reasons.append(Reason(NOBODY_COUNTED, ANY, ANY))
         if str(self.facts.get("adapter") or "").startswith("v0"):
             reasons.append(Reason(_V0, ANY, ANY))
         return reasons
@@ -200,15 +207,11 @@ def _queue(part: _Side) -> Account | None:
     q = part.queue
     if q is None:
         return None
-    reasons = []
-    if part.missing:
-        reasons.append(Reason(_LOST, ANY, ANY))
+    reasons = part.of_all()
     if q.late:
         reasons.append(Reason("the front end ended requests before the scheduler knew", less=q.late))
     if part.facts.get("sees_schedule") is False and q.left:
         reasons.append(Reason("requests were on their way to the engine core", more=q.added))
-    if str(part.facts.get("adapter") or "").startswith("v0"):
-        reasons.append(Reason(_V0, ANY, ANY))
     sides = ("requests there before and added", "finished, running and waiting")
     return part.account("requests", "requests", sides, q.before + q.added, q.finished + q.at_end, reasons)
 

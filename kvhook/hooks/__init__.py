@@ -37,7 +37,6 @@ __all__ = [
     "existed_before",
     "failed_to_build",
     "flush",
-    "is_parents",
     "is_recorded",
     "is_vllms_step",
     "note_engines_before",
@@ -46,6 +45,7 @@ __all__ = [
     "stats_turned_off",
     "step_down",
     "unknown_engines",
+    "was_recorded",
     "watch",
 ]
 
@@ -104,9 +104,9 @@ def existed_before(engine: Any) -> bool:
     return id(engine) in registry.before
 
 
-def is_parents(engine: Any) -> bool:
-    """Whether an engine was recorded in the process from which this one was forked, and not yet here."""
-    return id(engine) in registry.inherited
+def was_recorded(engine: Any) -> bool:
+    """Whether an engine, or one that it is a copy of, was recorded: here, or in the process that this one is forked from."""
+    return original_of(engine) is not None
 
 
 def failed_to_build(engine: Any) -> bool:

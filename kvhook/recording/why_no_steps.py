@@ -68,7 +68,7 @@ def not_recorded() -> str:
         return ""
     if hooks.unknown_engines():
         return f"an engine was made that kvhook does not know ({', '.join(hooks.unknown_engines())})"
-    known = (hooks.existed_before, hooks.failed_to_build, hooks.is_parents)
+    known = (hooks.existed_before, hooks.failed_to_build, hooks.was_recorded)
     alive = [e for e in hooks.engines_alive() if not any(is_so(e) for is_so in known)]
     names = ", ".join(sorted({type(e).__qualname__ for e in alive}))
     for engine in alive:

@@ -16,7 +16,7 @@ _SPARSE = LEVELS.index("sparse")
 
 #: Why a count, or a sum of counts, is not known.
 NOT_COUNTED = "outputs were counted in some steps only, to stay within max_overhead"
-NOBODY_COUNTED = "outputs came that nobody counted: the engine is driven in a way that kvhook does not know"
+NOBODY_COUNTED = "outputs came that nobody counted, neither vLLM's stats nor kvhook"
 
 
 def level_codes(steps: Table) -> npt.NDArray[np.int64]:
