@@ -74,6 +74,7 @@ BOTH_PATHS = (
     "test_no_silent_loss_processes.py",
     "test_ring_basics.py",
     "test_session.py",
+    "test_shared_parts.py",
     "test_stats_turned_off.py",
     "test_unseen_engines.py",
 )

@@ -105,7 +105,7 @@ def existed_before(engine: Any) -> bool:
 
 
 def was_recorded(engine: Any) -> bool:
-    """Whether an engine, or one that it is a copy of, was recorded here or in the process that this one is forked from."""
+    """Whether an engine, or one that it is a copy of, was recorded here or in the process that this one comes from."""
     return original_of(engine) is not None
 
 

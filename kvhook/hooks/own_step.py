@@ -169,6 +169,12 @@ class FirstOutputs:
         self.watching, self._before = False, None
         self._settled()
 
+    def end(self) -> None:
+        """Look no further, and put back what was there, whatever has been put over it."""
+        if self._overlay is not None:
+            self._overlay.take_out()
+        self.watching, self._before = False, None
+
     def _change(self, stepped: bool = False) -> StepFunctions | None:
         """From here on outputs are counted; those that were not, belong to the first record of that kind."""
         before, self._before = (self._before, None) if self.watching else (None, None)

@@ -92,7 +92,7 @@ def take_from_core(tap: Tap) -> Undo:
     take_out = replace((client, tap.adapter.core_output, method))
 
     def undo() -> None:
-        first.stop()
+        first.end()
         take_out()
 
     return undo

@@ -72,6 +72,8 @@ class Session(Owner):
         """This process was forked off: what was recorded is the parent's, and engines made here are recorded into files
         of this process. Called at the fork, so it opens no file and waits for no lock."""
         self._inherited = True
+        for monitor in self._monitors:
+            monitor.stop()  # one may be measuring in the parent's engine, of which this process has a copy
         self._forget_everything(self.options)
 
     def _forget_everything(self, options: Options) -> None:

@@ -139,6 +139,58 @@ def test_an_engine_is_left_as_it_was_where_no_request_came_to_a_processor_of_its
     assert drive(engine)[0]
 
 
+@pytest.mark.parametrize("part", ["processor", "client"])
+@pytest.mark.parametrize("stats", [False, True], ids=["stats off", "stats on"])
+@pytest.mark.parametrize("level", ["full", "light"])
+def test_a_part_is_exchanged_between_two_runs(level: str, stats: bool, part: str, make_llm: MakeLLM):
+    from vllm.v1.engine.output_processor import OutputProcessor  # type: ignore[import-not-found, unused-ignore]
+
+    class Client:
+        """Asks the engine core itself; otherwise it is vLLM's."""
+
+        def __init__(self, client: Any) -> None:
+            self.client = client
+
+        def get_output(self) -> Any:
+            return type(self.client).get_output(self.client)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.client, name)
+
+    session = kvhook.install(level=level)
+    engine = make_llm(disable_log_stats=not stats).llm_engine
+    first, done = drive(engine)
+    if part == "client":
+        engine.engine_core = Client(engine.engine_core)
+    else:  # as it was made: kvhook turned its stats on, for itself alone
+        engine.output_processor = OutputProcessor(engine.output_processor.tokenizer, log_stats=stats)
+    second, more = drive(engine)
+    steps = session.steps()
+    assert len(steps) == len(session.core_steps()) == first + second
+    assert steps["num_added_reqs"].sum() == steps["num_finished_reqs"].sum() == 2 * len(PROMPTS)
+    every = [*done, *more]
+    assert steps["num_generation_tokens"].sum() == sum(len(one.outputs[0].token_ids) for one in every)
+    assert steps["num_prompt_tokens"].sum() == sum(len(one.prompt_token_ids) for one in every)
+    assert steps["has_scheduler_stats"].all()
+    assert session.faults == {}
+    assert not [one for one in session.summary().accounts if not one.ok]
+
+
+@pytest.mark.parametrize("level", ["full", "light"])
+def test_copies_work_on_after_uninstall(level: str, make_llm: MakeLLM):
+    """vLLM's step fails where an engine makes stats and its output processor gives requests no clocks."""
+    kvhook.install(level=level)
+    engine = make_llm().llm_engine
+    first, _ = drive(engine)
+    twin, never_driven = copy.copy(engine), copy.copy(engine)
+    drive(twin)
+    kvhook.uninstall()
+    for each in (engine, twin, never_driven):
+        calls, done = drive(each)
+        assert (calls, len(done)) == (first, len(PROMPTS))
+        assert not any(one.metrics for one in done)
+
+
 def flag(engine: Any) -> None:
     engine.log_stats = False
 
