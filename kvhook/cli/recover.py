@@ -28,7 +28,7 @@ class RecoverCommand:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
-        parser.add_argument("traces", metavar="FILE.kvh", type=file_name, nargs="+", help="a trace")
+        parser.add_argument("trace", metavar="FILE.kvh", type=file_name, nargs="+", help="a trace")
         parser.add_argument("--out", type=file_name, metavar="OUT.kvh", help="write here instead; with one FILE only")
         add_dir(parser)
 
@@ -40,7 +40,7 @@ class RecoverCommand:
         from kvhook.records.whose import may_be_beside
         from kvhook.text.afterwards import short
 
-        traces = [path for given in args.traces for path in several(given) or [given]]
+        traces = [path for given in args.trace for path in several(given) or [given]]
         if args.out is not None and len(traces) > 1:
             raise KvhookError(f"--out takes one file, and these are {len(traces)}: leave it away, or name one")
         places, failed, done = directories(args.dir), 0, set[Path]()
