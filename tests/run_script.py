@@ -91,6 +91,11 @@ def install_itself(vllm: Any) -> None:
     print("its own install:", session.options.trace_path is not None and session.options.trace_path.name)
 
 
+def wait_for_file(vllm: Any) -> None:
+    while not os.path.exists(sys.argv[2]):
+        time.sleep(0.01)
+
+
 ACTS: dict[str, Callable[[Any], Any]] = {
     "nothing": lambda vllm: None,
     "exit": lambda vllm: sys.exit(3),
@@ -104,6 +109,7 @@ ACTS: dict[str, Callable[[Any], Any]] = {
     "subprocess": start_another,
     "exec": become_another,
     "install": install_itself,
+    "file": wait_for_file,
 }
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -74,6 +76,14 @@ def test_what_only_the_ring_of_a_killed_script_holds_is_added(start: Start, tmp_
     assert run.returncode == 7
     assert len(kvhook.open(tmp_path / "run.kvh").steps()) == 5
     assert "records that process" in err
+
+
+def test_the_file_for_prometheus_has_engines_that_a_shell_of_the_program_started(start: Start, tmp_path: Path):
+    command = shlex.join(script("file", "out.prom"))
+    run = start("sh", "-c", f"{command}; true", options=["--quiet", "--textfile", "out.prom"])
+    run.communicate("", timeout=60)
+    assert run.returncode == 0
+    assert re.search(r"^kvhook_steps_total{.*} 5$", (tmp_path / "out.prom").read_text(), re.MULTILINE)
 
 
 def test_a_signal_that_is_sent_to_kvhook_run_reaches_the_script_once(start: Start, tmp_path: Path):
@@ -308,8 +318,6 @@ def test_a_python_without_the_plugin_is_known(tmp_path: Path):
 
 @pytest.mark.parametrize("traces", [["a b.kvh"], ["a.kvh", "b.kvh"], [f"f/{n}.kvh" for n in range(9)]])
 def test_the_commands_that_are_proposed_exist(traces: list[str]):
-    import shlex
-
     text = next_commands(traces, ended_badly=True)
     verbs = {verb for group in VERBS.values() for verb in group}
     commands = [shlex.split(line, comments=True) for line in text.splitlines()[1:]]

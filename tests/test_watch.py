@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvhook.analysis.live import Live
 from kvhook.core_schema import LIMITS
-from kvhook.discovery.watch import Watch, descends_from, one_of
+from kvhook.discovery import ancestry
+from kvhook.discovery import watch as watch_module
+from kvhook.discovery.rings import glance
+from kvhook.discovery.watch import Wanted, Watch, descends_from, one_of
 from kvhook.text.live import advice
+from tests.conftest import ROOT
 from tests.ring.synthetic import Recording
 from tests.watched import NOW, Core, busy, watched
+
+#: From here on no process has such a number: Linux gives none above 2 ** 22.
+NOBODY = 1 << 23
 
 
 def test_figures_of_the_window_and_of_the_run_are_those_of_the_steps(tmp_path: Path):
@@ -168,9 +179,96 @@ def test_records_that_were_overwritten_are_counted(tmp_path: Path):
 
 def test_processes_can_be_chosen():
     assert one_of([])(5, 1)
-    assert [one_of([5])(*process) for process in ((5, 1), (6, 5), (7, 6))] == [True, True, False]
-    below = descends_from(5)
-    assert [below(*process) for process in ((6, 5), (7, 6), (8, 9))] == [True, True, False]
+    five, six, seven, eight, nine = range(NOBODY + 5, NOBODY + 10)
+    processes = ((five, 1), (six, five), (seven, six))
+    assert [one_of([five])(*process) for process in processes] == [True, True, False]
+    below = descends_from(five)
+    assert [below(*process) for process in ((six, five), (seven, six), (eight, nine))] == [True, True, False]
+
+
+def test_a_core_whose_ring_was_there_first_is_watched_once_it_is_known_whose_it_is(tmp_path: Path):
+    """It says which process its front end is, and only the front end's own ring says where that comes from."""
+    elsewhere, place = tmp_path / "elsewhere", tmp_path / "place"
+    elsewhere.mkdir()
+    place.mkdir()
+    recording = busy(elsewhere, parent_pid=NOBODY)
+    core = Core(recording)
+    core.step(step=0, t_end_ns=NOW - 500_000_000, num_recomputed_tokens=100)
+    core.ring.path.rename(place / core.ring.path.name)
+    watch = Watch(lambda: [place], descends_from(NOBODY), clock=iter(range(0, 1000, 10)).__next__)
+    watch.refresh()
+    assert watch.views(1.0, NOW + 1) == []
+    recording.path.rename(place / recording.path.name)
+    watch.refresh()
+    assert [view.recomputed for view in watch.views(1.0, NOW + 1)] == [100]
+    watch.close()
+
+
+def test_the_header_of_a_ring_that_is_not_wanted_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    glances: list[Path] = []
+
+    def counted(path: Path) -> Any:
+        glances.append(path)
+        return glance(path)
+
+    monkeypatch.setattr(watch_module, "glance", counted)
+    Core(Recording(tmp_path, parent_pid=NOBODY))
+    watch = Watch(lambda: [tmp_path], one_of([NOBODY + 1]), clock=iter(range(0, 1000, 10)).__next__)
+    for _ in range(5):
+        watch.refresh()
+    assert len(glances) == 2  # of the front end, and of its core
+    assert watch.views(1.0) == []
+    watch.close()
+
+
+@pytest.mark.parametrize("wanted", [descends_from, lambda pid: one_of([pid])])
+def test_a_process_between_them_that_does_not_record_does_not_hide_an_engine(
+    tmp_path: Path, wanted: Callable[[int], Wanted]
+):
+    """A shell started it. What was found stays found when the shell has gone, also for what the engine starts then."""
+    code = (
+        "import sys; from pathlib import Path; from tests.ring.synthetic import Recording;"
+        "made = Recording(Path(sys.argv[1])).run(3); print('ready', flush=True); sys.stdin.readline()"
+    )
+    shell = subprocess.Popen(
+        ["sh", "-c", '"$@"; true', "sh", sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert shell.stdin is not None
+    assert shell.stdout is not None
+    try:
+        assert shell.stdout.readline() == "ready\n"
+        family, strangers = wanted(os.getpid()), wanted(NOBODY)
+        assert [len(watched(tmp_path, wanted=one)) for one in (family, strangers)] == [1, 0]
+        (ring,) = tmp_path.glob("*.ring")
+        engine = int(ring.name.split("-")[0])
+        shell.kill()
+        shell.wait()
+        assert family(NOBODY + 1, engine)
+    finally:
+        shell.kill()
+        shell.communicate("\n", timeout=60)
+
+
+def test_the_number_of_a_process_that_has_ended_may_be_another_one_s(monkeypatch: pytest.MonkeyPatch):
+    starts = {NOBODY: 1, NOBODY + 1: 2}
+    monkeypatch.setattr(ancestry, "process_start", lambda pid: starts.get(pid, 0))
+    family = ancestry.Family([NOBODY])
+    assert family.has(NOBODY + 1, NOBODY)
+    del starts[NOBODY]
+    assert family.has(NOBODY + 1, 1)
+    assert family.has(NOBODY + 2, NOBODY + 1)
+    starts[NOBODY + 1] = 3
+    assert not family.has(NOBODY + 1, 1)
+    assert not family.has(NOBODY + 3, NOBODY + 1)
+
+
+def test_a_number_in_another_container_is_another_process():
+    assert not descends_from(5)(6, 5, True)
+    assert [one_of([5])(*process, True) for process in ((5, 1), (6, 5), (7, 6))] == [True, True, False]
 
 
 def test_memory_is_bounded(tmp_path: Path):

@@ -8,7 +8,7 @@ from typing import Any
 from kvhook.analysis.live import View
 from kvhook.core.writer import core_layout
 from kvhook.core_schema import CORE_KINDS
-from kvhook.discovery.watch import Watch
+from kvhook.discovery.watch import Wanted, Watch, everybody
 from kvhook.ring.place import pid_namespace
 from kvhook.ring.writer import RingWriter
 from kvhook.schema import blank
@@ -33,8 +33,8 @@ class Core:
         self.n = self.ring.publish(self.n, core_layout().struct_of("core_step").pack(self.n, code, 0, *cells))
 
 
-def watched(folder: Path, window: float = 10.0, now_ns: int | None = None) -> list[View]:
-    watch = Watch(lambda: [folder])
+def watched(folder: Path, window: float = 10.0, now_ns: int | None = None, wanted: Wanted = everybody) -> list[View]:
+    watch = Watch(lambda: [folder], wanted)
     watch.refresh()
     views = watch.views(window, now_ns)
     watch.close()

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 class TopCommand:
     """Show what the engines on this machine do, live.
 
-    Of every engine that is being recorded, or of the processes PID and their children: how full the KV cache is, who
-    runs and waits, tokens per second, the hit rate, latencies of the last seconds, what limits the batch. It only reads
-    the rings, and costs the engines nothing. The screen needs textual: pip install "kvhook[top]"; --once does not.
+    Of every engine that is being recorded, or of the processes PID and all that they started: how full the KV cache is,
+    who runs and waits, tokens per second, the hit rate, latencies of the last seconds, what limits the batch. It only
+    reads the rings, and costs the engines nothing. The screen needs textual: pip install "kvhook[top]"; --once does
+    not.
 
     Example:
       $ kvhook top --once
@@ -35,7 +36,9 @@ class TopCommand:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
-        parser.add_argument("pids", metavar="PID", nargs="*", type=int, help="only these processes and their children")
+        parser.add_argument(
+            "pids", metavar="PID", nargs="*", type=int, help="only these processes and what they started"
+        )
         parser.add_argument("--once", action="store_true", help="print what there is, and end")
         parser.add_argument("--ascii", action="store_true", help="draw with plain characters")
         add_dir(parser)

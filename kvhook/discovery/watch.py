@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kvhook.analysis.live import COLUMNS, Live, View
-from kvhook.discovery.rings import ALIVE, glance
+from kvhook.discovery.ancestry import Family
+from kvhook.discovery.rings import ALIVE, Ring, glance
 from kvhook.errors import KvhookError
 from kvhook.records.core import CoreRecords
 from kvhook.records.events import open_scope
 from kvhook.records.sources import ArraySlots
 from kvhook.ring.directory import ring_files
 from kvhook.ring.notes import read_notes
-from kvhook.ring.reader import RingReader
+from kvhook.ring.reader import RingReader, writer_alive
 from kvhook.schema import VALUE_SERIES
 from kvhook.trace import from_slots
 
@@ -31,6 +32,24 @@ LOOK_EVERY = 0.5
 _MOST = 8192
 
 
+class Wanted(Protocol):
+    """Tells whether a process is to be watched."""
+
+    def __call__(self, process: int, parent: int, elsewhere: bool = False, /) -> bool:
+        """Whether it is.
+
+        Args:
+            process: its number.
+            parent: who its parent was when it began, as its ring says.
+            elsewhere: it is in another container, where these numbers mean other processes than here.
+        """
+
+
+def everybody(process: int, parent: int, elsewhere: bool = False, /) -> bool:
+    """Every process is wanted."""
+    return True
+
+
 class Watch:
     """Every engine that works, and those that have ended while they were watched.
 
@@ -43,7 +62,7 @@ class Watch:
     def __init__(
         self,
         places: Callable[[], Iterable[Path]],
-        wanted: Callable[[int, int], bool] = lambda pid, parent: True,
+        wanted: Wanted = everybody,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._places, self._wanted, self._clock = places, wanted, clock
@@ -53,6 +72,8 @@ class Watch:
         self._front_ends: dict[Path, Live] = {}
         self._ended: list[Live] = []
         self._seen: set[Path] = set()
+        #: rings of processes that work and are not wanted, as far as is known
+        self._others: dict[Path, tuple[Ring, Header]] = {}
 
     def refresh(self) -> None:
         """Take in what has come since the last call. What cannot be read is left out; nothing is raised."""
@@ -98,19 +119,31 @@ class Watch:
         new = [path for path in ring_files(self._places(), ("", "core")) if path not in self._seen]
         looks = [(ring, header) for ring, header in map(glance, new) if header is not None]  # None: just being made
         for ring, header in sorted(looks, key=lambda look: (look[1].realtime_ns, look[0].path)):
-            path = ring.path
-            self._seen.add(path)
-            parent = int(header.meta.get("parent" if ring.stream else "parent_pid") or 0)
-            if ring.state != ALIVE or not self._wanted(ring.pid, parent):
-                continue
-            try:
-                reader = RingReader(path)
-            except (KvhookError, OSError):
-                continue
-            if ring.stream:
-                self._cores[path] = reader
-            else:
-                self._engines[path] = reader, Live(ring.pid, header.meta)
+            self._seen.add(ring.path)
+            if ring.state == ALIVE:
+                self._others[ring.path] = ring, header
+        # One that is wanted may tell that another is, too: a core's ring is made before its engine's. So the others are
+        # asked about again whenever there is news, with what their headers said when they were read.
+        more = bool(looks)
+        while more:
+            more = False
+            for path, (ring, header) in list(self._others.items()):
+                if not writer_alive(header):
+                    del self._others[path]
+                elif self._wanted(ring.pid, _parent_of(ring, header), ring.elsewhere):
+                    del self._others[path]
+                    self._open(ring, header)
+                    more = True
+
+    def _open(self, ring: Ring, header: Header) -> None:
+        try:
+            reader = RingReader(ring.path)
+        except (KvhookError, OSError):
+            return
+        if ring.stream:
+            self._cores[ring.path] = reader
+        else:
+            self._engines[ring.path] = reader, Live(ring.pid, header.meta)
 
     def _take(self, reader: RingReader, live: Live, *, final: bool) -> None:
         while True:
@@ -153,8 +186,9 @@ class Watch:
         ranks = {facts.get("engine_index"): live for facts, live in fronts}
         if None not in ranks and len(ranks) == len(fronts) > 1:
             return ranks.get(header.meta.get("data_parallel_rank"))
-        cores = [p for p, reader in self._cores.items() if _process_of(reader.header) == whose]
-        place = cores.index(path)
+        headers = [(reader.header, p) for p, reader in self._cores.items()]
+        cores = sorted((one.realtime_ns, p) for one, p in headers if _process_of(one) == whose)
+        place = cores.index((header.realtime_ns, path))
         return fronts[place][1] if place < len(fronts) else None
 
 
@@ -164,22 +198,31 @@ def _process_of(core: Header) -> int:
     return core.pid if here else int(core.meta.get("parent") or 0)
 
 
-def descends_from(pid: int) -> Callable[[int, int], bool]:
-    """Whether a process is this one, or one that it has started, told by process and parent."""
-    known = {pid}
+def _parent_of(ring: Ring, header: Header) -> int:
+    """The parent of the process that a ring is of; for an engine core that is the process of its front end."""
+    return int(header.meta.get("parent" if ring.stream else "parent_pid") or 0)
 
-    def wanted(process: int, parent: int) -> bool:
-        if process in known or parent in known:
-            known.add(process)
-            return True
-        return False
+
+def descends_from(pid: int) -> Wanted:
+    """Whether a process is this one, or one that it has started, directly or not."""
+    family = Family([pid])
+
+    def wanted(process: int, parent: int, elsewhere: bool = False, /) -> bool:
+        return not elsewhere and family.has(process, parent)
 
     return wanted
 
 
-def one_of(pids: Sequence[int]) -> Callable[[int, int], bool]:
-    """Whether a process is one of these; all are if there are none."""
-    return lambda process, parent: not pids or process in pids or parent in pids
+def one_of(pids: Sequence[int]) -> Wanted:
+    """Whether a process is one of these, or one that they have started; all are if there are none."""
+    family = Family(pids)
+
+    def wanted(process: int, parent: int, elsewhere: bool = False, /) -> bool:
+        if elsewhere:
+            return process in pids or parent in pids
+        return family.has(process, parent)
+
+    return wanted if pids else everybody
 
 
 def _single(values: tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]:

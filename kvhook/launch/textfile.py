@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kvhook.discovery.watch import Watch
+from kvhook.discovery.watch import Wanted, Watch
 from kvhook.files import check_replaceable
 from kvhook.streams import say
 from kvhook.text.prometheus import as_text
@@ -28,9 +28,7 @@ class Textfile:
         wanted: whether a process is one of the program's.
     """
 
-    def __init__(
-        self, path: Path, places: Callable[[], Iterable[Path]], wanted: Callable[[int, int], bool], every: float = EVERY
-    ) -> None:
+    def __init__(self, path: Path, places: Callable[[], Iterable[Path]], wanted: Wanted, every: float = EVERY) -> None:
         self._path, self._every = path, every
         self._watch = Watch(places, wanted)
         self._written = time.monotonic()

@@ -13,6 +13,7 @@ import re
 import stat
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from kvhook.errors import RingDirectoryError
 
@@ -167,7 +168,12 @@ def process_start(pid: int) -> int:
 
     0 where there is no ``/proc``, and where there is no such process.
     """
-    return _process_stat(pid)[1]
+    return _process_stat(pid).start
+
+
+def process_parent(pid: int) -> int:
+    """The parent of a process at this moment; 0 where there is no ``/proc``, and where there is no such process."""
+    return _process_stat(pid).parent
 
 
 def is_alive(pid: int, start: int) -> bool:
@@ -181,7 +187,7 @@ def is_alive(pid: int, start: int) -> bool:
         return False
     except PermissionError:
         pass  # there is such a process, of another user
-    state, now = _process_stat(pid)
+    state, _, now = _process_stat(pid)
     return state not in ("Z", "X") and (not (start and now) or start == now)
 
 
@@ -194,15 +200,23 @@ def pid_namespace() -> int:
         return 0
 
 
-def _process_stat(pid: int) -> tuple[str, int]:
-    """State letter and start time of a process; ("", 0) if they cannot be known."""
+class _Stat(NamedTuple):
+    """What the system tells of a process: the letter of its state, its parent, its start time."""
+
+    state: str
+    parent: int
+    start: int
+
+
+def _process_stat(pid: int) -> _Stat:
+    """What the system tells of a process; ("", 0, 0) if that cannot be known."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as f:
-            # fields 3 and 22; the name in field 2 may hold spaces, so count from behind its closing parenthesis
+            # fields 3, 4 and 22; the name in field 2 may hold spaces, so count from behind its closing parenthesis
             fields = f.read().rpartition(b")")[2].split()
-            return fields[0].decode(), int(fields[19])
+            return _Stat(fields[0].decode(), int(fields[1]), int(fields[19]))
     except (OSError, ValueError, IndexError):
-        return "", 0
+        return _Stat("", 0, 0)
 
 
 def try_out(place: Path, need_bytes: int = 0) -> None:
