@@ -1,4 +1,7 @@
-"""What an engine does at this moment: the last seconds of its steps, and sums since they were first looked at.
+"""What an engine does at this moment: the last seconds of its steps, and sums since its first step.
+
+A ring holds the newest records only. Where the steps before those are not known, sums are of the steps that are, and it
+is told since when they count.
 
 `Live` is fed with tables of steps as they come and gives a `View`, plain numbers that are only rendered elsewhere.
 """
@@ -6,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter
 
 import numpy as np
@@ -22,8 +26,12 @@ Floats = npt.NDArray[np.float64]
 HISTORY, HISTORY_STEP_NS = 240, 1_000_000_000
 #: The longest window, in nanoseconds, and the most steps that are kept for it.
 LONGEST_NS, MOST_STEPS = 60_000_000_000, 1 << 16
+#: Rates are of so many seconds at least: one step of a few milliseconds makes no rate.
+LEAST_NS = 1_000_000_000
 #: The last steps whose cost is looked at.
 COST_STEPS = 2000
+#: The states of an engine that has ended.
+ENDED = ("closed", "dead")
 #: What is needed of a step of the front end, as far as a vLLM has it.
 COLUMNS = (
     *("step", "t_start_ns", "t_end_ns", "has_scheduler_stats", "kvhook_ns", "kv_cache_usage"),
@@ -37,8 +45,8 @@ COLUMNS = (
 class View:
     """One engine in numbers. None, or an empty list, is what is not known.
 
-    Figures of the window are about its last seconds; ``run`` is since the first step that was seen, the oldest in the
-    ring when it was opened.
+    Figures of the window are about its last seconds, those of an engine that has ended about its last window. Rates
+    are of the part of the window whose steps are known. ``run`` is since its first step, or since `since`.
     """
 
     pid: int
@@ -66,6 +74,11 @@ class View:
     preempted_run: int | None = None
     finished_run: int | None = None
     aborted_run: int | None = None
+    #: seconds since 1970 of the step from which on ``run`` counts, where steps before it were not seen: the ring held
+    #: them no more. None: from the first step on
+    since: float | None = None
+    #: requests that have finished since its first step, whether these steps were seen or not
+    finished_all: int | None = None
 
     prefill_rate: float | None = None
     decode_rate: float | None = None
@@ -113,6 +126,10 @@ class Live:
         self._history: dict[int, float] = {}
         self._last_ns = 0
         self._number = -1
+        #: when the step began from which on sums count, if there were steps before it that were not seen
+        self._since_ns: int | None = None
+        #: requests that had finished before; None if that is not known
+        self._finished_before: int | None = 0
         self.engine = _int(facts.get("engine")) or 0
         self.state = "alive"
         #: the scope that goes on, see `View.scope`
@@ -122,19 +139,30 @@ class Live:
         self.event: tuple[int, int] | None = None
         self.rest: tuple[int, int] | None = None
 
-    def take(self, steps: Table, latencies: dict[str, Floats]) -> None:
-        """Take in steps of the front end, and the single latencies that came with them."""
+    @property
+    def lacks_requests(self) -> bool:
+        """Whether the numbers of finished requests would tell more, see `take`."""
+        return self._finished_before is None or self._number < 0
+
+    def take(self, steps: Table, latencies: dict[str, Floats], requests: Table | None = None) -> None:
+        """Take in steps of the front end, and the single latencies and the finished requests that came with them."""
         if not len(steps):
             return
-        self._steps.take(steps)
+        gaps = np.flatnonzero(np.diff(steps["step"], prepend=self._number) != 1)
+        if len(gaps):  # sums are of steps without one that was not seen
+            self._begin_anew(int(steps["t_start_ns"][gaps[-1]]))
+        whole = steps[gaps[-1] :] if len(gaps) else steps
+        self._steps.take(whole)
         self._last_ns, self._number = int(steps["t_end_ns"][-1]), int(steps["step"][-1])
+        if self._finished_before is None and requests is not None:
+            self._finished_before = self._before(whole, requests)
         for series, values in latencies.items():
             kept = self._latencies.setdefault(series, [])
             kept.append((self._last_ns, values))
             while kept[0][0] < self._last_ns - LONGEST_NS:
                 kept.pop(0)
-        if are_counted(steps):
-            self._queues.take_steps(of_table(steps, np.ones(len(steps), np.bool_)))
+        if are_counted(whole):
+            self._queues.take_steps(of_table(whole, np.ones(len(whole), np.bool_)))
         known = with_stats(steps)
         if len(known):
             self._known = known[-1:].copy()
@@ -143,6 +171,29 @@ class Live:
             self._history[second] = max(self._history.get(second, 0.0), usage)
         for second in sorted(self._history)[:-HISTORY]:
             del self._history[second]
+
+    def _begin_anew(self, start_ns: int) -> None:
+        self._since_ns, self._finished_before = start_ns, None
+        self._steps.restart()
+        self._queues = Queues()
+
+    def _before(self, steps: Table, requests: Table) -> int | None:
+        """How many requests had finished before the steps that are counted. Requests are numbered as they finish.
+
+        None if that is not known: no request finished, or some have no record.
+
+        Args:
+            steps: the last steps.
+            requests: those that finished in them.
+        """
+        # what the ring holds may begin among the requests of a step
+        first, last = int(steps["step"][0]), int(steps["step"][-1])
+        inside = requests[(requests["step"] > first) & (requests["step"] <= last)]
+        finished = self._steps.run("num_finished_reqs")
+        if not len(inside) or finished is None or total(steps[1:], "num_finished_reqs") != len(inside):
+            return None
+        before = int(inside["request"][-1]) + 1 - finished
+        return before if before >= 0 else None
 
     def take_core(self, steps: Table) -> None:
         """Take in steps of its engine core."""
@@ -156,7 +207,8 @@ class Live:
             window: seconds that are looked back on.
         """
         facts = self._facts
-        begin = now_ns - int(window * 1e9)
+        end = self._last_ns if self.state in ENDED and self._last_ns else now_ns
+        begin = end - int(window * 1e9)
         view = View(
             pid=self.pid,
             engine=self.engine,
@@ -176,7 +228,10 @@ class Live:
         steps = self._steps.since(begin)
         if steps is None:
             return view
-        more = self._state() | self._sums() | _of_window(steps, window) | self._of_core(begin)
+        covered = max(LEAST_NS, end - max(begin, self._steps.whole_from_ns)) / 1e9
+        more = self._state() | self._sums() | _of_window(steps, min(window, covered)) | self._of_core(begin)
+        if self._since_ns is not None:
+            more["since"] = time.time() - (time.monotonic_ns() - self._since_ns) / 1e9
         more |= {name: _two(self._values(series, begin)) for name, series in _SERIES.items()}
         more |= self._cost()
         return dataclasses.replace(view, **more)  # type: ignore[arg-type]
@@ -207,10 +262,12 @@ class Live:
 
     def _sums(self) -> dict[str, object]:
         queries, hits = self._steps.run("prefix_cache_queries"), self._steps.run("prefix_cache_hits")
+        finished, before = self._steps.run("num_finished_reqs"), self._finished_before
         return {
             "hit_rate_run": hits / queries if queries and hits is not None else None,
             "preempted_run": self._steps.run("num_preempted_reqs"),
-            "finished_run": self._steps.run("num_finished_reqs"),
+            "finished_run": finished,
+            "finished_all": finished + before if finished is not None and before is not None else None,
             "aborted_run": self._steps.run("num_aborted_reqs"),
         }
 
@@ -264,8 +321,8 @@ class Live:
 _SERIES = {"ttft": "time_to_first_token", "itl": "inter_token_latency"}
 
 
-def _of_window(steps: Table, window: float) -> dict[str, object]:
-    """Rates and times of the window's steps."""
+def _of_window(steps: Table, over: float) -> dict[str, object]:
+    """Rates and times of the window's steps, which are those of so many seconds."""
     if not len(steps):
         return {"prefill_rate": 0.0, "decode_rate": 0.0, "steps_rate": 0.0, "preempted": 0}
     queries, hits = total(steps, "prefix_cache_queries"), total(steps, "prefix_cache_hits")
@@ -274,9 +331,9 @@ def _of_window(steps: Table, window: float) -> dict[str, object]:
     decode = total(steps, "num_generation_tokens")
     timed = steps[has_times(steps)]
     return {
-        "prefill_rate": None if prefill is None else prefill / window,
-        "decode_rate": None if decode is None else decode / window,
-        "steps_rate": len(steps) / window,
+        "prefill_rate": None if prefill is None else prefill / over,
+        "decode_rate": None if decode is None else decode / over,
+        "steps_rate": len(steps) / over,
         "hit_rate": hits / queries if queries and hits is not None else None,
         "preempted": total(steps, "num_preempted_reqs"),
         "step_time": _two((timed["t_end_ns"] - timed["t_start_ns"]) / 1e9),

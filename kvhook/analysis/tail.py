@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 
-from kvhook.records.columns import Table, total
+from kvhook.records.columns import Table, has, total
 
 #: Rows of the buffer at first; it doubles.
 _ROOM = 256
@@ -30,6 +30,8 @@ class Tail:
         #: for each row: the latest end of a step so far, which never goes back as clocks of several threads may
         self._ends: npt.NDArray[np.int64] = np.empty(0, np.int64)
         self._begin = self._end = 0
+        #: every step that ended after this moment and came is here, or is older than `longest_ns`
+        self.whole_from_ns = 0
         self.totals: Counter[str] = Counter()
         self.known: set[str] = set()
 
@@ -44,7 +46,11 @@ class Tail:
             if (more := total(steps, name)) is not None:
                 self.totals[name] += more
                 self.known.add(name)
-        steps = steps[-self._most :]
+        if not len(self):
+            self.whole_from_ns = int(steps["t_start_ns" if has(steps, "t_start_ns") else "t_end_ns"][0])
+        if len(steps) > self._most:
+            self.whole_from_ns = int(steps["t_end_ns"][-self._most - 1])
+            steps = steps[-self._most :]
         rows = self._make_room(steps)
         last = int(self._ends[self._end - 1]) if len(self) else 0
         here = slice(self._end, self._end + len(steps))
@@ -52,6 +58,12 @@ class Tail:
         self._ends[here] = np.maximum(np.maximum.accumulate(steps["t_end_ns"]), last)
         self._end += len(steps)
         self._forget()
+
+    def restart(self) -> None:
+        """Forget all steps and their sums."""
+        self._begin = self._end
+        self.whole_from_ns = 0
+        self.totals.clear()
 
     def since(self, begin_ns: int) -> Table | None:
         """The steps that ended after that moment; None before the first step."""
@@ -85,4 +97,7 @@ class Tail:
         """Leave out what is too old; its rows are used again when the array is full."""
         ends = self._ends[self._begin : self._end]
         old = int(np.searchsorted(ends, ends[-1] - self._longest_ns, side="right"))
-        self._begin += max(old, len(self) - self._most)
+        many = len(self) - self._most
+        if many > old:
+            self.whole_from_ns = int(ends[many - 1])
+        self._begin += max(old, many)

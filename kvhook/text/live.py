@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from kvhook.analysis.live import View
@@ -40,7 +41,8 @@ HELP = (
     "",
     "The bar: used blocks, blocks that only the prefix cache still needs, empty blocks.",
     "The history: the highest usage of each second in which there were steps.",
-    "This run: since the oldest step that the ring held when this screen began.",
+    "This run: since its first step. A ring holds only the newest steps: where older",
+    "ones were not seen, it says since when it counts, and rates are of that time.",
 )
 _DETAIL = 12
 _MARKS = {False: ("█", "▒", "·", "▁▂▃▄▅▆▇█"), True: ("#", "=", ".", "_.-=*#%@")}
@@ -114,11 +116,10 @@ def _detail(v: View, width: int, ascii_only: bool, rows: int, note: str) -> Iter
     for n, line in enumerate(_history(v.history, width - 13, rows, ascii_only)):
         yield f"{'' if n else 'history':<12}{line}"
     yield f"requests    {_n(v.running)} running, {_n(v.waiting)} waiting, {_n(v.preempted)} preempted"
-    finished = f"{_n(v.finished_run)} finished, {_n(v.aborted_run)} aborted, {_n(v.preempted_run)} preempted"
-    yield f"this run    {finished}{f'; in scope {v.scope}' if v.scope else ''}"
+    yield f"this run    {_sums(v)}{f'; in scope {v.scope}' if v.scope else ''}"
     yield (
         f"tokens/s    {_rate(v.prefill_rate)} prefill, {_rate(v.decode_rate)} decode;"
-        f" hit rate {percent(v.hit_rate)}, run {percent(v.hit_rate_run)}"
+        f" hit rate {percent(v.hit_rate)}, {'run' if v.since is None else 'since then'} {percent(v.hit_rate_run)}"
     )
     yield f"latency     TTFT {_two(v.ttft)}; ITL {_two(v.itl)} (p50, p99)"
     yield f"steps       {v.steps:,}; {_rate(v.steps_rate)}/s, {_two(v.step_time)} (p50, p99)"
@@ -130,6 +131,23 @@ def _detail(v: View, width: int, ascii_only: bool, rows: int, note: str) -> Iter
         "not measured yet" if v.cost is None else f"{seconds(v.cost)} a step, {percent(v.cost_share, 2)} of their time"
     )
     yield f"kvhook      {cost}; {v.lost:,} records missed here"
+
+
+def _sums(v: View) -> str:
+    """What is known of the whole run; where steps were not seen, the rest with the time since when it counts."""
+    finished = f"{_n(v.finished_run)} finished"
+    others = f"{_n(v.aborted_run)} aborted, {_n(v.preempted_run)} preempted"
+    if v.since is None:
+        return f"{finished}, {others}"
+    if v.finished_all is not None:
+        return f"{_n(v.finished_all)} finished; {_since(v.since)}: {others}"
+    return f"{_since(v.since)}: {finished}, {others}"
+
+
+def _since(moment: float) -> str:
+    """Since when, with the day unless that is today."""
+    then, now = time.localtime(moment), time.localtime()
+    return time.strftime("since %H:%M:%S" if then[:3] == now[:3] else "since %m-%d %H:%M", then)
 
 
 def advice(v: View) -> str:

@@ -31,7 +31,7 @@ METRICS: dict[str, tuple[str, str, Callable[[View], Values]]] = {
     "kvhook_batch_limited_ratio": ("gauge", "Share of the last steps that this kept from doing more", _limits),
     "kvhook_prefix_cache_hit_ratio": (
         "gauge",
-        "Prefix cache hits of this run, by tokens",
+        "Prefix cache hits of this run, by tokens; if records were missed, since then",
         lambda v: _one(v.hit_rate_run),
     ),
     "kvhook_recomputed_tokens": (
@@ -40,7 +40,11 @@ METRICS: dict[str, tuple[str, str, Callable[[View], Values]]] = {
         lambda v: _one(v.recomputed),
     ),
     "kvhook_evicted_blocks": ("gauge", "Cached blocks given up in the window", lambda v: _one(v.evicted)),
-    "kvhook_aborted_requests_total": ("counter", "Requests that were aborted", lambda v: _one(v.aborted_run)),
+    "kvhook_aborted_requests_total": (
+        "counter",
+        "Requests that were aborted; from 0 again if records were missed",
+        lambda v: _one(v.aborted_run),
+    ),
     "kvhook_step_seconds_p50": (
         "gauge",
         "Step time in the window, median",
