@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvhook.cli.common import add_dir
@@ -48,27 +50,60 @@ class TopCommand:
         from kvhook.discovery.watch import Watch, one_of
         from kvhook.ring.directory import directories
         from kvhook.text.bar import shows_blocks
-        from kvhook.text.live import detail, screen
 
         watch = Watch(lambda: directories(args.dir), one_of(args.pids))
         ascii_only = args.ascii or not shows_blocks()
+
+        def nothing() -> list[str]:
+            return _why_nothing(watch, args.pids, args.dir)
+
         try:
             watch.refresh()
             if args.once:
-                views, width = watch.views(10.0), max(80, shutil.get_terminal_size().columns)
-                for line in screen(views, 0, width, 40 + len(views), ascii_only=ascii_only):
-                    print(line)
-                for view in views[1:]:
-                    print(*detail(view, width, ascii_only=ascii_only), sep="\n")
+                _print(watch, ascii_only, nothing)
                 return 0
-            if not sys.stdout.isatty():
-                raise KvhookError("this is no terminal; --once prints what there is, kvhook tail a line per step")
-            return _show(watch, ascii_only)
+            for stream, name in ((sys.stdout, "this"), (sys.__stdin__, "standard input")):
+                if stream is None or not stream.isatty():
+                    raise KvhookError(
+                        f"{name} is no terminal; --once prints what there is, kvhook tail a line per step"
+                    )
+            if sys.__stderr__ is None or not sys.__stderr__.isatty():
+                _print(watch, ascii_only, nothing)  # a message would go where nobody looks
+                print("\nThis was printed once: the live screen is drawn on standard error, which is no terminal here.")
+                return 0
+            return _show(watch, ascii_only, nothing)
         finally:
             watch.close()
 
 
-def _show(watch: Watch, ascii_only: bool) -> int:
+def _print(watch: Watch, ascii_only: bool, nothing: Callable[[], list[str]]) -> None:
+    """What there is, once."""
+    from kvhook.text.live import detail, screen
+
+    views, width = watch.views(10.0), max(80, shutil.get_terminal_size().columns)
+    lines = screen(views, 0, width, 40 + len(views), ascii_only=ascii_only) if views else nothing()
+    print(*lines, sep="\n")
+    for view in views[1:]:
+        print(*detail(view, width, ascii_only=ascii_only), sep="\n")
+
+
+def _why_nothing(watch: Watch, pids: Sequence[int], folder: Path | None) -> list[str]:
+    """What is said if no engine is shown: what was asked for, and what there is."""
+    from kvhook.discovery.rings import ALIVE, glance
+    from kvhook.ring.directory import directories, ring_files
+    from kvhook.ring.place import process_start
+    from kvhook.text.live import no_engine
+
+    others = set(watch.others)
+    if folder:
+        elsewhere = [ring for ring, header in map(glance, ring_files(directories())) if header is not None]
+        others |= {ring.pid for ring in elsewhere if ring.state == ALIVE}
+    gone = [pid for pid in pids if os.path.isdir("/proc/self") and not process_start(pid)]
+    there = folder is None or Path(folder).is_dir()
+    return no_engine(pids, gone, "" if folder is None else str(folder), sorted(others), there)
+
+
+def _show(watch: Watch, ascii_only: bool, nothing: Callable[[], list[str]]) -> int:
     if os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
         os.environ.setdefault("NO_COLOR", "1")  # textual looks at it when it is imported
     try:
@@ -83,7 +118,11 @@ def _show(watch: Watch, ascii_only: bool) -> int:
             watch.refresh()
             return watch.views(window)
 
-    Top(look, ascii_only=ascii_only).run()
+    def why() -> list[str]:
+        with turn:
+            return nothing()
+
+    Top(look, ascii_only=ascii_only, nothing=why).run()
     for view in look(10.0):
         if view.state in ("closed", "dead"):
             print(f"process {view.pid}, engine {view.engine}: {view.state} after {view.steps:,} steps")

@@ -108,6 +108,11 @@ class Watch:
         """Whether any engine works."""
         return bool(self._engines)
 
+    @property
+    def others(self) -> list[int]:
+        """The processes with engines that work and are not watched."""
+        return sorted({ring.pid for ring, header in self._others.values() if not ring.stream and writer_alive(header)})
+
     def close(self) -> None:
         """Let go of the rings."""
         for reader in (*(reader for reader, _ in self._engines.values()), *self._cores.values()):

@@ -39,7 +39,7 @@ HELP = (
     "h, ?         this help",
     "q            quit",
     "",
-    "The bar: used blocks, blocks that only the prefix cache still needs, empty blocks.",
+    "The bar: used blocks, those that only the prefix cache still needs, empty ones.",
     "The history: the highest usage of each second in which there were steps.",
     "This run: since its first step. A ring holds only the newest steps: where older",
     "ones were not seen, it says since when it counts, and rates are of that time.",
@@ -60,6 +60,7 @@ def screen(
     *,
     heading: str = "",
     ascii_only: bool = False,
+    nothing: Sequence[str] = (),
 ) -> list[str]:
     """The whole screen: lines of at most `width` characters, at most `height` of them.
 
@@ -68,11 +69,11 @@ def screen(
         selected: which of them is shown in detail.
         heading: the first line.
         ascii_only: draw without block characters.
+        nothing: what is said if there is no engine, see `no_engine`.
     """
     lines = [heading] if heading else []
     if not views:
-        lines += ["", "No engine is being recorded on this machine yet.", "This screen shows the first one that is:"]
-        lines += ["", "  kvhook run -- python script.py", "  or kvhook.install() in the script, before LLM(...)"]
+        lines += ["", *(nothing or no_engine())]
         return [line[:width] for line in lines[:height]]
     selected = min(max(selected, 0), len(views) - 1)
     room = max(1, height - len(lines) - 1 - _DETAIL)
@@ -87,6 +88,40 @@ def screen(
     spare = height - len(lines) - _DETAIL
     lines += detail(views[selected], width, ascii_only=ascii_only, rows=1 + max(0, spare), note=part)
     return [line[:width].rstrip() for line in lines[:height]]
+
+
+def no_engine(
+    pids: Sequence[int] = (), gone: Sequence[int] = (), folder: str = "", others: Sequence[int] = (), there: bool = True
+) -> list[str]:
+    """Why no engine is shown, and what there is.
+
+    Args:
+        pids: the processes that were asked for; all were if there are none.
+        gone: those of them that do not run.
+        folder: the directory of rings that was asked for.
+        others: processes that were not asked for and are being recorded.
+        there: whether that directory exists.
+    """
+    lines = []
+    if pids:
+        several = len(pids) > 1
+        whose = f"process{'es' * several} {_list(pids)}, or of what {'they' if several else 'it'} started,"
+        lines.append(f"No engine of {whose} is being recorded.")
+        if gone:
+            lines.append(f"There is no process {_list(gone)}.")
+    if folder:
+        lines.append(f"There {'are no rings of engines that work in' if there else 'is no directory'} {folder}")
+    if others:
+        lines += ["", f"Other processes are being recorded: {_list(others)}", "  kvhook ls tells more of them"]
+        lines.append(f"  kvhook top {'without PID ' * bool(pids)}{'without --dir ' * bool(folder)}shows them")
+        return lines
+    lines += [] if lines else ["No engine is being recorded on this machine yet."]
+    lines += ["This screen shows the first one that is:"]
+    return [*lines, "", "  kvhook run -- python script.py", "  or kvhook.install() in the script, before LLM(...)"]
+
+
+def _list(pids: Sequence[int]) -> str:
+    return ", ".join(map(str, pids[:8])) + f" and {len(pids) - 8} more" * (len(pids) > 8)
 
 
 def detail(view: View, width: int, *, ascii_only: bool = False, rows: int = 1, note: str = "") -> list[str]:

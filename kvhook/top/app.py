@@ -14,7 +14,7 @@ from textual.events import Resize
 from textual.widgets import Footer, Static
 
 from kvhook.analysis.live import View
-from kvhook.text.live import HELP, SORTS, screen
+from kvhook.text.live import HELP, SORTS, no_engine, screen
 from kvhook.top.colours import coloured
 
 #: Seconds of the window that can be chosen.
@@ -31,6 +31,7 @@ class Top(App[None]):
             thread, once at a time.
         ascii_only: draw without block characters.
         every: seconds between two looks.
+        nothing: what is said if `look` gives no engine. It is called in that thread, too.
     """
 
     TITLE = "kvhook top"
@@ -53,9 +54,17 @@ class Top(App[None]):
         Binding("escape", "help(False)", show=False),
     ]
 
-    def __init__(self, look: Callable[[float], list[View]], *, ascii_only: bool = False, every: float = EVERY) -> None:
+    def __init__(
+        self,
+        look: Callable[[float], list[View]],
+        *,
+        ascii_only: bool = False,
+        every: float = EVERY,
+        nothing: Callable[[], list[str]] = no_engine,
+    ) -> None:
         super().__init__(ansi_color=True)
         self._look, self._ascii_only, self._every = look, ascii_only, every
+        self._why_nothing, self._nothing = nothing, [""]
         self._text: Static | None = None
         self._room = 80, 24
         self._order: list[tuple[int, int]] = []
@@ -95,6 +104,8 @@ class Top(App[None]):
 
     def _look_there(self) -> None:
         views = self._look(WINDOWS[self.window])  # also while paused: the ring does not wait
+        if not views:
+            self._nothing = self._why_nothing()
         with contextlib.suppress(RuntimeError):  # the screen has been closed meanwhile
             self.call_from_thread(self._looked, views)
 
@@ -117,11 +128,16 @@ class Top(App[None]):
         many = f"{len(views)} engine{'' if len(views) == 1 else 's'}"
         heading = f"kvhook top   {time.strftime('%H:%M:%S')}   {many}   last {WINDOWS[self.window]:g} s"
         heading += f"   sorted by {names[self.sort]}" * (len(views) > 1) + "   PAUSED" * self.paused
-        width, height = self._room[0], self._room[1] - 1
+        width, height = self._room[0], max(0, self._room[1] - 1)
         lines = (
             ["kvhook top", "", *HELP]
             if self.helps
-            else screen(views, selected, width, height, heading=heading, ascii_only=self._ascii_only)
+            else screen(
+                *(views, selected, width, height),
+                heading=heading,
+                ascii_only=self._ascii_only,
+                nothing=self._nothing,
+            )
         )
         text = coloured(lines, views[selected].used if views and not self.helps else None)
         self.shown = lines

@@ -47,7 +47,8 @@ def coloured(lines: Sequence[str], usage: float | None) -> Text:
             text.stylize(level if style == "usage" else style, *found.span(1))
     for begin, end in _history(lines):
         text.stylize(level, begin, end)
-    text.stylize("bold", 0, len(lines[0]))
+    if lines:  # a terminal that is one row high has none for them
+        text.stylize("bold", 0, len(lines[0]))
     return text
 
 
