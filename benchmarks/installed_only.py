@@ -4,11 +4,12 @@
     python benchmarks/installed_only.py --pairs 20    narrower intervals
     python benchmarks/installed_only.py --json        one JSON document
 
-Programs run one after the other: in half of them vLLM loads kvhook's plug-in, as it does wherever kvhook is installed;
-in the other half `VLLM_PLUGINS` keeps it out, and nothing of kvhook's is ever imported, which is checked. Each makes
-the tiny model's engine, once with its core in the same process, once with it in one of its own, and steps it at batch 1. A
-pair is one program of each kind, in random order; the figure is the ratio of their median step times, and what is shown
-is the median of the ratios with a bootstrap interval of 95 %. It contains 1 if nothing is to be seen. Needs vLLM.
+Programs run one after the other: in half of them vLLM loads kvhook's plug-in, as it does wherever kvhook is
+installed; in the other half `VLLM_PLUGINS` keeps it out, and nothing of kvhook's is ever imported, which is checked.
+Each makes the tiny model's engine, once with its core in the same process, once with it in one of its own, and steps
+it at batch 1. A pair is one program of each kind, in random order; the figure is the ratio of their median step
+times, and what is shown is the median of the ratios with a bootstrap interval of 95 %. It contains 1 if nothing is to
+be seen. Needs vLLM.
 """
 
 from __future__ import annotations
