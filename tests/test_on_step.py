@@ -130,6 +130,29 @@ def test_an_exception_in_the_function_is_counted_and_it_is_called_again(fresh: P
     assert caplog.text.count("no network") == 1
 
 
+def test_what_comes_after_sys_exit_in_the_function_is_counted_as_dropped(fresh: Path, caplog: pytest.LogCaptureFixture):
+    ended = threading.Event()
+    got: list[int] = []
+
+    def once(steps: list[dict[str, Any]]) -> None:
+        got.extend(step["step"] for step in steps)
+        ended.set()
+        sys.exit(3)
+
+    with fake_vllm() as vllm, kvhook.install() as session:
+        subscription = session.on_step(once, every=0.001)
+        engine = vllm.engine()
+        run(engine, 1)
+        session.trace()
+        assert ended.wait(60)
+        run(engine, 200, first=1)
+        run(vllm.engine(), 50)  # an engine that it has not seen
+    assert got == list(range(len(got)))
+    assert (subscription.steps, subscription.dropped) == (len(got), 251 - len(got))
+    assert session.faults == {"a function of on_step": 1}
+    assert caplog.text.count("later steps are counted as dropped") == 1
+
+
 def test_closing_from_inside_the_function_and_closing_twice_is_fine(fresh: Path):
     done = threading.Event()
     with fake_vllm() as vllm, kvhook.install() as session:

@@ -97,7 +97,8 @@ class Subscription:
     @property
     def dropped(self) -> int:
         """Records (of steps, requests and latencies) that the function did not get: they were overwritten before it was
-        ready for them, or it was busy still when the subscription had ended and its time was up."""
+        ready for them, it had ended itself with ``sys.exit()``, or it was busy still when the subscription had ended
+        and its time was up."""
         return self._left + sum(self._done.values()) + sum(reader.lost for reader in list(self._readers.values()))
 
     def close(self) -> None:
@@ -145,7 +146,7 @@ class Subscription:
             for name, head in (self._until or {}).items():
                 if name not in self._done:
                     self._left += max(0, head - (self._readers[name].cursor if name in self._readers else 0))
-        if self.dropped and not self._refused:
+        if self.dropped and not self._ended:  # that it is not called any more has been said
             mine = self._thread is threading.current_thread()
             busy = f", and was still busy {PATIENCE:g} s after the end" if self._thread.is_alive() and not mine else ""
             error = TimeoutError(f"it took too long{busy}: it did not get {self.dropped:,} of the records")
@@ -172,7 +173,7 @@ class Subscription:
                     return
                 batch = reader.poll(_MOST)
                 rows = step_rows(batch.slots, reader) if len(batch.slots) else []
-                self._left += len(batch.slots) if self._refused else 0
+                self._left += len(batch.slots) if self._ended else 0
                 wanted = bool(rows) and not self._ended
                 self.steps += len(rows) if wanted else 0
             if wanted:
@@ -201,11 +202,13 @@ class Subscription:
             self._failed(error)
 
     def _failed(self, error: BaseException) -> None:
-        """The user's function has failed. ``sys.exit()`` in it ends what it is in, which is this thread."""
+        """The user's function has failed. ``sys.exit()`` in it ends what is handed over; this thread goes on, since
+        somebody has to count what is not."""
         if isinstance(error, SystemExit):
-            self._ended = True
-            self._wake.set()
-            self._fault(_CALLBACK, error, "it ended itself with sys.exit(), and is not called again")
+            with self._gate:
+                self._ended = True
+            then = "it ended itself with sys.exit(), and is not called again; later steps are counted as dropped"
+            self._fault(_CALLBACK, error, then)
         elif self._refused:
             self._fault(_CALLBACK, error, "it is not called again, and all steps are counted as dropped")
         else:
