@@ -209,6 +209,9 @@ FACT_FIELDS: tuple[FactField, ...] = (
     ),
     FactField("program", "text", "", "file name of the program that ran"),
     FactField("session", "text", "", "a name for this recording, which the files of its engine cores carry too"),
+    FactField(
+        "kvhook_runs", "text", "", "random marks of the kvhook run commands above it, outermost first; only under one"
+    ),
     FactField("anonymous", "flag", "", "true where kvhook.install(anonymous=True) left out what could name somebody"),
     # the recording
     FactField("engine", "count", "", "number of the engine in its process, from 0"),

@@ -81,7 +81,7 @@ def test_a_program_that_is_not_there_has_a_shell_s_code_without_an_error_stream(
 
 def test_a_fault_in_what_is_told_at_the_end_leaves_the_exit_code_alone(tmp_path: Path):
     code = (
-        "import sys, kvhook.launch.traces as t; from kvhook.cli import main; t.traces_since = lambda *_: 1 / 0; "
+        "import sys, kvhook.launch.traces as t; from kvhook.cli import main; t.traces_of = lambda *_: 1 / 0; "
         "sys.exit(main(['run', '--', 'sh', '-c', 'exit 9']))"
     )
     done = started([sys.executable, "-c", code], tmp_path, {})

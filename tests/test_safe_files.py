@@ -102,6 +102,7 @@ OWN_WAYS = {
     "launch/textfile": {"replace_text"},  # the same
     "ring/place": {"open_regular", "create_file", "_process_stat"},  # the safe openers, and /proc
     "ring/notes": {"_note"},  # appended to; it neither waits nor follows a link
+    "recording/launched": {"tell_runs"},  # appended to; the same
     "core/plan": {"publish"},  # a new file
     "exported": {"_read_arrow", "_read_parquet"},  # pyarrow opens it itself, once it is known to be a file
     "demo/engine": {"messages_to"},  # a name that was free

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,6 +14,7 @@ from kvhook.streams import say
 
 if TYPE_CHECKING:
     from kvhook.launch.textfile import Textfile
+    from kvhook.recording.launched import LaunchedRun
 
 #: Bytes that must be free where a trace is to be written.
 _TRIED = 1 << 16
@@ -73,28 +73,30 @@ class RunCommand:
         from kvhook.launch.interpreter import command_of
         from kvhook.launch.textfile import LOOK
         from kvhook.recording.core_side import PLUGIN_OFF, is_kept_out
+        from kvhook.recording.launched import LaunchedRun
 
         words = args.command[1:] if args.command[:1] == ["--"] else args.command
         if not words:
             raise KvhookError("say what to run: kvhook run -- python script.py")
         command = command_of(words)
         place = _place_of(args.trace, command, args.anonymous)
-        environment = _environment(args, place)
+        launched = LaunchedRun()
+        environment = _environment(args, place, launched)
         if is_kept_out(environment):
             say(f"kvhook run: {PLUGIN_OFF}: VLLM_PLUGINS={environment['VLLM_PLUGINS']},kvhook")
-        begun = time.time_ns()
         textfile = _textfile(args.textfile)
         look = (lambda: _unharmed(textfile.look)) if textfile else lambda: None
-        children: list[int] = []
         try:
-            code = run(command, environment, look, LOOK if textfile else 60.0, children.append)
+            code = run(command, environment, look, LOOK if textfile else 60.0)
+            if textfile is not None:
+                _unharmed(textfile.close)
+            if not args.quiet:
+                _unharmed(lambda: _tell(place, launched, code, command))
         except NotStarted as error:
             say(f"kvhook run: {error}")
             return error.code
-        if textfile is not None:
-            _unharmed(textfile.close)
-        if not args.quiet:
-            _unharmed(lambda: _tell(place, begun, code, command, children))
+        finally:
+            launched.end()
         return end_like(code)
 
 
@@ -184,7 +186,7 @@ def _textfile(path: Path | None) -> Textfile | None:
     return Textfile(path.absolute(), directories, descends_from(os.getpid()))
 
 
-def _environment(args: argparse.Namespace, place: Place) -> dict[str, str]:
+def _environment(args: argparse.Namespace, place: Place, launched: LaunchedRun) -> dict[str, str]:
     from kvhook.recording.from_environment import (
         ENV_ANONYMOUS,
         ENV_LABEL,
@@ -198,7 +200,7 @@ def _environment(args: argparse.Namespace, place: Place) -> dict[str, str]:
     environment = {
         **os.environ,
         ENV_ON: "1",
-        ENV_RUN: str(os.getpid()),
+        ENV_RUN: launched.handed_down(),
         **({ENV_LABEL: args.label} if args.label else {}),
         **({ENV_ANONYMOUS: "1"} if args.anonymous else {}),
         **{ENV_OPTIONS[name]: value for name, value in chosen.items()},
@@ -207,18 +209,18 @@ def _environment(args: argparse.Namespace, place: Place) -> dict[str, str]:
     return environment
 
 
-def _tell(place: Place, begun: int, code: int, command: list[str], children: list[int]) -> None:
+def _tell(place: Place, launched: LaunchedRun, code: int, command: list[str]) -> None:
     """What was recorded, on standard error."""
-    from kvhook.launch.traces import completed, traces_since
+    from kvhook.launch.traces import completed, traces_of
     from kvhook.ring.directory import directories
     from kvhook.text.afterwards import next_commands, short
     from kvhook.trace import open_trace
 
     how = f" by {signal.Signals(-code).name}" if code < 0 else f" with exit code {code}"
     say(f"\nkvhook run: {Path(command[0]).name} {'was ended' if code < 0 else 'ended'}{how}")
-    recorded = [completed(path, directories()) for path in traces_since(place.path, begun)]
+    recorded = [completed(path, directories()) for path in traces_of(launched, place.path)]
     if not recorded:
-        say(f"kvhook run: nothing was recorded: {_why_nothing(place, begun, command, children)}")
+        say(f"kvhook run: nothing was recorded: {_why_nothing(place, launched, command)}")
         return
     for one in recorded:
         if one.added:
@@ -230,19 +232,22 @@ def _tell(place: Place, begun: int, code: int, command: list[str], children: lis
     say(next_commands([short(path) for path in paths], ended_badly=code != 0))
 
 
-def _why_nothing(place: Place, begun: int, command: list[str], children: list[int]) -> str:
+def _why_nothing(place: Place, launched: LaunchedRun, command: list[str]) -> str:
     from kvhook.launch.interpreter import interpreter_of, lacks_kvhook
-    from kvhook.launch.traces import rings_since
+    from kvhook.launch.traces import rings_of
     from kvhook.recording.core_side import PLUGIN_OFF, is_kept_out
     from kvhook.ring.directory import directories
 
     unwritable = _why_unwritable(place)
-    if rings := rings_since(directories(), begun, children):
+    rings, told = rings_of(launched, directories()), launched.told()
+    if rings or told:  # an engine was made
+        lost = _why_no_trace(told)
+        if not rings:
+            return lost
         last = rings[-1]
         return (
-            f"{place.path} could not be written{f': {unwritable}' if unwritable else ', see above'}. The last of "
-            f"{sum(ring.records for ring in rings):,} records are still in the ring: kvhook summary {last.pid}, kvhook "
-            f"export {last.pid} FILE"
+            f"{lost}. The last of {sum(ring.records for ring in rings):,} records are still in the ring: kvhook "
+            f"summary {last.pid}, kvhook export {last.pid} FILE"
         )
     if unwritable:
         return unwritable
@@ -255,3 +260,16 @@ def _why_nothing(place: Place, begun: int, command: list[str], children: list[in
         "no vLLM engine was made in this program, or in those that it started. kvhook doctor says whether engines are "
         "recorded here"
     )
+
+
+def _why_no_trace(told: list[Path]) -> str:
+    """Why there is no trace though an engine was made. `told` are the files that processes wanted to record into."""
+    from kvhook.text.afterwards import short
+
+    if not told:
+        return "the program recorded into no file: it took KVHOOK or KVHOOK_TRACE out of its environment"
+    # the first name may be another's file
+    path = next((path for path in told if not os.path.lexists(path)), told[0])
+    if why := _why_unwritable(Place(path)):
+        return f"{path} could not be written: {why}"
+    return f"{short(path)} is not there: it could not be written, see above, or the program has removed it"

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 
 #: Facts in the header of a file, which the new one takes over.
-_HEADER_FACTS = ("kvhook", "rings", "vllm", "pid_namespace", "stream", "session", "engine", "pid", "own_process")
+_OF_CORES = ("stream", "engine", "pid", "own_process")
+_HEADER_FACTS = ("kvhook", "rings", "vllm", "pid_namespace", "session", "kvhook_runs", *_OF_CORES)
 #: What is recorded in a file -> its kinds of records.
 _KINDS: dict[str, Kinds] = {"": KINDS, "core": CORE_KINDS, "blocks": BLOCKS_KINDS}
 

@@ -32,7 +32,6 @@ def run(
     environment: Mapping[str, str],
     meanwhile: Callable[[], None] = lambda: None,
     pause: float = 60.0,
-    started: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Start a program, wait for its end, and hand signals on to it.
 
@@ -44,7 +43,6 @@ def run(
         environment: of the program.
         meanwhile: is called now and then, with this process's signals blocked.
         pause: the most seconds between two calls.
-        started: is called with the number of its process.
 
     Returns:
         Its exit code, or minus the number of the signal that ended it.
@@ -56,7 +54,6 @@ def run(
     on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, nobody can know an exit code
     try:
         child = _start(command, environment, before)
-        started(child)
         while True:
             info = signal.sigtimedwait(_AWAITED, min(pause, _LONGEST))
             ended, status = os.waitpid(child, os.WNOHANG)

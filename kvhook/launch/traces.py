@@ -12,6 +12,7 @@ from typing import NamedTuple
 from kvhook.discovery.recovery import recover
 from kvhook.discovery.rings import Ring, look_at
 from kvhook.errors import KvhookError
+from kvhook.recording.launched import LaunchedRun
 from kvhook.records.core_files import is_of_core
 from kvhook.records.whose import may_be_beside
 from kvhook.ring.directory import ring_files
@@ -32,47 +33,41 @@ class Recorded(NamedTuple):
     added: int
 
 
-def traces_since(trace: Path, begun_ns: int) -> list[Path]:
-    """The traces that a program and its children have begun since then, the first one first.
+def traces_of(launched: LaunchedRun, trace: Path) -> list[Path]:
+    """The traces that a program and its children have begun: that which was asked for, then the first one first.
 
     Args:
-        trace: the file that was asked for, or the folder.
-        begun_ns: nanoseconds since 1970.
+        launched: the command that started the program.
+        trace: the file that was asked for, or the folder. It is looked at as well: where processes run on several
+            machines, or in containers, some cannot tell into which files they record.
     """
     if trace.suffix == TRACE_SUFFIX and not trace.is_dir():
         found: Iterable[Path] = trace.parent.glob(f"{glob.escape(trace.stem)}*{TRACE_SUFFIX}")
     else:
         found = trace.glob(f"*{TRACE_SUFFIX}")
-    new = []
-    for path in found:
+    mine: dict[tuple[int, int], tuple[bool, int, Path]] = {}  # a file may have several names
+    for path in (*found, *launched.told()):
         with contextlib.suppress(OSError, KvhookError):
-            made = header_of(path).realtime_ns
-            if made >= begun_ns and not is_of_core(path):
-                new.append((path != trace, made, path))
-    return [path for _, _, path in sorted(new)]
+            header, info = header_of(path), path.stat()
+            if launched.owns(header) and not header.capacity and not is_of_core(path):
+                mine.setdefault((info.st_dev, info.st_ino), (path != trace, header.realtime_ns, path))
+    return [path for _, _, path in sorted(mine.values())]
 
 
-def rings_since(places: Iterable[Path], begun_ns: int, processes: Iterable[int]) -> list[Ring]:
-    """The rings that some processes, and those that they started, have made since then, the first one first.
+def rings_of(launched: LaunchedRun, places: Iterable[Path]) -> list[Ring]:
+    """The rings that a program and its children have made, the first one first.
 
     Args:
+        launched: the command that started the program.
         places: directories of rings.
-        begun_ns: nanoseconds since 1970.
-        processes: their numbers.
     """
-    family = set(processes)
     found = []
     for path in ring_files(places):
         with contextlib.suppress(OSError, KvhookError):
             header = header_of(path, follow_links=False)
-            if header.capacity and header.realtime_ns >= begun_ns:
-                found.append((header.realtime_ns, header.pid, header.meta.get("parent_pid"), path))
-    mine = []
-    for _, pid, parent, path in sorted(found):  # who starts a process may have made no ring before it
-        if family & {pid, parent}:
-            family.add(pid)
-            mine.append(look_at(path))
-    return mine
+            if header.capacity and launched.owns(header):
+                found.append((header.realtime_ns, path))
+    return [look_at(path) for _, path in sorted(found)]
 
 
 def completed(trace: Path, places: Iterable[Path]) -> Recorded:

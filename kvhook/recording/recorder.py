@@ -19,6 +19,7 @@ from kvhook.adapters.table import Adapter, vllm_version
 from kvhook.discovery.cleaning import prune
 from kvhook.facts import without_names
 from kvhook.hooks.quiet import do_nothing
+from kvhook.recording.launched import facts_of_runs
 from kvhook.recording.own_files import rank_of
 from kvhook.ring.place import RING_SUFFIX, pid_namespace, process_start
 from kvhook.ring.writer import RingWriter
@@ -122,4 +123,5 @@ def process_facts() -> dict[str, Any]:
         "rank": rank_of(os.environ),
         "pid_namespace": pid_namespace(),
         "program": os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "",
+        **facts_of_runs(),
     }

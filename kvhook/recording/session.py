@@ -20,6 +20,7 @@ from kvhook.faults import LIMITS, NEEDED, Faults, contained
 from kvhook.recording import own_files
 from kvhook.recording.budget import OverheadMonitor
 from kvhook.recording.core_side import CoreSide
+from kvhook.recording.launched import tell_runs
 from kvhook.recording.notebook import Notebook, check_name
 from kvhook.recording.own_steps import OwnSteps
 from kvhook.recording.owner import Owner, lock
@@ -306,6 +307,7 @@ class Session(Owner):
             for attempt, name in enumerate(own_files.candidates(path, number, forked=self._inherited)):
                 if attempt == 1:
                     log.warning("kvhook: %s is there already, of another process or run; recording into %s", path, name)
+                tell_runs(name)
                 yield name
             return
         if self._history_dir is None:

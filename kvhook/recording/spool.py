@@ -13,6 +13,7 @@ from kvhook.facts import ANONYMOUS
 from kvhook.faults import contained, is_users
 from kvhook.recording.background import Background
 from kvhook.recording.clocks import read_clocks
+from kvhook.recording.launched import RUNS
 from kvhook.recording.pauses import INTERVAL, next_pause
 from kvhook.recording.segments import Segments
 from kvhook.ring.layout import Layout
@@ -376,7 +377,8 @@ class Spool:
 
     def _new_file(self, layout: Layout) -> TraceWriter:
         told = next(iter(self._metas.values()))
-        names = ("kvhook", "vllm", "stream", "session", *(("engine", "pid", "own_process") if "stream" in told else ()))
+        core = ("engine", "pid", "own_process") if "stream" in told else ()
+        names = ("kvhook", "vllm", "stream", "session", RUNS, *core)
         meta = {key: told[key] for key in names if key in told}
         mine = {number for number, e in self._engines.items() if e.recorder.ring.layout == layout}
         self._meta_due |= mine
