@@ -76,7 +76,9 @@ def written_beside(*, private: bool = False) -> Iterator[tuple[Opener, list[Path
     def open_beside(path: Path) -> IO[bytes]:
         check_replaceable(path)
         # a new file under a name that nobody can guess: what somebody has planted there is not written through
-        temporary = path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.part")
+        # of a long name the beginning alone, since no name may have more than 255 bytes
+        begin = os.fsdecode(os.fsencode(path.name)[:200])
+        temporary = path.with_name(f".{begin}.{os.urandom(6).hex()}.part")
         file = open(temporary, "xb", opener=_private if private else _usual)  # noqa: SIM115
         opened.append((file, temporary, path))
         return file

@@ -175,10 +175,30 @@ def as_path(name: str, value: object) -> str:
     return text
 
 
+def as_absolute(name: str, text: str, here: str | None = None) -> Path:
+    """A path that does not depend on the current directory any more.
+
+    Args:
+        name: of the argument, for the message.
+        text: the path.
+        here: the directory that it is relative to, instead of the current one; "" for one that has been removed.
+
+    Raises:
+        KvhookError: the current directory has been removed, so that the path names nothing.
+    """
+    path = Path(_here() if here is None else here, text)
+    if not path.is_absolute():
+        raise KvhookError(
+            f"{name}={text!r}: the current directory has been removed, so that this names no place: go to a directory "
+            "that is there (cd), or give the whole path"
+        )
+    return path
+
+
 def _check_trace(text: str, here: str) -> None:
     if text.endswith(os.sep):
         raise KvhookError(f"trace={text!r}: this names a folder; a trace is a file that ends in {TRACE_SUFFIX}")
-    path = Path(here, text)
+    path = as_absolute("trace", text, here)
     if path.name == TRACE_SUFFIX:
         raise KvhookError(f"trace={text!r}: there is no name before {TRACE_SUFFIX}; say run{TRACE_SUFFIX}, for example")
     if path.suffix != TRACE_SUFFIX:

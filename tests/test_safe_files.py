@@ -99,7 +99,6 @@ def test_what_else_looks_into_a_file_does_not_wait_either(tmp_path: Path):
 #: Module -> the functions in it that open a file without `open_regular` or `create_file`, and why they may.
 OWN_WAYS = {
     "files": {"open_beside", "_usual", "_private"},  # new files under names that nobody can guess
-    "launch/textfile": {"replace_text"},  # the same
     "ring/place": {"open_regular", "create_file", "_process_stat"},  # the safe openers, and /proc
     "ring/notes": {"_note"},  # appended to; it neither waits nor follows a link
     "recording/launched": {"tell_runs"},  # appended to; the same

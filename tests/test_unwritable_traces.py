@@ -12,6 +12,9 @@ import pytest
 
 import kvhook
 from kvhook.cli import main
+from kvhook.errors import KvhookError
+from kvhook.launch.textfile import replace_text
+from kvhook.recording.from_environment import file_in
 from kvhook.text.afterwards import next_commands, quoted
 from tests.conftest import ROOT
 from tests.standin import fake_vllm, play, step_stats
@@ -36,6 +39,8 @@ __all__ = ["start"]  # a fixture
         (f"{'a' * 300}/run.kvh", "File name too long"),
         (".kvh", "there is no name before .kvh"),
         ("", "the path is empty"),
+        ("run.csv", "a trace ends in .kvh; if this is to be a folder, say run.csv/"),
+        ("new/run.parquet", "a trace ends in .kvh; if this is to be a folder, say new/run.parquet/"),
     ],
 )
 def test_kvhook_run_says_so_before_the_program_starts(
@@ -49,6 +54,89 @@ def test_kvhook_run_says_so_before_the_program_starts(
     said = capfd.readouterr().err
     assert says in said
     assert said.count("\n") == 1
+    assert not (tmp_path / "started").exists()
+    assert sorted(os.listdir(tmp_path)) == ["dangling.kvh", "words.kvh", "words.txt"]
+
+
+@pytest.mark.parametrize("folder", ["run.csv/", "there.csv", "traces-2026.11", "fleet"])
+def test_what_is_a_folder_stays_one(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "there.csv").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    assert file_in(folder) == tmp_path / folder / f"generate-{os.getpid()}.kvh"
+    assert (tmp_path / folder).is_dir()
+
+
+def test_the_variable_refuses_what_the_option_does(tmp_path: Path):
+    with pytest.raises(KvhookError, match=r"KVHOOK_TRACE=.*run\.csv: a trace ends in \.kvh"):
+        file_in(f"{tmp_path}/run.csv")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("textfile", "says"),
+    [
+        ("", "the path is empty"),
+        (".", "it is a directory"),
+        ("folder", "it is a directory"),
+        ("folder/", "it is a directory"),
+        ("new/", "this names a folder"),
+        ("link.prom", "it is a symbolic link"),
+        ("pipe.prom", "it is a pipe"),
+        ("no/such/k.prom", "there is no directory"),
+        ("/proc/k.prom", "nothing can be written in /proc"),
+        (f"{'a' * 256}", "File name too long"),
+    ],
+)
+def test_a_textfile_that_cannot_be_written_is_refused_before_the_program_starts(
+    textfile: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.prom").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.prom")
+    assert main(["run", "--textfile", textfile, "--", "touch", "started"]) == 1
+    said = capfd.readouterr().err
+    assert says in said
+    assert said.startswith("kvhook run: --textfile")
+    assert said.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link.prom", "pipe.prom"]
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "é" * 127])
+def test_a_textfile_with_a_long_name_is_written_and_others_can_read_it(name: str, tmp_path: Path):
+    before = os.umask(0o077)
+    try:
+        replace_text(tmp_path / name, "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / name).read_text() == "text"
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
+    assert os.listdir(tmp_path) == [name]
+
+
+GONE = "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); "
+
+
+@pytest.mark.parametrize("trace", ["x.kvh", "x/"])
+@pytest.mark.parametrize("way", ["option", "variable", "install", "textfile"])
+def test_a_current_directory_that_has_been_removed_is_named(way: str, trace: str, start: Start, tmp_path: Path):
+    variables, says = {}, "trace='x.kvh': "
+    code = "from tests import run_script as r; r.load()"
+    if way in ("option", "textfile"):
+        words = ["--trace", trace] if way == "option" else ["--trace", f"{tmp_path}/{trace}", "--textfile", trace[0]]
+        code = f"from kvhook.cli import main; sys.exit(main(['run', *{words}, '--', 'touch', '{tmp_path}/started']))"
+        says = f"--trace={trace!r}: " if way == "option" else "--textfile='x': "
+    elif way == "variable":
+        variables = {"KVHOOK": "1", "KVHOOK_TRACE": trace}
+        says = says if trace == "x.kvh" else f"KVHOOK_TRACE={trace!r}: "
+    else:
+        code = "import kvhook\ntry: kvhook.install(trace='x.kvh')\nexcept kvhook.KvhookError as e: sys.exit(str(e))"
+    done = start(sys.executable, "-c", f"{GONE}\n{code}", **variables)
+    _, said = done.communicate("", timeout=120)
+    assert f"{says}the current directory has been removed" in said
+    assert "Traceback" not in said
+    assert done.returncode == (0 if way == "variable" else 1)
     assert not (tmp_path / "started").exists()
 
 

@@ -61,7 +61,6 @@ class RunCommand:
         parser.add_argument(
             "--textfile",
             metavar="FILE",
-            type=Path,
             help="while it runs, write what vLLM's /metrics lacks into this file, for node_exporter's textfiles",
         )
         parser.add_argument("--quiet", action="store_true", help="print nothing when the program has ended")
@@ -80,11 +79,11 @@ class RunCommand:
             raise KvhookError("say what to run: kvhook run -- python script.py")
         command = command_of(words)
         place = _place_of(args.trace, command, args.anonymous)
+        textfile = _textfile(args.textfile)
         launched = LaunchedRun()
         environment = _environment(args, place, launched)
         if is_kept_out(environment):
             say(f"kvhook run: {PLUGIN_OFF}: VLLM_PLUGINS={environment['VLLM_PLUGINS']},kvhook")
-        textfile = _textfile(args.textfile)
         look = (lambda: _unharmed(textfile.look)) if textfile else lambda: None
         try:
             code = run(command, environment, look, LOOK if textfile else 60.0)
@@ -123,17 +122,18 @@ class Place(NamedTuple):
 
 def _place_of(asked: str | None, command: list[str], anonymous: bool) -> Place:
     """Where to record, once it is known that something can be written there."""
-    from kvhook.options import Options, as_path
-    from kvhook.recording.from_environment import is_folder, stem_of
+    from kvhook.options import Options, as_absolute, as_path
+    from kvhook.recording.from_environment import check_folder, is_folder, stem_of
 
     if asked is None:
         script = next((word for word in command[1:] if word.endswith(".py")), command[0])
         program = "" if anonymous else f"{stem_of(script)}-"
         return Place(_usual_folder() / f"kvhook-{program}{os.getpid()}.kvh")
-    path = Path(os.path.abspath(as_path("--trace", asked)))
+    path = Path(os.path.normpath(as_absolute("--trace", as_path("--trace", asked))))
     if is_folder(asked):
         if path.exists() and not path.is_dir():
             raise KvhookError(f"--trace {asked}: there is a file of this name. Name a folder, or a file in .kvh")
+        check_folder(f"--trace {asked}", asked)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -173,17 +173,28 @@ def _why_unwritable(place: Place) -> str:
     return ""
 
 
-def _textfile(path: Path | None) -> Textfile | None:
+def _textfile(asked: str | None) -> Textfile | None:
     """What writes the file for Prometheus, of the engines of this process's children."""
     from kvhook.discovery.watch import descends_from
+    from kvhook.files import check_replaceable
     from kvhook.launch.textfile import Textfile
+    from kvhook.options import as_absolute, as_path
     from kvhook.ring.directory import directories
 
-    if path is None:
+    if asked is None:
         return None
-    if not path.absolute().parent.is_dir():
-        raise KvhookError(f"--textfile {path}: there is no directory {path.absolute().parent}; make it first")
-    return Textfile(path.absolute(), directories, descends_from(os.getpid()))
+    path = Path(os.path.normpath(as_absolute("--textfile", as_path("--textfile", asked))))
+    if not path.parent.is_dir():
+        raise KvhookError(f"--textfile {asked}: there is no directory {path.parent}; make it first")
+    try:
+        check_replaceable(path)
+    except OSError as error:
+        raise KvhookError(f"--textfile {asked}: {error.strerror or error}") from None
+    if asked.endswith(os.sep):
+        raise KvhookError(f"--textfile {asked}: this names a folder; name a file in it")
+    if why := _why_unwritable(Place(path)):
+        raise KvhookError(f"--textfile {asked}: {why}; name a place that can be written")
+    return Textfile(path, directories, descends_from(os.getpid()))
 
 
 def _environment(args: argparse.Namespace, place: Place, launched: LaunchedRun) -> dict[str, str]:

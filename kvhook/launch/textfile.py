@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kvhook.discovery.watch import Wanted, Watch
-from kvhook.files import check_replaceable
+from kvhook.files import written_beside
 from kvhook.streams import say
 from kvhook.text.prometheus import as_text
 
@@ -59,13 +58,7 @@ class Textfile:
 
 def replace_text(path: Path, text: str) -> None:
     """Put a text in the place of a file in one go, readable for others as node_exporter is another user."""
-    check_replaceable(path)
-    fd, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except OSError:
-        os.unlink(beside)
-        raise
+    with written_beside() as (opener, _):
+        file = opener(path)
+        os.fchmod(file.fileno(), 0o644)
+        file.write(text.encode())

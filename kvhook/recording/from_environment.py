@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from kvhook.errors import KvhookError
-from kvhook.options import Options
+from kvhook.options import Options, as_absolute
 from kvhook.ring.place import ENV_DIR
 from kvhook.ring.trace_file import TRACE_SUFFIX
 
@@ -90,6 +90,21 @@ def is_folder(trace: str) -> bool:
     return trace.endswith(os.sep) or os.path.isdir(trace) or not trace.endswith(TRACE_SUFFIX)
 
 
+def check_folder(said: str, trace: str) -> None:
+    """Whether a folder may be made of this name: one like ``run.csv`` was meant to be a file.
+
+    Args:
+        said: the option or the variable, for the message.
+        trace: its value.
+
+    Raises:
+        KvhookError: it looks like the name of a file.
+    """
+    kind = Path(trace).suffix
+    if kind[1:2].isalpha() and not trace.endswith(os.sep) and not os.path.isdir(trace):
+        raise KvhookError(f"{said}: a trace ends in {TRACE_SUFFIX}; if this is to be a folder, say {trace}{os.sep}")
+
+
 def stem_of(program: str) -> str:
     """What a program is called in the name of its trace: short enough for a file, and in UTF-8."""
     return os.fsencode(Path(program).stem)[:_LONGEST_STEM].decode(errors="ignore")
@@ -99,14 +114,16 @@ def file_in(trace: str, *, anonymous: bool = False) -> Path:
     """The trace file of this process: what ``KVHOOK_TRACE`` says, or a file of its own in that folder.
 
     Raises:
-        KvhookError: the folder cannot be made.
+        KvhookError: the folder cannot be made, or it looks as if no folder was meant.
     """
     if not is_folder(trace):
         return Path(trace)
+    check_folder(f"KVHOOK_TRACE={trace}", trace)
+    folder = as_absolute(ENV_OPTIONS["trace"], trace)
     stem = "run" if anonymous else stem_of(sys.argv[0] if sys.argv else "")
     program = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "python"
     try:
-        os.makedirs(trace, exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise KvhookError(f"KVHOOK_TRACE={trace!r}: the folder cannot be made: {error.strerror or error}") from None
-    return Path(trace) / f"{program}-{os.getpid()}{TRACE_SUFFIX}"
+    return folder / f"{program}-{os.getpid()}{TRACE_SUFFIX}"
