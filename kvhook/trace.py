@@ -275,7 +275,7 @@ def open_trace(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> T
                 return _of_export(READERS[place.suffix](place), str(place))
         if not (header := header_of(place)).capacity:
             trace = open_files([place], str(place))
-            rings, why = rest_of(header, trace.engines, place)
+            rings, why = rest_of(header, lambda: trace.engines, place)
             if why:
                 trace = Trace([*trace.sources, *rings], str(place), {"not_closed": why})
             trace.fronts = (Front(place.absolute()),)  # its cores are looked for when somebody asks for them

@@ -59,7 +59,7 @@ def test_what_reads_says_what_there_is(
 ):
     monkeypatch.delenv("KVHOOK_DIR")
     # not the rings of the machine on which the tests run
-    monkeypatch.setattr("kvhook.discovery.rings.default_directories", lambda: place.default_directories()[:0])
+    monkeypatch.setattr("kvhook.ring.directory.default_directories", lambda: place.default_directories()[:0])
     assert main(verb.split()) in (0, 1)
     said = capsys.readouterr()
     assert "No usable temporary directory" not in said.out + said.err

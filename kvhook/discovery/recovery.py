@@ -67,7 +67,7 @@ def recover(path: Path, places: Iterable[Path], out: Path | None = None) -> Reco
         raise KvhookError(
             f"process {header.pid} still runs and writes {path}; it completes it itself when it comes to its end"
         )
-    pieces = left_in_rings(header, engines, places)
+    pieces = left_in_rings(header, lambda: engines, places)
     if pieces is None:
         return Recovered(path, {}, {}, f"process {header.pid} has left no ring, so there is nothing to add")
     # what a link of the user's leads to is completed, and the link stays

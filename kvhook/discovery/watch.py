@@ -158,7 +158,9 @@ class Watch:
                 trace = from_slots(batch.slots, reader.header, str(reader.path))
                 there = {column.name for column in trace.columns("step")}
                 steps = trace.steps(columns=[name for name in COLUMNS if name in there])
-                requests = trace.requests(columns=["request", "step"]) if live.lacks_requests else None
+                requests = None
+                if live.lacks_requests and trace.columns("request"):  # level light has none
+                    requests = trace.requests(columns=["request", "step"])
                 live.take(steps, {series: _single(trace.latencies(series)) for series in VALUE_SERIES}, requests)
             if len(batch.slots) + batch.lost < _MOST:
                 return

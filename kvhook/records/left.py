@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,12 +37,12 @@ class Piece(NamedTuple):
         return np.concatenate([pack_meta(layout, self.engine, self.facts), self.slots])
 
 
-def rest_of(header: Header, engines: Engines, path: Path) -> tuple[list[SlotSource], str]:
+def rest_of(header: Header, engines: Callable[[], Engines], path: Path) -> tuple[list[SlotSource], str]:
     """What completes a file whose process was killed, and what people should know of it.
 
     Args:
         header: of the file.
-        engines: what the file tells of its engines.
+        engines: gives what the file tells of its engines; asked for only if there is a ring.
         path: the file.
 
     Returns:
@@ -62,12 +62,12 @@ def rest_of(header: Header, engines: Engines, path: Path) -> tuple[list[SlotSour
     return rest, f"{ended}; {left:,} of its records are still in its ring: {recover} moves them"
 
 
-def left_in_rings(header: Header, engines: Engines, places: Iterable[Path]) -> list[Piece] | None:
+def left_in_rings(header: Header, engines: Callable[[], Engines], places: Iterable[Path]) -> list[Piece] | None:
     """What the rings of the process that wrote a file hold and the file does not, engine by engine.
 
     Args:
         header: of the file.
-        engines: what the file tells of its engines.
+        engines: gives what the file tells of its engines; asked for only if there is a ring.
         places: directories of rings.
 
     Returns:
@@ -79,7 +79,8 @@ def left_in_rings(header: Header, engines: Engines, places: Iterable[Path]) -> l
             rings.append((reader.header, reader.remains()))
     if not rings:
         return None
-    new = (_new(engines, ring, slots) for ring, slots in _own(rings, header.realtime_ns))
+    known = engines()
+    new = (_new(known, ring, slots) for ring, slots in _own(rings, header.realtime_ns))
     return [piece for piece in new if piece is not None]
 
 
