@@ -78,8 +78,8 @@ class RunCommand:
         if not words:
             raise KvhookError("say what to run: kvhook run -- python script.py")
         command = command_of(words)
+        textfile = _textfile(args.textfile)  # before a folder is made
         place = _place_of(args.trace, command, args.anonymous)
-        textfile = _textfile(args.textfile)
         launched = LaunchedRun()
         environment = _environment(args, place, launched)
         if is_kept_out(environment):
