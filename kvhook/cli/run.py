@@ -68,7 +68,11 @@ class RunCommand:
 
     def run(self, args: argparse.Namespace) -> int:
         """Run it, and tell what was recorded."""
-        from kvhook.launch.child import NotStarted, end_like, run
+        from kvhook.launch.child import NotStarted, end_like, run, threads_without_signals
+
+        with threads_without_signals():
+            import numpy  # noqa: F401 (it is needed below, and starts threads)
+
         from kvhook.launch.interpreter import command_of
         from kvhook.launch.textfile import LOOK
         from kvhook.recording.core_side import PLUGIN_OFF, is_kept_out

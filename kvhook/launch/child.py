@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from kvhook.errors import KvhookError
+from kvhook.launch.witness import Witness
 
 #: Signals that are handed on when somebody sends them to this process alone.
 FORWARDED = frozenset(
@@ -27,6 +29,17 @@ class NotStarted(KvhookError):
         self.code = code
 
 
+@contextlib.contextmanager
+def threads_without_signals() -> Iterator[None]:
+    """Threads that are started in this block, as numpy does when it is imported, never get a signal that is waited for
+    here: in a thread that does not block it, it would end this process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def run(
     command: Sequence[str],
     environment: Mapping[str, str],
@@ -35,8 +48,9 @@ def run(
 ) -> int:
     """Start a program, wait for its end, and hand signals on to it.
 
-    What the terminal sends (Ctrl-C, a hang-up) goes to all processes of the foreground, so the program has it already:
-    only what was sent to this process alone is handed on. The kernel says which it is.
+    What the terminal sends (Ctrl-C, a hang-up) goes to all processes of the foreground, and what is sent to a process
+    group to all of that, so the program has it already: only what was sent to this process alone is handed on. Of what
+    the terminal sends the kernel says so; for the rest see `kvhook.launch.witness`.
 
     Args:
         command: the program and its arguments.
@@ -52,6 +66,7 @@ def run(
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
     on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, nobody can know an exit code
+    witness = Witness()
     try:
         child = _start(command, environment, before)
         while True:
@@ -61,9 +76,12 @@ def run(
                 return os.waitstatus_to_exitcode(status)
             # codes above 0 are the kernel's: the terminal's signals, and SIGCHLD
             if info is not None and info.si_code <= 0 and info.si_signo in FORWARDED:
-                os.kill(child, info.si_signo)
+                to_group = witness.had(info.si_signo)
+                if not to_group or os.getpgid(child) != os.getpgrp():  # it may have gone to a group of its own
+                    os.kill(child, info.si_signo)
             meanwhile()
     finally:
+        witness.end()
         signal.signal(signal.SIGCHLD, on_child)
         while signal.sigtimedwait(FORWARDED, 0) is not None:
             pass  # what came with the program's end was meant for it
