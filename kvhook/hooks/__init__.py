@@ -94,6 +94,8 @@ def note_engines_before() -> list[Any]:
 
 def stats_turned_off(engine: Any) -> bool:
     """Whether the front end of an engine that is recorded makes no stats any more, because somebody turned them off."""
+    if id(engine) not in registry.steps:  # kvhook has given up recording it, and has turned off what it had turned on
+        return False
     adapter = registry.adapter_of(engine)
     holder = adapter.holder if adapter is not None else ""
     return getattr(engine, "log_stats", None) is False or (bool(holder) and getattr(engine, holder, None) is None)

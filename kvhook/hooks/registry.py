@@ -231,6 +231,7 @@ class Registry:
     def _take_out(self, known: RecordedEngine) -> None:
         """Take out of an engine what was put into it, once."""
         remove, known.remove_tap = known.remove_tap, do_nothing
+        known.client = known.processor = None  # what is left of kvhook's parts must not keep an engine core alive
         for key in known.record_keys:
             self.records.pop(key, None)
         end, known.end = known.end, do_nothing
