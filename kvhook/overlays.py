@@ -24,14 +24,19 @@ class Overlay:
     __slots__ = ("__weakref__", "_name", "_owner", "before", "function")
 
     def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        self._owner, self._name, self.function = owner, name, function
+        self._name, self.function = name, function
+        try:
+            self._owner: Callable[[], Any] = weakref.ref(owner)  # whoever keeps an overlay does not keep an engine
+        except TypeError:
+            self._owner = lambda: owner  # somebody's own, to which there are no weak references
         self.before = vars(owner).get(name, _NOTHING)
         setattr(owner, name, function)
         _overlays[id(function)] = self
 
     def is_on_top(self) -> bool:
         """Whether nobody has put anything over it, and it is still there."""
-        return vars(self._owner).get(self._name) is self.function
+        owner = self._owner()
+        return owner is not None and vars(owner).get(self._name) is self.function
 
     def take_out(self) -> None:
         """Put back what was there before.
@@ -39,12 +44,15 @@ class Overlay:
         If another overlay lies over this one, that one will put it back. What somebody else has put over it stays, and
         calls this function further on.
         """
-        top = vars(self._owner).get(self._name, _NOTHING)
+        owner = self._owner()
+        if owner is None:
+            return
+        top = vars(owner).get(self._name, _NOTHING)
         if top is self.function:
             if self.before is _NOTHING:
-                delattr(self._owner, self._name)
+                delattr(owner, self._name)
             else:
-                setattr(self._owner, self._name, self.before)
+                setattr(owner, self._name, self.before)
             return
         above = _overlay_of(top)
         while above is not None and above.before is not self.function:
@@ -53,7 +61,7 @@ class Overlay:
             above.before = self.before
 
 
-#: id of a function -> its overlay. Weak: an overlay holds an engine, and is itself held by what has put it there.
+#: id of a function -> its overlay. Weak: an overlay is held by what has put it there.
 _overlays: weakref.WeakValueDictionary[int, Overlay] = weakref.WeakValueDictionary()
 
 

@@ -69,3 +69,26 @@ def test_an_engine_of_a_class_made_of_vllms_is_found_whether_frozen_or_not():
         assert [each is engine for each in hooks.engines_alive()] == [True]
         gc.freeze()
         assert [each is engine for each in hooks.engines_alive()] == [True]
+
+
+def test_looking_for_engines_keeps_none_alive(python: Python):
+    """A function that deletes its engine gets rid of it, though it was found among the function's variables."""
+    program = """
+import gc, weakref
+from kvhook import hooks
+from tests.standin import fake_vllm
+
+def run(vllm):
+    engine = vllm.engine()
+    gc.collect()
+    gc.freeze()
+    assert len(hooks.engines_alive()) == 1
+    gone = weakref.ref(engine)
+    del engine
+    assert gone() is None
+    return "gone"
+
+with fake_vllm() as vllm:
+    print(run(vllm))
+"""
+    assert python(program).stdout == "gone\n"

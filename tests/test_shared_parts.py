@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,27 @@ def test_a_client_that_is_exchanged_between_two_runs_is_tapped_before_its_first_
         assert session.steps()["has_scheduler_stats"].tolist() == [1, 1, 1]
         assert session.steps()["num_finished_reqs"].tolist() == [1, 2, 1]
         assert (said(), session.faults) == ([], {})
+
+
+@LEVELS
+def test_an_engine_dies_with_its_last_reference_though_an_output_processor_was_made(
+    fresh: Path, step_path: str, level: str
+):
+    """A processor that somebody makes may be for any engine that is recorded: each is looked at again."""
+    with stubs(engines_of("0.32.0")), kvhook.install(level=level, ring_slots=64):
+        engine = make_engine(SYNC, log_stats=False)
+        drive(engine, "a")
+        processor = type(engine.output_processor)(log_stats=True)
+        assert "add_request" in vars(engine)
+        gone = weakref.ref(engine)
+        gc.collect()
+        gc.disable()  # no circle keeps it
+        try:
+            del engine
+            assert gone() is None
+        finally:
+            gc.enable()
+        assert processor is not None
 
 
 @pytest.mark.parametrize("release", ["0.13.0", "0.32.0"])

@@ -172,8 +172,11 @@ def fit_before_next_request(engine: Any) -> None:
     """An engine that is recorded may get another output processor, as a subclass may do at the end of its ``__init__``.
     Before the next request is added, what records the engine is put into that one."""
 
+    alive = weakref.ref(engine)  # what is kept in the engine must not keep it alive
+
     def fit_and_add_request(*args: Any, **kwargs: Any) -> Any:
         overlay.take_out()
+        engine: Any = alive()
         known = registry.engines.get(id(engine))
         if known is not None:
             try:

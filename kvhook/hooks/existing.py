@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from inspect import CO_OPTIMIZED
 from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType
 from typing import Any
 
@@ -29,8 +31,29 @@ def engines_alive() -> list[Any]:
         return []
     found = {id(each): each for each in gc.get_referrers(*classes) if type(each) in classes}
     if gc.get_freeze_count():
-        found |= {id(each): each for each in _held(_variables()) if type(each) in classes}
+        with contextlib.ExitStack() as stack:
+            variables: list[Mapping[str, Any]] = []
+            for frame in _frames():
+                variables += [stack.enter_context(variables_of(frame)), frame.f_globals]
+            if (main := sys.modules.get("__main__")) is not None:
+                variables.append(vars(main))
+            found |= {id(each): each for each in _held(variables) if type(each) in classes}
     return list(found.values())
+
+
+@contextlib.contextmanager
+def variables_of(frame: FrameType) -> Iterator[Mapping[str, Any]]:
+    """The variables of a function that runs, or of a module.
+
+    Before Python 3.13 a function's are a copy, which its frame keeps: what they hold would live on until the function
+    returns, though it deletes its variable. So the copy is emptied afterwards.
+    """
+    names = frame.f_locals
+    try:
+        yield names
+    finally:
+        if sys.version_info < (3, 13) and frame.f_code.co_flags & CO_OPTIMIZED:
+            names.clear()
 
 
 def _engine_classes() -> set[type]:
@@ -51,18 +74,14 @@ def _engine_classes() -> set[type]:
     return classes
 
 
-def _variables() -> Iterator[Any]:
-    """The variables of all functions that run, in all threads, and of the modules that these functions are from."""
+def _frames() -> Iterator[FrameType]:
+    """All functions and modules that run, in all threads."""
     # there is no public way to another thread's frames
     for frame in sys._current_frames().values():  # noqa: SLF001
         at: FrameType | None = frame
         while at is not None:
-            yield at.f_locals
-            if at.f_locals is not at.f_globals:
-                yield at.f_globals
+            yield at
             at = at.f_back
-    if (main := sys.modules.get("__main__")) is not None:
-        yield vars(main)
 
 
 def _held(roots: Iterable[Any]) -> Iterator[Any]:

@@ -18,6 +18,7 @@ from kvhook import _step
 from kvhook.adapters.table import Adapter
 from kvhook.faults import USERS, pass_on
 from kvhook.hooks.engines import fit_before_next_request, watch
+from kvhook.hooks.existing import variables_of
 from kvhook.hooks.quiet import make_no_stats, quiet_manager
 from kvhook.hooks.registry import NOT_RECORDED_FURTHER, Building, building, registry
 from kvhook.hooks.unseen import recorder_of
@@ -267,7 +268,8 @@ def on_processor(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if registry.owner is not None and building.get() is None:
         try:
             frame = sys._getframe(1)  # noqa: SLF001 (there is no public way to the caller)
-            engine = frame.f_locals.get("self")
+            with variables_of(frame) as names:
+                engine = names.get("self")
             recorded = [each for known in registry.engines.values() if (each := known.engine()) is not None]
             if id(engine) in registry.engines:
                 fit_before_next_request(engine)
