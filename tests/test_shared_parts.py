@@ -99,9 +99,8 @@ def test_an_engine_that_gets_the_id_of_one_that_is_gone_is_not_taken_for_it(fres
 
 
 class Client:
-    """Has outputs of its own; otherwise it is vLLM's client. Nothing can be weakly referenced to it, nor hashed."""
+    """Has outputs of its own; otherwise it is vLLM's client. It cannot be hashed."""
 
-    __slots__ = ("client", "plan")
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, client: Any) -> None:
@@ -115,10 +114,6 @@ class Client:
         return getattr(self.client, name)
 
 
-class Dressed(Client):
-    """The same, with attributes of its own."""
-
-
 @LEVELS
 @STATS
 @pytest.mark.parametrize("release", RELEASES)
@@ -128,7 +123,7 @@ def test_a_client_that_is_exchanged_between_two_runs_is_tapped_before_its_first_
     with stubs(engines_of(release)), kvhook.install(level=level, ring_slots=64) as session:
         engine = make_engine(SYNC, log_stats=stats)
         drive(engine, "a")
-        engine.engine_core = Dressed(engine.engine_core)
+        engine.engine_core = Client(engine.engine_core)
         drive(engine, "b", "c")
         drive(engine, "d")
         assert generated(session) == [1, 2, 1]
@@ -177,11 +172,14 @@ def test_an_output_processor_whose_stats_are_turned_off_does_not_make_vllms_step
 
 
 @LEVELS
+@pytest.mark.parametrize("handed", [list, iter, lambda outputs: outputs], ids=["a copy", "an iterator", "the list"])
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "one step late"])
 @pytest.mark.parametrize("release", RELEASES)
 def test_finished_requests_of_a_loop_are_counted_in_their_steps(
-    fresh: Path, step_path: str, release: str, level: str, late: bool
+    fresh: Path, step_path: str, release: str, level: str, late: bool, handed: Callable[[Any], Any]
 ):
+    if late and handed is iter and level == "full":
+        pytest.skip("nothing tells which step the outputs are of that an iterator gave")
     with stubs(engines_of(release)), kvhook.install(level=level, ring_slots=64) as session:
         engine = make_engine(SYNC, log_stats=False)
         waiting: list[Any] = []
@@ -192,9 +190,9 @@ def test_finished_requests_of_a_loop_are_counted_in_their_steps(
             engine.engine_core.plan.append(outputs)
             waiting.append(engine.engine_core.get_output())
             if len(waiting) > late:
-                engine.output_processor.process_outputs(waiting.pop(0).outputs)
+                engine.output_processor.process_outputs(handed(waiting.pop(0).outputs))
         for left in waiting:
-            engine.output_processor.process_outputs(left.outputs)
+            engine.output_processor.process_outputs(handed(left.outputs))
         steps = session.steps()
         assert steps["num_generation_tokens"].tolist() == [2, 3, 4, 1]
         finished = steps["num_finished_reqs"].tolist()

@@ -4,6 +4,7 @@
 - `taps`: how kvhook gets at the stats of one engine; `quiet`: engines whose user left vLLM's stats off
 - `own_step`: engines that are driven by another step than vLLM's own
 - `engines`: how an engine begins and ends to be recorded
+- `unseen`: engines that make steps though nobody saw them being made; `twins`: engines that share their parts
 - `wrappers`: what happens at each patched call, the step among them
 - `patching`: which names are replaced, all or none, and how they are put back
 

@@ -82,7 +82,17 @@ class OutputCounts:
         """Whether these outputs, or the first of them, came last. A loop may process what came before."""
         if engine_core_outputs is self._latest_outputs:
             return True
-        return len(engine_core_outputs) > 0 and any(each is engine_core_outputs[0] for each in self._latest_outputs)
+        try:
+            items = iter(engine_core_outputs)
+            if items is engine_core_outputs:
+                return True  # an iterator, which vLLM has gone through: nothing can be seen in it any more
+            first = next(items, None)
+            return first is not None and any(each is first for each in self._latest_outputs)
+        except USERS:
+            raise
+        except BaseException as error:
+            self._failed(error)
+            return False
 
 
 class FirstOutputs:

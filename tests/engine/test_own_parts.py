@@ -25,6 +25,19 @@ PROMPTS = [list(range(2 + n, 102 + n)) for n in range(4)]
 TOKENS = 5
 
 
+class Client:
+    """Takes the outputs from the engine core itself; otherwise it is vLLM's client."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    def get_output(self) -> Any:
+        return type(self.client).get_output(self.client)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+
 def params() -> Any:
     from vllm import SamplingParams  # type: ignore[import-not-found, unused-ignore]
 
@@ -86,26 +99,6 @@ def test_a_subclass_puts_in_a_client_of_its_own(level: str, stats: bool, make_ll
     from vllm import EngineArgs  # type: ignore[import-not-found, unused-ignore]
     from vllm.v1.engine.llm_engine import LLMEngine  # type: ignore[import-not-found, unused-ignore]
 
-    class Client:
-        """Hands all on to vLLM's."""
-
-        def __init__(self, client: Any) -> None:
-            self.client = client
-
-        def get_output(self) -> Any:
-            outputs, _ = self.client.engine_core.step_fn()
-            self.client.engine_core.post_step(model_executed=True)
-            return (outputs and outputs.get(0)) or type(self).empty()
-
-        @staticmethod
-        def empty() -> Any:
-            from vllm.v1.engine import EngineCoreOutputs  # type: ignore[import-not-found, unused-ignore]
-
-            return EngineCoreOutputs()
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.client, name)
-
     class Engine(LLMEngine):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -144,18 +137,6 @@ def test_an_engine_is_left_as_it_was_where_no_request_came_to_a_processor_of_its
 @pytest.mark.parametrize("level", ["full", "light"])
 def test_a_part_is_exchanged_between_two_runs(level: str, stats: bool, part: str, make_llm: MakeLLM):
     from vllm.v1.engine.output_processor import OutputProcessor  # type: ignore[import-not-found, unused-ignore]
-
-    class Client:
-        """Asks the engine core itself; otherwise it is vLLM's."""
-
-        def __init__(self, client: Any) -> None:
-            self.client = client
-
-        def get_output(self) -> Any:
-            return type(self.client).get_output(self.client)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.client, name)
 
     session = kvhook.install(level=level)
     engine = make_llm(disable_log_stats=not stats).llm_engine
