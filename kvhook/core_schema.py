@@ -41,6 +41,9 @@ MISS_REASONS = (
     "unknown",
 )
 
+#: A step is one batch: what its ``schedule`` and its ``update_from_output`` did is counted in it, also where other
+#: batches are scheduled in between (asynchronous scheduling, a pipeline). What happens between two steps is counted in
+#: the one that comes.
 CORE_STEP_FIELDS: tuple[Field, ...] = (
     Field("step", "i8", ID, "", "number of the step in its engine core, from 0: one call of Scheduler.schedule"),
     Field(
@@ -72,17 +75,21 @@ CORE_STEP_FIELDS: tuple[Field, ...] = (
     Field("num_prefill_reqs", "i8", COUNTER, "requests", "those of them whose prefill was under way"),
     Field("num_new_reqs", "i8", COUNTER, "requests", "requests that were scheduled for the first time"),
     Field("num_resumed_reqs", "i8", COUNTER, "requests", "requests that were scheduled again after a preemption"),
-    Field("num_preempted_reqs", "i8", COUNTER, "requests", "preemptions since the step before"),
+    Field("num_preempted_reqs", "i8", COUNTER, "requests", "preemptions in this step, or just before it"),
     Field(
-        "num_finished_reqs", "i8", COUNTER, "requests", "requests that finished or were aborted since the step before"
+        "num_finished_reqs",
+        "i8",
+        COUNTER,
+        "requests",
+        "requests that finished or were aborted in this step, or just before it",
     ),
     Field("num_running_reqs", "i8", GAUGE, "requests", "running requests when the batch had been scheduled"),
     Field("num_waiting_reqs", "i8", GAUGE, "requests", "waiting requests at that moment, the deferred ones included"),
     Field("num_skipped_waiting_reqs", "i8", GAUGE, "requests", "the deferred part of them"),
     Field("limited_by", "enum", ID, "", "why no more was scheduled: a value of LIMITS"),
     Field("num_kv_blocks", "i8", GAUGE, "blocks", "KV blocks that can be used"),
-    Field("num_kv_blocks_allocated", "i8", COUNTER, "blocks", "blocks handed out to be filled, since the step before"),
-    Field("num_kv_blocks_freed", "i8", COUNTER, "blocks", "blocks that nobody holds any more, since the step before"),
+    Field("num_kv_blocks_allocated", "i8", COUNTER, "blocks", "blocks handed out to be filled"),
+    Field("num_kv_blocks_freed", "i8", COUNTER, "blocks", "blocks that nobody holds any more"),
     Field("num_kv_blocks_reused", "i8", COUNTER, "blocks", "blocks found in the prefix cache and taken"),
     Field("num_kv_blocks_revived", "i8", COUNTER, "blocks", "those of the reused ones that nobody held"),
     Field("num_kv_blocks_evicted", "i8", COUNTER, "blocks", "blocks whose cached content was given up"),
@@ -91,12 +98,18 @@ CORE_STEP_FIELDS: tuple[Field, ...] = (
         "num_kv_blocks_cached", "i8", GAUGE, "blocks", "blocks at that moment that nobody held and that can be found"
     ),
     Field("num_kv_blocks_empty", "i8", GAUGE, "blocks", "blocks at that moment that held nothing of use"),
-    Field("num_kv_blocks_used", "i8", GAUGE, "blocks", "blocks in use at the end of the step"),
+    Field(
+        "num_kv_blocks_used",
+        "i8",
+        GAUGE,
+        "blocks",
+        "blocks in use at the end of the step; those of a batch that was scheduled meanwhile are among them",
+    ),
     Field("num_kv_tokens", "i8", GAUGE, "tokens", "tokens that the blocks in use hold when the batch has run"),
     Field("num_lookups", "i8", COUNTER, "look-ups", "look-ups in the prefix cache, repeated ones included"),
     Field("num_lookup_tokens", "i8", COUNTER, "tokens", "tokens looked up by the requests that were then scheduled"),
     Field("num_found_tokens", "i8", COUNTER, "tokens", "tokens found by them"),
-    Field("prefix_cache_reset", "i8", COUNTER, "0/1", "1 if the prefix cache was reset since the step before"),
+    Field("prefix_cache_reset", "i8", COUNTER, "0/1", "1 if the prefix cache was reset just before this step"),
     Field("kvhook_ns", "i8", GAUGE, "ns", "what kvhook took in the core in the step before, less the calls themselves"),
 )
 
@@ -183,7 +196,7 @@ BLOCKS_FIELDS: tuple[Field, ...] = (Field("count", "i8", ID, "events", "how many
 
 #: One event of a block: name, numpy type, meaning.
 BLOCK_EVENT_FIELDS: tuple[tuple[str, str, str], ...] = (
-    ("step", "<u4", "step in which it happened"),
+    ("step", "<u4", "step in which it happened (that was being scheduled, or was next)"),
     ("request", "<i4", "number of the request it happened for, as in core_requests; -1 if for none"),
     ("block", "<u4", "number of the block"),
     ("index", "<i4", "cache: the how-manieth block of its request, from 0; else -1"),

@@ -60,6 +60,7 @@ BOTH_PATHS = (
     "contracts/adapters/",
     "contracts/from_core/",
     "contracts/light/",
+    "core/test_batches_in_flight.py",
     "core/test_ledger.py",
     "core/test_steps.py",
     "golden/test_golden.py",

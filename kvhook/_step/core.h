@@ -27,6 +27,20 @@ enum { CORE_COLUMNS(AS_CORE_COLUMN) NUM_CORE_COLUMNS };
     X(n) X(step) X(num_preempted) X(num_finished) X(stats_made) X(own_ns) X(allocated) X(freed) X(reused) X(revived)   \
     X(evicted) X(resets) X(cached) X(shared) X(lookups) X(looked_up) X(found)
 
+/* Those that are counts of a step, in the order of `take` in kvhook/core/state.py, and the columns that they go to. */
+#define CORE_COUNTS(X)                                                                                                 \
+    X(num_preempted, num_preempted_reqs)                                                                               \
+    X(num_finished, num_finished_reqs)                                                                                 \
+    X(allocated, num_kv_blocks_allocated)                                                                              \
+    X(freed, num_kv_blocks_freed)                                                                                      \
+    X(reused, num_kv_blocks_reused)                                                                                    \
+    X(revived, num_kv_blocks_revived)                                                                                  \
+    X(evicted, num_kv_blocks_evicted)                                                                                  \
+    X(lookups, num_lookups)                                                                                            \
+    X(looked_up, num_lookup_tokens)                                                                                    \
+    X(found, num_found_tokens)                                                                                         \
+    X(resets, prefix_cache_reset)
+
 /* What is read of vLLM, as expressions of the adapter's table, compiled. */
 #define CORE_READS(X)                                                                                                  \
     X(tokens) X(total) X(drafts) X(new_reqs) X(budget) X(waiting) X(skipped) X(running) X(free) X(places) X(requests)  \
@@ -72,6 +86,10 @@ typedef struct {
     PyObject *calls[NUM_CORE_CALLS];
 } CoreState;
 
+/* Add what was counted since the last call to a step's columns. */
+void core_take(CoreState *self, int64_t *columns);
+/* Those columns as a tuple; NULL with an exception set. */
+PyObject *core_counts(const int64_t *columns);
 /* The next step under way: room for one more at the end of the queue; NULL with an exception set. */
 Pending *core_push(CoreState *self);
 /* Write the first of the steps under way, and drop it; -1 with an exception set. */

@@ -28,6 +28,22 @@ CORE_HOT Pending *core_push(CoreState *self)
     return last;
 }
 
+#define AS_ADDED(name, column) columns[COL_##column] += self->name;
+#define AS_TAKEN(name, column) self->name = 0;
+CORE_HOT void core_take(CoreState *self, int64_t *columns)
+{
+    CORE_COUNTS(AS_ADDED)
+    CORE_COUNTS(AS_TAKEN)
+}
+
+/* take(): the same for Python, as a tuple. */
+static PyObject *take(PyObject *object, PyObject *Py_UNUSED(nothing))
+{
+    int64_t columns[NUM_CORE_COLUMNS] = {0};
+    core_take((CoreState *)object, columns);
+    return core_counts(columns);
+}
+
 /* push(scheduled): a step that Python has looked at, and will write. */
 static PyObject *push(PyObject *object, PyObject *scheduled)
 {
@@ -264,6 +280,7 @@ static PyObject *get_behalf(PyObject *object, void *Py_UNUSED(nothing))
 }
 
 static PyMethodDef state_methods[] = {
+    {"take", take, METH_NOARGS, "take(): what was counted since the last call"},
     {"push", push, METH_O, "push(scheduled): a step that Python has looked at, and will write"},
     {"bind", (PyCFunction)(void (*)(void))bind, METH_VARARGS | METH_KEYWORDS, "what the short way needs to be done here"},
     {NULL, NULL, 0, NULL},

@@ -133,6 +133,7 @@ CORE_HOT static bool keep_here(CoreState *state, PyObject *output, int64_t start
     Pending *pending = decodes ? core_push(state) : NULL;
     if (pending == NULL)
         return false;
+    core_take(state, columns);
     pending->output = Py_NewRef(output);
     memcpy(pending->columns, columns, sizeof columns);
     state->step++;

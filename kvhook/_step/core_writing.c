@@ -16,6 +16,13 @@ static PyObject *numbers(const int64_t *from, const int *which, int count)
     return tuple;
 }
 
+#define AS_COUNT(name, column) COL_##column,
+PyObject *core_counts(const int64_t *columns)
+{
+    static const int counts[] = {CORE_COUNTS(AS_COUNT)};
+    return numbers(columns, counts, sizeof counts / sizeof *counts);
+}
+
 /* Python's `Scheduled`, of a step whose columns are here. */
 static PyObject *as_scheduled(const CoreState *self, const Pending *step)
 {
@@ -28,15 +35,16 @@ static PyObject *as_scheduled(const CoreState *self, const Pending *step)
                                  COL_num_kv_blocks_cached, COL_num_kv_blocks_empty, COL_num_kv_tokens};
     PyObject *one = numbers(step->columns, batch, sizeof batch / sizeof *batch), *result = NULL;
     PyObject *two = one ? numbers(step->columns, states, sizeof states / sizeof *states) : NULL;
-    PyObject *three = two ? PyList_New(0) : NULL;
-    if (three != NULL)
-        result = PyObject_CallFunction(self->calls[CALL_make_scheduled], "OLLLOOOL", step->output,
+    PyObject *three = two ? PyList_New(0) : NULL, *four = three ? core_counts(step->columns) : NULL;
+    if (four != NULL)
+        result = PyObject_CallFunction(self->calls[CALL_make_scheduled], "OLLLOOOLO", step->output,
                                        (long long)step->columns[COL_step], (long long)step->columns[COL_t_schedule_ns],
                                        (long long)step->columns[COL_t_scheduled_ns], one, two, three,
-                                       (long long)step->own_ns);
+                                       (long long)step->own_ns, four);
     Py_XDECREF(one);
     Py_XDECREF(two);
     Py_XDECREF(three);
+    Py_XDECREF(four);
     return result;
 }
 
@@ -57,21 +65,12 @@ CORE_HOT static int write_here(CoreState *self, Pending *step, int64_t start, in
     columns[COL_stats_number] = stats;
     columns[COL_t_update_ns] = start;
     columns[COL_t_end_ns] = end;
-    columns[COL_num_preempted_reqs] = self->num_preempted;
-    columns[COL_num_finished_reqs] = self->num_finished;
-    columns[COL_num_kv_blocks_allocated] = self->allocated;
-    columns[COL_num_kv_blocks_freed] = self->freed;
-    columns[COL_num_kv_blocks_reused] = self->reused;
-    columns[COL_num_kv_blocks_revived] = self->revived;
-    columns[COL_num_kv_blocks_evicted] = self->evicted;
     columns[COL_num_kv_blocks_used] = self->total - free;
-    columns[COL_num_lookups] = self->lookups;
-    columns[COL_num_lookup_tokens] = self->looked_up;
-    columns[COL_num_found_tokens] = self->found;
-    columns[COL_prefix_cache_reset] = self->resets != 0;
     columns[COL_kvhook_ns] = self->own_ns;
-    self->allocated = self->freed = self->reused = self->revived = self->evicted = self->resets = 0;
-    self->lookups = self->looked_up = self->found = 0;
+    /* with its update; one that had none is written when the update of another has been made */
+    if (LIKELY(start >= 0))
+        core_take(self, columns);
+    columns[COL_prefix_cache_reset] = columns[COL_prefix_cache_reset] != 0;
     put_columns(&self->output, KIND_CORE_STEP, self->n, columns, NUM_CORE_COLUMNS);
     Cell n = cell_int(self->n);
     if (put_body(&self->output, &n) < 0)
@@ -82,7 +81,6 @@ CORE_HOT static int write_here(CoreState *self, Pending *step, int64_t start, in
         return -1;
     }
     self->n = n.i;
-    self->num_preempted = self->num_finished = 0;
     self->own_ns = step->own_ns;
     return 0;
 }

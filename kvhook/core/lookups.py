@@ -62,13 +62,6 @@ class Lookups:
         """It has been scheduled: what waited for an ``allocate_slots`` that never came is taken out."""
         self._take_out_probe()
 
-    def take(self) -> tuple[int, int, int]:
-        """Look-ups, and tokens looked up and found by requests that were then scheduled, since the last call."""
-        state = self._state
-        counts = state.lookups, state.looked_up, state.found
-        state.lookups = state.looked_up = state.found = 0
-        return counts
-
     def admitted(self, life: Life) -> None:
         """The request was scheduled with what it had found."""
         miss = life.miss

@@ -78,13 +78,6 @@ class PoolAccount:
         """Free blocks, now."""
         return int(self._queue.num_free_blocks)
 
-    def take(self) -> tuple[int, int, int, int, int, int]:
-        """allocated, freed, reused, revived, evicted, resets since the last call."""
-        s = self.state
-        counts = s.allocated, s.freed, s.reused, s.revived, s.evicted, s.resets
-        s.allocated = s.freed = s.reused = s.revived = s.evicted = s.resets = 0
-        return counts
-
     def _look(self) -> tuple[int, int]:
         """Cached free blocks, and holds beyond the first, by looking at every block: once, at the start."""
         cached = shared = 0

@@ -37,3 +37,5 @@ class Scheduled(NamedTuple):
     #: requests whose prefill ended in it
     begun: list[Life]
     own_ns: int
+    #: what `CoreState.take` gave then; its own update adds to it
+    counts: tuple[int, ...]

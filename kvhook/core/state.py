@@ -16,14 +16,14 @@ class CoreState:
     Attributes:
         n: number of the next record.
         step: number of the step that is under way, or of the next one.
-        num_preempted, num_finished: preemptions and ended requests since a step was last written.
+        num_preempted, num_finished: preemptions and ended requests, since the counts were last taken.
         stats_made: how many stats the core has made.
         own_ns: what kvhook took in the step before.
-        allocated, freed, reused, revived, evicted, resets: blocks, since a step was last written.
+        allocated, freed, reused, revived, evicted, resets: blocks, since the counts were last taken.
         cached: free blocks that can be found by their content, now.
         shared: how often blocks are held beyond the first time, all together, now.
         lookups, looked_up, found: look-ups, and tokens looked up and found by requests that were then scheduled, since
-            a step was last written.
+            the counts were last taken.
         on: False once the counting is over: somebody else's wrapper may still be over a tap, and call it.
         inside: whether an ``update_from_output`` is under way.
         looked: whether a request has been looked up since the last ``schedule`` began.
@@ -66,3 +66,23 @@ class CoreState:
         self.behalf: Any = None
         self.pending: deque[Scheduled] = deque()
         self.push = self.pending.append
+
+    def take(self) -> tuple[int, ...]:
+        """What was counted since the last call, from num_preempted to resets: see `CORE_COUNTS` in ``_step/core.h``."""
+        counts = (
+            self.num_preempted,
+            self.num_finished,
+            self.allocated,
+            self.freed,
+            self.reused,
+            self.revived,
+            self.evicted,
+            self.lookups,
+            self.looked_up,
+            self.found,
+            self.resets,
+        )
+        self.num_preempted = self.num_finished = 0
+        self.allocated = self.freed = self.reused = self.revived = self.evicted = self.resets = 0
+        self.lookups = self.looked_up = self.found = 0
+        return counts

@@ -1,7 +1,8 @@
 """The engine core's steps: what each call of ``Scheduler.schedule`` did, and what came of it.
 
 A step begins with ``schedule`` and ends with the ``update_from_output`` that is given its result; with asynchronous
-scheduling or a pipeline the next step begins in between. Its record is written when it ends.
+scheduling or a pipeline the next step begins in between. Its record is written when it ends. So what is counted goes to
+the step in whose ``schedule`` or ``update_from_output`` it was, and what was between two of them to the one that comes.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ class StepAccount:
         columns = (total, prefill, recomputed, decode, spec, budget, len(tokens), prefill_reqs, new, resumed)
         states = (running, waiting, skipped, limit, pool.total, in_use, cached, free - cached, held)
         state.step = step + 1
-        state.push(Scheduled(output, step, start, end, columns, states, begun, clock() - end))
+        state.push(Scheduled(output, step, start, end, columns, states, begun, clock() - end, state.take()))
 
     def _changed(self, output: Any, tokens: dict[str, int], start: int) -> tuple[int, int]:
         """Requests came or were preempted: how many are new, how many resumed."""
@@ -266,8 +267,9 @@ class StepAccount:
         for life in step.begun:
             life.t_first_token = end
         state = self.state
-        allocated, freed, reused, revived, evicted, resets = self.pool.take()
-        lookups, looked_up, found = self.lookups.take()
+        # with its update; one that had none is written when the update of another has been made
+        counts = map(operator.add, step.counts, state.take()) if start >= 0 else step.counts
+        preempted, finished, allocated, freed, reused, revived, evicted, lookups, looked_up, found, resets = counts
         running, waiting, skipped, limit, total, peak, cached, empty, held = step.states
         self.writer.step(
             (
@@ -278,8 +280,8 @@ class StepAccount:
                 start,
                 end,
                 *step.batch,
-                state.num_preempted,
-                state.num_finished,
+                preempted,
+                finished,
                 running,
                 waiting,
                 skipped,
@@ -302,7 +304,6 @@ class StepAccount:
                 state.own_ns,
             )
         )
-        state.num_preempted = state.num_finished = 0
         state.own_ns = step.own_ns
 
     def _write_finished(self) -> None:

@@ -120,7 +120,8 @@ class Driver:
             kv_cache_config=cache,
             structured_output_manager=StructuredOutputManager(self.config),
             log_stats=True,
-            **{n: v for n, v in more.items() if _takes(cls, n)},
+            # another class hands on whatever it is given
+            **{n: v for n, v in more.items() if _takes(_scheduler_class(None), n)},
         )
 
     def _make_hasher(self) -> Any:
