@@ -67,6 +67,8 @@ class Driver:
         config = _config(model, settings)
         config.cache_config.block_size = block_size
         config.cache_config.num_gpu_blocks = blocks
+        if hasattr(config.scheduler_config, "async_scheduling"):  # where there is a GPU it is on
+            config.scheduler_config.async_scheduling = False
         change(config)
         self.config, self.block_size, self.random = config, block_size, random.Random(seed)
         self.scheduler = self._make_scheduler(cache(config) if cache else self._cache(blocks, groups))
