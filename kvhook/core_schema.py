@@ -122,7 +122,7 @@ CORE_REQUEST_FIELDS: tuple[Field, ...] = (
     Field("arrived_step", "i8", ID, "", "number of the first step that was scheduled after it arrived"),
     Field("first_scheduled_step", "i8", ID, "", "step in which it was first scheduled; -1 if it never was"),
     Field("first_token_step", "i8", ID, "", "step whose model run gave its first token; -1 if none did"),
-    Field("finished_step", "i8", ID, "", "last step that was scheduled before it finished"),
+    Field("finished_step", "i8", ID, "", "step whose update ended it; else the last that was scheduled before"),
     Field("t_arrived_ns", "i8", TIME, "ns", "when it came to the core; -1 if it was there before kvhook"),
     Field("t_first_scheduled_ns", "i8", TIME, "ns", "when it was first scheduled; -1 if it never was"),
     Field("t_first_token_ns", "i8", TIME, "ns", "end of the step of its first token; -1 if there is none"),

@@ -51,14 +51,16 @@ static PyObject *push(PyObject *object, PyObject *scheduled)
         PyErr_SetString(PyExc_TypeError, "kvhook: a step that is under way is a tuple: output, step, two times ...");
         return NULL;
     }
+    int64_t step = PyLong_AsLongLong(PyTuple_GET_ITEM(scheduled, 1));
     int64_t when = PyLong_AsLongLong(PyTuple_GET_ITEM(scheduled, 3));
-    if (when == -1 && PyErr_Occurred())
+    if (PyErr_Occurred())
         return NULL;
     Pending *last = core_push((CoreState *)object);
     if (last == NULL)
         return NULL;
     last->output = Py_NewRef(PyTuple_GET_ITEM(scheduled, 0));
     last->scheduled = Py_NewRef(scheduled);
+    last->columns[COL_step] = step;
     last->columns[COL_t_scheduled_ns] = when;
     Py_RETURN_NONE;
 }
@@ -201,7 +203,7 @@ static PyObject *state_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     CoreState *self = (CoreState *)type->tp_alloc(type, 0);
     if (self != NULL)
-        self->own_ns = -1;
+        self->own_ns = self->updated = -1;
     return (PyObject *)self;
 }
 

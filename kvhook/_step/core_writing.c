@@ -90,6 +90,7 @@ CORE_HOT int core_write_first(CoreState *self, int64_t start, int64_t end, int64
     Pending step = self->pending[self->first]; /* what is called may add another */
     self->first = (self->first + 1) & (self->room - 1);
     self->count--;
+    self->updated = step.columns[COL_step];
     int64_t free;
     int result;
     if (LIKELY(step.scheduled == NULL) && core_read(self, READ_free, &free))

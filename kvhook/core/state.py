@@ -17,6 +17,7 @@ class CoreState:
         n: number of the next record.
         step: number of the step that is under way, or of the next one.
         num_preempted, num_finished: preemptions and ended requests, since the counts were last taken.
+        updated: number of the step whose ``update_from_output`` was the last; -1 before the first.
         stats_made: how many stats the core has made.
         own_ns: what kvhook took in the step before.
         allocated, freed, reused, revived, evicted, resets: blocks, since the counts were last taken.
@@ -55,11 +56,12 @@ class CoreState:
         "shared",
         "stats_made",
         "step",
+        "updated",
     )
 
     def __init__(self) -> None:
         self.n = self.step = self.num_preempted = self.num_finished = self.stats_made = 0
-        self.own_ns = -1
+        self.own_ns = self.updated = -1
         self.allocated = self.freed = self.reused = self.revived = self.evicted = self.resets = 0
         self.cached = self.shared = self.lookups = self.looked_up = self.found = 0
         self.on = self.inside = self.looked = False

@@ -54,7 +54,8 @@ class StepAccount:
         self._lives: dict[str, Life] = {}
         self._prefills = Prefills(core.reads["computed"])
         self._preemptions = Preemptions(core, writer, self._prefills, self.life_of, failed)
-        self._finished: list[tuple[Life, int, int]] = []
+        #: of each request that has ended and is not written: its life, when, why, and whether an update ended it
+        self._finished: list[tuple[Life, int, int, bool]] = []
         self._requests = 0
         for request in list(core.sched.requests.values()):  # it has been at work already
             life = self._know(request, -1)
@@ -271,6 +272,7 @@ class StepAccount:
         counts = map(operator.add, step.counts, state.take()) if start >= 0 else step.counts
         preempted, finished, allocated, freed, reused, revived, evicted, lookups, looked_up, found, resets = counts
         running, waiting, skipped, limit, total, peak, cached, empty, held = step.states
+        state.updated = step.step
         self.writer.step(
             (
                 step.step,
@@ -307,9 +309,11 @@ class StepAccount:
         state.own_ns = step.own_ns
 
     def _write_finished(self) -> None:
-        for life, now, reason in self._finished:
+        state = self.state
+        for life, now, reason, inside in self._finished:
             # a request ends inside the update at whose end its last token, perhaps its first, counts as there
-            self.writer.request(life, self.state.step - 1, max(now, life.t_first_token), reason)
+            step = state.updated if inside else state.step - 1
+            self.writer.request(life, step, max(now, life.t_first_token), reason)
         self._finished.clear()
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -357,6 +361,6 @@ class StepAccount:
         self._preemptions.over((request.request_id,), now)
         self.state.num_finished += 1
         reason = request.get_finished_reason()
-        self._finished.append((life, now, -1 if reason is None else int(reason)))
+        self._finished.append((life, now, -1 if reason is None else int(reason), self.state.inside))
         if not self.state.inside:
             self._write_finished()

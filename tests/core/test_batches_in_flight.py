@@ -47,6 +47,8 @@ class Batches:
         self.flying: deque[tuple[dict[str, int], Any, Any]] = deque()
         #: how many were under way when one was put together
         self.others: list[int] = []
+        #: request id -> the batch whose update ended it, or that had been put together last when it was aborted
+        self.ended: dict[str, int] = {}
         self._ended, self._held = 0, 0
 
     def used(self) -> int:
@@ -59,10 +61,12 @@ class Batches:
 
     def between(self, act: Callable[[], Any]) -> None:
         """Something from outside, which belongs to the batch that comes next."""
-        before, requests = self.used(), len(self.driver.scheduler.requests)
+        before, requests = self.used(), set(self.driver.scheduler.requests)
         act()
         self._held += self.used() - before
-        self._ended += requests - len(self.driver.scheduler.requests)
+        ended = requests - set(self.driver.scheduler.requests)
+        self._ended += len(ended)
+        self.ended |= dict.fromkeys(ended, len(self.rows) - 1)
 
     def schedule(self) -> None:
         scheduler = self.driver.scheduler
@@ -71,6 +75,7 @@ class Batches:
         self.lookups.clear()
         output = self.driver.schedule()
         row = {
+            "step": len(self.rows),
             "num_scheduled_tokens": output.total_num_scheduled_tokens,
             "num_preempted_reqs": len(running - {r.request_id for r in scheduler.running}),
             "num_lookups": len(self.lookups),
@@ -86,10 +91,12 @@ class Batches:
 
     def update(self) -> None:
         row, output, result = self.flying.popleft()
-        used, requests = self.used(), len(self.driver.scheduler.requests)
+        used, requests = self.used(), set(self.driver.scheduler.requests)
         self.driver.scheduler.update_from_output(output, result)
         row["taken"] += self.used() - used
-        row["num_finished_reqs"] += requests - len(self.driver.scheduler.requests)
+        ended = requests - set(self.driver.scheduler.requests)
+        row["num_finished_reqs"] += len(ended)
+        self.ended |= dict.fromkeys(ended, row["step"])
 
     def step(self) -> None:
         """As an engine core does it: another batch before the oldest one's result."""
@@ -140,7 +147,7 @@ def test_each_count_goes_to_the_batch_that_it_was_in(
         if wave % 2:
             batches.between(functools.partial(recording.driver.abort, *rng.sample(names, 2)))
     batches.run()
-    steps = recording.read().steps()
+    steps, requests = recording.read().steps(), recording.read().requests()
     assert max(batches.others) == depth - 1, "one batch was under way at a time"
     assert len(steps) == len(batches.rows)
     for column in ("num_preempted_reqs", "num_kv_blocks_evicted", "num_lookups"):
@@ -150,3 +157,4 @@ def test_each_count_goes_to_the_batch_that_it_was_in(
     for column in batches.rows[0]:
         if column != "taken":
             assert steps[column].tolist() == [row[column] for row in batches.rows], column
+    assert {str(row["request_id"]): int(row["finished_step"]) for row in requests} == batches.ended
