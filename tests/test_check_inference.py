@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 import kvhook
 from kvhook import check, cli
+from kvhook.analysis.lookups import Missed
 from kvhook.check import FAILED, OK, SKIPPED, inference, run, structure
 from kvhook.check.inference import Inference
 from kvhook.collector import VLLMMetricsCollector, names, sources
@@ -136,6 +138,27 @@ def test_a_source_that_counts_otherwise_is_found(llm: Played, source: str):
     assert set(found) == {"methods_agree"}
     assert found["methods_agree"].startswith("num_prompt_tokens: expected")
     assert f"'{source}': 1" in found["methods_agree"]
+
+
+@pytest.mark.parametrize("lie", [0, 1])
+def test_what_vllms_own_counters_missed_is_said_and_no_fault(llm: Played, monkeypatch: pytest.MonkeyPatch, lie: int):
+    missed = {"prefix_cache_queries": 40, "prefix_cache_hits": 32}
+    summary = kvhook.Session.summary
+
+    def with_missed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataclasses.replace(summary(self, *args, **kwargs), missed_by_vllm=Missed(2, *missed.values()))
+
+    def read(source: str) -> Reading:
+        told = {name: llm.truth[name] - number - lie for name, number in missed.items()}
+        told["prefix_cache_hit_rate"] = told["prefix_cache_hits"] / told["prefix_cache_queries"]
+        return llm.read(source, **told)
+
+    monkeypatch.setattr(kvhook.Session, "summary", with_missed)
+    for source in (names.INTERNAL, names.REGISTRY):
+        llm.of_source[source] = lambda source=source: read(source)  # type: ignore[misc]
+    agree = outcomes(llm)["methods_agree"]
+    assert agree.outcome == (FAILED if lie else OK), agree
+    assert lie or "counters missed 40 tokens looked up, 32 found: rely on hook for the prefix cache" in agree.found
 
 
 @pytest.mark.parametrize("source", [names.INTERNAL, names.REGISTRY])
