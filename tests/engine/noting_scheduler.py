@@ -26,7 +26,9 @@ class NotingScheduler(Scheduler):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._came, self._row = 0, dict[str, Any]()
+        self._came = 0
+        #: the batches that wait for their result, and what was seen of them
+        self._rows: list[tuple[Any, dict[str, Any]]] = []
         self._gathered = {0, *accumulate(int(n) for n in os.environ["WAVES"].split(","))}
         self._notes = open(os.environ["NOTED"], "a", encoding="utf-8")  # noqa: SIM115
 
@@ -45,7 +47,7 @@ class NotingScheduler(Scheduler):  # type: ignore[misc, unused-ignore]
         output = super().schedule(*args, **kwargs)
         after = {request.request_id for request in self.running}
         blocks = self._blocks()
-        self._row = {
+        row = {
             "tokens": {name_of(name): count for name, count in output.num_scheduled_tokens.items()},
             "new": [[name_of(new.req_id), list(new.block_ids)] for new in output.scheduled_new_reqs],
             "finished": sorted(map(name_of, output.finished_req_ids)),
@@ -55,12 +57,15 @@ class NotingScheduler(Scheduler):  # type: ignore[misc, unused-ignore]
             "num_kv_blocks_cached": sum(1 for b in blocks if not b.ref_cnt and b.block_hash is not None),
             "num_kv_blocks_empty": sum(1 for b in blocks if not b.ref_cnt and b.block_hash is None),
         }
+        self._rows.append((output, row))
         return output
 
-    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().update_from_output(*args, **kwargs)
-        self._row["num_kv_blocks_used"] = sum(1 for b in self._blocks() if b.ref_cnt)
-        self._notes.write(json.dumps(self._row) + "\n")
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().update_from_output(scheduler_output, *args, **kwargs)
+        (row,) = (row for output, row in self._rows if output is scheduler_output)
+        self._rows = [one for one in self._rows if one[0] is not scheduler_output]
+        row["num_kv_blocks_used"] = sum(1 for b in self._blocks() if b.ref_cnt)
+        self._notes.write(json.dumps(row) + "\n")
         self._notes.flush()
         return result
 
