@@ -245,7 +245,7 @@ class CoreProcess:
             return  # it was not recorded any more
         for spool in [self._spools.get(number), self._ledgers.get(number, (None, None))[1]]:
             if spool is not None:
-                spool.retire(number)
+                spool.leave(number)
 
     def lost(self, session: str) -> dict[tuple[int, str], int]:
         """How many records of each engine core of this process could not be copied or written so far: number and

@@ -32,7 +32,7 @@ building an engine,              any that builds an engine  ``session.lock``, an
 `Session.close`
 `forget`,                        any: finalizers run where  Waits for no lock: `retire` appends to a deque, and
 `Session.close_engine`,          the garbage collector runs drains at once only if ``Spool._lock`` is free.
-`Spool.retire`
+`Spool.retire`, `Spool.leave`
 `Spool.drain`, and all else that "kvhook-spool", and any    ``Spool._lock``. It reads the rings as another process
 writes trace files               that reads or closes       does: without a lock; the stamps say what was
                                                             overwritten meanwhile.

@@ -42,9 +42,13 @@ class Background:
         """Sleep; True if the thread is to end, which also ends the sleep."""
         return self._ended.wait(seconds)
 
+    def leave(self) -> None:
+        """Have the thread end, and wait for nothing. It is not started again."""
+        self._ended.set()
+
     def end(self) -> None:
         """Have the thread end, and wait for that, unless this is it. It is not started again."""
-        self._ended.set()
+        self.leave()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
             self._thread = None

@@ -111,6 +111,8 @@ class Spool:
         self.published: dict[int, int] = {}
         #: Engines that are gone and whose last records are still to be drained.
         self._retiring: deque[int] = deque()
+        #: Whether the thread is to complete the files.
+        self._left = False
         #: Engines whose facts are still to be written to the file that is in use.
         self._meta_due: set[int] = set()
 
@@ -150,6 +152,15 @@ class Spool:
                 self._close_retired()
             finally:
                 self._lock.release()
+
+    def leave(self, number: int) -> None:
+        """Retire the only engine of this spool, which gets no other one: the thread completes the files and ends.
+
+        As `retire`, it waits for nothing.
+        """
+        self._left = True
+        self.retire(number)
+        self._background.leave()
 
     def _close_retired(self) -> None:
         while self._retiring:
@@ -298,6 +309,9 @@ class Spool:
             now = time.monotonic()
             smallest = min((e.recorder.ring.capacity for e in list(self._engines.values())), default=1)
             pause, last = next_pause(taken, now - last, smallest, pause), now
+        if self._left:
+            with contained(self._not_closed):
+                self.close()
 
     def _add_up(self, taken: int) -> None:
         self._behind += taken

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from kvhook.cli import main
 from kvhook.core.plan import VARIABLE, CorePlan, read_plan
 from kvhook.errors import KvhookError
 from kvhook.export.mooncake import write
+from tests.faults.long_run import is_trace
 
 #: Makes a scheduler of vLLM's, and what drives it.
 Build = Callable[..., Any]
@@ -41,6 +45,36 @@ def work(driver: Any, requests: int = 20) -> None:
         tail = [rng.randrange(2, 500) for _ in range(rng.randrange(5, 100))]
         driver.add(stem + tail if rng.random() < 0.5 else tail, max_tokens=rng.randrange(1, 60))
     list(driver.run())
+
+
+def spools() -> list[str]:
+    """The threads that write traces, and the traces that are open."""
+    traces = [f"trace {fd}" for fd in os.listdir("/proc/self/fd") if is_trace(int(fd))]
+    return [t.name for t in threading.enumerate() if t.name == "kvhook-spool"] + traces
+
+
+def test_an_engine_core_that_is_gone_leaves_no_thread_and_no_open_file(build: Build, tmp_path: Path):
+    """vLLM shuts down an engine core in this process when its engine is deleted; older releases only drop it."""
+    build()  # what fails in the first one is kept by vLLM, and all that it can see
+    with kvhook.install(trace=tmp_path / "run.kvh", core="blocks") as session:
+        for number in range(3):
+            before = spools()  # the session's own thread is begun when it is read
+            driver = build()
+            work(driver, 4)
+            assert len(spools()) == len(before) + 4  # of the steps and of the ledger
+            del driver
+            give_up = time.monotonic() + 60
+            while spools() != before:
+                assert time.monotonic() < give_up, spools()
+                gc.collect()
+            assert session.health().ok
+            assert len(session.cores()) == number + 1
+            assert len(session.core_requests()) == 4 * (number + 1)
+        steps = session.core_steps()
+        assert len(session.cores().blocks()) > 0
+        assert session.cores().lost == 0
+    # the session is closed, and its files have everything
+    assert session.core_steps().tolist() == steps.tolist()
 
 
 def test_a_scheduler_built_after_install_is_recorded(build: Build, tmp_path: Path):
