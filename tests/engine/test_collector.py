@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from typing import Any
 
@@ -121,7 +122,8 @@ def test_every_answer_is_json(collected: Collected):
 
 def test_environment_says_what_ran(collected: Collected):
     e = collected.stats["environment"]
-    assert (e["device"], e["block_size"], e["num_gpu_blocks"]) == ("cpu", BLOCK_SIZE, USABLE + 1)
+    device = "cuda" if os.environ.get("KVHOOK_ENGINE") == "gpu" else "cpu"
+    assert (e["device"], e["block_size"], e["num_gpu_blocks"]) == (device, BLOCK_SIZE, USABLE + 1)
     assert (e["enable_prefix_caching"], e["engine_core_in_this_process"]) == (True, True)
 
 

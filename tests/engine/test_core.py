@@ -164,6 +164,8 @@ def test_the_peak_inside_each_step_is_in_the_front_ends_steps_too(runs: Runs, wh
     run = runs.get(where)
     assert run.trace is not None
     steps = run.trace.steps()
+    if where.startswith("inside") and run.cores.facts[0].get("async_scheduling"):
+        pytest.skip("a step of an engine in this process puts one batch together, and brings the result of another")
     joined = core_step_of(steps, run.cores.steps())
     told = joined >= 0
     peaks = np.array([row["num_kv_blocks_peak"] for row in run.notes])[joined[told]]
@@ -195,7 +197,9 @@ def test_outputs_and_vllms_schedule_are_the_same_with_and_without(runs: Runs, pr
     assert len(bare.notes) > 100
     assert without_idle_steps(recorded.notes) == without_idle_steps(bare.notes)
     assert recorded.results["outputs"] == bare.results["outputs"]
-    assert recorded.results["cached"] == bare.results["cached"] > 0
+    assert recorded.results["cached"] == bare.results["cached"]
+    # what vLLM counts: with asynchronous scheduling, on a GPU, it misses look-ups in some releases
+    assert bare.results["cached"] > 0 or recorded.cores.facts[0]["async_scheduling"]
 
 
 @pytest.mark.parametrize("where", ["forked:blocks", "spawned:steps:killed"])
