@@ -15,7 +15,7 @@ import os
 import sys
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import wrapt
 
@@ -42,6 +42,14 @@ LEDGER_SLOTS = 4096
 _NOT_RECORDED = "this engine core is not recorded"
 
 
+class _Recorded(NamedTuple):
+    """What is recorded of an engine core: its steps, or its ledger of blocks."""
+
+    recorder: CoreRecorder | LedgerRing
+    spool: Spool
+    stream: str
+
+
 class CoreProcess:
     """What this process has to do with engine cores."""
 
@@ -50,11 +58,10 @@ class CoreProcess:
         self.faults = Faults()
         #: why the engine cores of this process are not recorded, if they are not
         self.absent = ""
-        self._recorders: dict[int, CoreRecorder] = {}
-        self._spools: dict[int, Spool] = {}
+        #: number of an engine core -> its steps and, if that is wanted, its ledger of blocks
+        self._recorded: dict[int, list[_Recorded]] = {}
         #: id of an EngineCore's scheduler -> number of its recorder
         self._numbers: dict[int, int] = {}
-        self._ledgers: dict[int, tuple[LedgerRing, Spool]] = {}
         self._next = 0
         #: the recording that the cores are of, and what of its cores that have ended was lost: see `lost`
         self._session, self._lost = "", dict[tuple[int, str], int]()
@@ -67,7 +74,7 @@ class CoreProcess:
         """Record the engine cores that are made from now on in this process, and in those forked off from it."""
         self.plan, self.absent, self.faults = plan, "", Faults()
         self._session, self._lost = plan.session, {}
-        if not self._recorders:
+        if not self._recorded:
             self._next = 0
         for target in (INIT, SHUTDOWN):
             module = target.path.partition(":")[0]
@@ -80,7 +87,7 @@ class CoreProcess:
     def disarm(self) -> None:
         """Take kvhook out of the engine cores of this process, and of vLLM."""
         self.plan = None
-        for number in list(self._recorders):
+        for number in list(self._recorded):
             try:
                 self.end(number)
             except USERS:
@@ -174,26 +181,31 @@ class CoreProcess:
         if plan.anonymous and connector is not None:
             facts["connector"] = class_of_vllm(type(connector))
         recorder = CoreRecorder(number, core, directory, plan.ring_slots, facts)
+        recorded: list[_Recorded] = []
         try:
             pid = os.getpid()
             prepare_directory(Path(plan.stem).parent, strict=plan.temporary)
             spool = Spool(plan.names(pid, number), plan.limit, self._fault)
             spool.add(recorder)
+            recorded.append(_Recorded(recorder, spool, STREAM))
             failed = functools.partial(self._failed, number)
             _ = plan.is_over  # opens its mark, which somebody may remove
-            recorder.follow(core, failed, self._open_ledger(recorder, plan), lambda: plan.is_over)
+            recorder.follow(core, failed, self._open_ledger(recorder, plan, recorded), lambda: plan.is_over)
         except Exception:
             recorder.close()
+            for one in recorded:
+                one.spool.close()
+                one.recorder.close()
             raise
         if multiprocessing.parent_process() is not None and not self._next:
             multiprocessing.util.Finalize(self, self.disarm, exitpriority=10)  # such a process does not run `atexit`
         self._next += 1
-        self._recorders[number], self._spools[number] = recorder, spool
+        self._recorded[number] = recorded
         self._numbers[id(scheduler)] = number
         weakref.finalize(scheduler, self._gone, id(scheduler), number).atexit = False
 
-    def _open_ledger(self, recorder: CoreRecorder, plan: CorePlan) -> LedgerRing | None:
-        """The ring and the trace of the ledger of blocks, if one is wanted."""
+    def _open_ledger(self, recorder: CoreRecorder, plan: CorePlan, recorded: list[_Recorded]) -> LedgerRing | None:
+        """The ring and the trace of the ledger of blocks, if one is wanted; it goes to what is recorded."""
         if plan.level != "blocks":
             return None
         number, pid = recorder.number, os.getpid()
@@ -202,7 +214,7 @@ class CoreProcess:
         ledger = LedgerRing(number, Path(plan.ring_dir), LEDGER_SLOTS, facts)
         spool = Spool(plan.names(pid, number, LEDGER), plan.limit, self._fault)
         spool.add(ledger)
-        self._ledgers[number] = ledger, spool
+        recorded.append(_Recorded(ledger, spool, LEDGER))
         return ledger
 
     def _fault(self, where: str, error: BaseException, then: str) -> None:
@@ -212,29 +224,25 @@ class CoreProcess:
 
     def _failed(self, number: int, error: BaseException) -> None:
         self.faults.fault("counting inside the engine core", error, "this engine core is not recorded any further")
-        recorder, spool = self._recorders.get(number), self._spools.get(number)
-        if recorder is not None and spool is not None:
+        for recorder, spool, _ in self._recorded.get(number, [])[:1]:
             recorder.meta |= without_names(recorder.meta | {"failed": described(error)})
             spool.write_meta_again(number)
 
     def end(self, number: int) -> None:
         """Stop recording an engine core, and complete its trace."""
-        recorder, spool = self._recorders.pop(number, None), self._spools.pop(number, None)
-        if recorder is None or spool is None:
-            return
+        recorded = self._recorded.pop(number, [])
         self._numbers = {scheduler: n for scheduler, n in self._numbers.items() if n != number}
-        with contained(self._not_ended):
-            recorder.stop()
-        recorded: list[tuple[CoreRecorder | LedgerRing, Spool, str]] = [(recorder, spool, STREAM)]
-        if number in self._ledgers:
-            recorded.append((*self._ledgers.pop(number), LEDGER))
-        for one, its_spool, stream in recorded:
-            its_spool.close()
-            one.close()
-            self._lost |= _lost_of(its_spool, stream)
-            if not its_spool.unwritten[number]:
+        for recorder, _, _ in recorded:
+            if isinstance(recorder, CoreRecorder):
+                with contained(self._not_ended):
+                    recorder.stop()
+        for recorder, spool, stream in recorded:
+            spool.close()
+            recorder.close()
+            self._lost |= _lost_of(spool, stream)
+            if not spool.unwritten[number]:
                 with contextlib.suppress(OSError):
-                    one.ring.path.unlink()  # everything is in the trace
+                    recorder.ring.path.unlink()  # everything is in the trace
 
     def _not_ended(self, error: BaseException) -> None:
         self.faults.fault("ending the recording of an engine core", error, "its trace may lack the end")
@@ -243,9 +251,14 @@ class CoreProcess:
         """The scheduler was deleted. Finalizers call it, so it must not wait."""
         if self._numbers.pop(scheduler_id, None) != number:
             return  # it was not recorded any more
-        for spool in [self._spools.get(number), self._ledgers.get(number, (None, None))[1]]:
-            if spool is not None:
-                spool.leave(number)
+        recorded = self._recorded.get(number, [])
+        for one in recorded:
+            one.spool.leave(number, functools.partial(self._left, number, recorded))
+
+    def _left(self, number: int, recorded: list[_Recorded]) -> None:
+        """A trace of an engine core that is gone is complete: the thread that completed it calls this."""
+        if all(one.spool.is_closed for one in recorded) and self._recorded.get(number) is recorded:
+            self.end(number)
 
     def lost(self, session: str) -> dict[tuple[int, str], int]:
         """How many records of each engine core of this process could not be copied or written so far: number and
@@ -256,20 +269,21 @@ class CoreProcess:
         """
         if session != self._session:
             return {}
-        spools = [(spool, STREAM) for spool in list(self._spools.values())]
-        ledgers = [(spool, LEDGER) for _, spool in list(self._ledgers.values())]
-        return self._lost | {key: lost for pair in spools + ledgers for key, lost in _lost_of(*pair).items()}
+        found = dict[tuple[int, str], int]()
+        for recorded in list(self._recorded.values()):
+            for one in recorded:
+                found |= _lost_of(one.spool, one.stream)
+        return self._lost | found
 
     def drain(self) -> None:
         """Bring the traces of this process up to now."""
-        for spool in [*self._spools.values(), *(spool for _, spool in self._ledgers.values())]:
-            spool.drain()
+        for recorded in list(self._recorded.values()):
+            for one in recorded:
+                one.spool.drain()
 
     def in_child(self) -> None:
         """After a fork the engine cores are the parent's; those that this process makes are its own."""
-        self._recorders.clear()
-        self._spools.clear()
-        self._ledgers.clear()
+        self._recorded.clear()
         self._numbers.clear()
         self._lost = {}
         self._next = 0

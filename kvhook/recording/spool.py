@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -22,6 +22,7 @@ from kvhook.ring.reader import RingReader
 from kvhook.ring.trace_file import TraceWriter
 
 if TYPE_CHECKING:
+    from kvhook.recording.notebook import Notebook
     from kvhook.ring.writer import RingWriter
 
 #: Slots that are copied at a time: some 2 MB, so that they are still in the processor's cache when they are written.
@@ -49,23 +50,6 @@ class Recorded(Protocol):
         """Mark the ring closed."""
 
 
-class Notes(Protocol):
-    """What is written beside the records, see `kvhook.recording.notebook.Notebook`."""
-
-    @property
-    def due(self) -> bool:
-        """Whether something waits to be written."""
-
-    def take(self) -> list[list[Any]]:
-        """What waits to be written; it is the caller's now."""
-
-    def put_back(self, events: Sequence[list[Any]]) -> None:
-        """What could not be written."""
-
-    def everything(self) -> list[list[Any]]:
-        """What a new file begins with."""
-
-
 class _Engine(NamedTuple):
     """An engine that is being drained."""
 
@@ -91,7 +75,7 @@ class Spool:
         limit: int | None,
         fault: Callable[[str, BaseException, str], None],
         keep_up: Callable[[], None] | None = None,
-        notes: Notes | None = None,
+        notes: Notebook | None = None,
     ) -> None:
         self._notes = notes
         #: when both clocks were written last
@@ -111,8 +95,9 @@ class Spool:
         self.published: dict[int, int] = {}
         #: Engines that are gone and whose last records are still to be drained.
         self._retiring: deque[int] = deque()
-        #: Whether the thread is to complete the files.
-        self._left = False
+        #: What is called when the thread has completed the files, if it is to do that.
+        self._then: Callable[[], None] | None = None
+        self.is_closed = False
         #: Engines whose facts are still to be written to the file that is in use.
         self._meta_due: set[int] = set()
 
@@ -153,12 +138,10 @@ class Spool:
             finally:
                 self._lock.release()
 
-    def leave(self, number: int) -> None:
-        """Retire the only engine of this spool, which gets no other one: the thread completes the files and ends.
-
-        As `retire`, it waits for nothing.
-        """
-        self._left = True
+    def leave(self, number: int, then: Callable[[], None]) -> None:
+        """Retire the only engine that this spool will ever have: its thread completes the files, calls `then`, and
+        ends. As `retire`, this waits for nothing."""
+        self._then = then
         self.retire(number)
         self._background.leave()
 
@@ -293,6 +276,7 @@ class Spool:
             for file in self._files.files:
                 with contained(self._not_closed):
                     file.close()
+        self.is_closed = True
 
     def _not_closed(self, error: BaseException) -> None:
         self._fault("closing the trace", error, "it ends with the last whole record")
@@ -309,9 +293,10 @@ class Spool:
             now = time.monotonic()
             smallest = min((e.recorder.ring.capacity for e in list(self._engines.values())), default=1)
             pause, last = next_pause(taken, now - last, smallest, pause), now
-        if self._left:
+        if self._then is not None:
             with contained(self._not_closed):
                 self.close()
+                self._then()
 
     def _add_up(self, taken: int) -> None:
         self._behind += taken

@@ -17,6 +17,7 @@ import pytest
 import kvhook
 from kvhook.cli import main
 from kvhook.core.plan import VARIABLE, CorePlan, read_plan
+from kvhook.core.process import process
 from kvhook.errors import KvhookError
 from kvhook.export.mooncake import write
 from tests.faults.long_run import is_trace
@@ -64,7 +65,7 @@ def test_an_engine_core_that_is_gone_leaves_no_thread_and_no_open_file(build: Bu
             assert len(spools()) == len(before) + 4  # of the steps and of the ledger
             del driver
             give_up = time.monotonic() + 60
-            while spools() != before:
+            while spools() != before or process._recorded:
                 assert time.monotonic() < give_up, spools()
                 gc.collect()
             assert session.health().ok

@@ -150,8 +150,8 @@ def test_whatever_the_core_says_when_it_is_read_it_does_the_same(name: str, tmp_
 def test_an_error_that_cannot_be_printed_is_told_all_the_same():
     process, due = CoreProcess(), list[int]()
     recorder: Any = types.SimpleNamespace(meta={})
-    process._recorders[0] = recorder
-    process._spools[0] = types.SimpleNamespace(write_meta_again=due.append)  # type: ignore[assignment]
+    spool = types.SimpleNamespace(write_meta_again=due.append)
+    process._recorded[0] = [(recorder, spool, "core")]  # type: ignore[list-item]
     process._failed(0, Unprintable())
     assert process.faults.counts == {"counting inside the engine core": 1}
     assert recorder.meta["failed"] == process.faults.first_errors["counting inside the engine core"]
