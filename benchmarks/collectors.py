@@ -64,7 +64,7 @@ ENVIRONMENT = {
 
 #: Batches of the run that is looked at, batches of a round, rounds; the last two also for the API server.
 FULL = {"batches": 240, "round_batches": 6, "rounds": 30, "server_batches": 150, "server_rounds": 20}
-QUICK = {"batches": 60, "round_batches": 4, "rounds": 3, "server_batches": 0, "server_rounds": 0}
+QUICK = {"batches": 24, "round_batches": 2, "rounds": 2, "server_batches": 0, "server_rounds": 0}
 #: Seconds after the start at which vLLM's first log line of the run is due.
 FIRST_LINE = {"full": 10.0, "quick": 3.0}
 
