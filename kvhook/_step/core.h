@@ -86,6 +86,11 @@ typedef struct {
     PyObject *calls[NUM_CORE_CALLS];
 } CoreState;
 
+/* One of the steps under way, from 0, the first. */
+static inline Pending *core_pending(const CoreState *self, Py_ssize_t place)
+{
+    return &self->pending[(self->first + place) & (self->room - 1)];
+}
 /* Add what was counted since the last call to a step's columns. */
 void core_take(CoreState *self, int64_t *columns);
 /* Those columns as a tuple; NULL with an exception set. */

@@ -194,12 +194,17 @@ CORE_HOT static int updated(CoreState *state, PyObject *output, int64_t start, i
 {
     if (output == NULL)
         return -1;
-    while (state->count > 0 && UNLIKELY(state->pending[state->first].output != output))
-        /* vLLM drops the result of a schedule that came out empty */
-        if (core_write_first(state, -1, state->pending[state->first].columns[COL_t_scheduled_ns], -1) < 0)
+    Py_ssize_t before = 0;
+    while (before < state->count && UNLIKELY(core_pending(state, before)->output != output))
+        before++;
+    if (LIKELY(before < state->count)) { /* one that is not there was scheduled before kvhook came */
+        for (; UNLIKELY(before > 0); before--)
+            /* vLLM drops the result of a schedule that came out empty */
+            if (core_write_first(state, -1, core_pending(state, 0)->columns[COL_t_scheduled_ns], -1) < 0)
+                return -1;
+        if (core_write_first(state, start, end, stats) < 0)
             return -1;
-    if (LIKELY(state->count > 0) && core_write_first(state, start, end, stats) < 0)
-        return -1;
+    }
     if (PyList_GET_SIZE(state->finished) && call(state, CALL_write_finished) < 0)
         return -1;
     if (PyList_GET_SIZE(state->events) && call(state, CALL_flush) < 0)

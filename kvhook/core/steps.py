@@ -246,11 +246,12 @@ class StepAccount:
 
     def _updated(self, output: Any, start: int, end: int, stats: int) -> None:
         state, pending = self.state, self.state.pending
-        while pending and pending[0].output is not output:
-            # vLLM drops the result of a schedule that came out empty
-            early = pending.popleft()
-            self._write(early, -1, early.t_scheduled, -1)
-        if pending:
+        # one that is not there was scheduled before kvhook came
+        if any(step.output is output for step in pending):
+            while pending[0].output is not output:
+                # vLLM drops the result of a schedule that came out empty
+                early = pending.popleft()
+                self._write(early, -1, early.t_scheduled, -1)
             self._write(pending.popleft(), start, end, stats)
         if self._finished:
             self._write_finished()
@@ -312,7 +313,7 @@ class StepAccount:
         state = self.state
         for life, now, reason, inside in self._finished:
             # a request ends inside the update at whose end its last token, perhaps its first, counts as there
-            step = state.updated if inside else state.step - 1
+            step = state.updated if inside and state.updated >= 0 else state.step - 1
             self.writer.request(life, step, max(now, life.t_first_token), reason)
         self._finished.clear()
 

@@ -10,6 +10,7 @@ import functools
 import random
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,3 +159,27 @@ def test_each_count_goes_to_the_batch_that_it_was_in(
         if column != "taken":
             assert steps[column].tolist() == [row[column] for row in batches.rows], column
     assert {str(row["request_id"]): int(row["finished_step"]) for row in requests} == batches.ended
+
+
+@pytest.mark.parametrize("under_way", [1, 2, 3])
+@pytest.mark.parametrize("kind", [pipeline, asynchronous])
+def test_batches_that_were_under_way_when_recording_began_are_left_out(
+    core_model: str, tmp_path: Path, lookups: list[str], kind: Callable[[Any], None], under_way: int
+):
+    from tests.core.scheduler_here import Driver
+
+    driver = Driver(core_model, change=kind, **SETTINGS)
+    batches = Batches(driver, under_way + 1, lookups)
+    for length in (200, 90, 60, 30):
+        driver.add(list(range(2, 2 + length)), max_tokens=9)
+    for _ in range(under_way):
+        batches.schedule()
+    recording = Recording(driver, tmp_path)
+    batches.run()
+    steps, later = recording.read().steps(), batches.rows[under_way:]
+    assert len(steps) == len(later) > 5
+    assert (steps["t_update_ns"] > 0).all()
+    for column in ("num_scheduled_tokens", "num_preempted_reqs", "num_kv_blocks_peak", "num_lookups"):
+        assert steps[column].tolist() == [row[column] for row in later], column
+    recording.recorder.stop()
+    recording.recorder.close()
