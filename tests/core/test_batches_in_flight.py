@@ -50,6 +50,8 @@ class Batches:
         self.others: list[int] = []
         #: request id -> the batch whose update ended it, or that had been put together last when it was aborted
         self.ended: dict[str, int] = {}
+        #: request id -> how many of its tokens had been computed when it was preempted
+        self.computed: dict[str, int] = {}
         self._ended, self._held = 0, 0
 
     def used(self) -> int:
@@ -74,8 +76,12 @@ class Batches:
         running, used, cached = {r.request_id for r in scheduler.running}, self.used(), self.cached()
         self.others.append(len(self.flying))
         self.lookups.clear()
+        before = {r.request_id: r.num_computed_tokens for r in scheduler.running}
         output = self.driver.schedule()
+        for name in running - {r.request_id for r in scheduler.running}:
+            self.computed[name] = max(self.computed.get(name, 0), before[name])
         row = {
+            **self.kinds(output.num_scheduled_tokens),
             "step": len(self.rows),
             "num_scheduled_tokens": output.total_num_scheduled_tokens,
             "num_preempted_reqs": len(running - {r.request_id for r in scheduler.running}),
@@ -89,6 +95,20 @@ class Batches:
         self.rows.append(row)
         # what a model runner finds is known when the batch has been put together
         self.flying.append((row, output, self.driver.result_of(output)))
+
+    def kinds(self, scheduled: dict[str, int]) -> dict[str, int]:
+        """The tokens of a batch, position by position: computed before and lost, part of the prompt, or generated."""
+        found = {"num_prefill_tokens": 0, "num_recomputed_tokens": 0, "num_decode_tokens": 0}
+        for name, count in scheduled.items():
+            request = self.driver.scheduler.requests[name]
+            for position in range(request.num_computed_tokens - count, request.num_computed_tokens):
+                if position < self.computed.get(name, 0):
+                    found["num_recomputed_tokens"] += 1
+                elif position < request.num_prompt_tokens:
+                    found["num_prefill_tokens"] += 1
+                else:
+                    found["num_decode_tokens"] += 1
+        return found
 
     def update(self) -> None:
         row, output, result = self.flying.popleft()
@@ -151,7 +171,7 @@ def test_each_count_goes_to_the_batch_that_it_was_in(
     steps, requests = recording.read().steps(), recording.read().requests()
     assert max(batches.others) == depth - 1, "one batch was under way at a time"
     assert len(steps) == len(batches.rows)
-    for column in ("num_preempted_reqs", "num_kv_blocks_evicted", "num_lookups"):
+    for column in ("num_preempted_reqs", "num_kv_blocks_evicted", "num_lookups", "num_recomputed_tokens"):
         assert sum(row[column] for row in batches.rows) > 0, column
     taken = steps["num_kv_blocks_allocated"] + steps["num_kv_blocks_revived"] - steps["num_kv_blocks_freed"]
     assert taken.tolist() == [row["taken"] for row in batches.rows]
