@@ -24,8 +24,8 @@ enum { CORE_COLUMNS(AS_CORE_COLUMN) NUM_CORE_COLUMNS };
 
 /* The numbers that Python shares. */
 #define CORE_NUMBERS(X)                                                                                                \
-    X(n) X(step) X(updated) X(num_preempted) X(num_finished) X(stats_made) X(own_ns) X(allocated) X(freed) X(reused) X(revived)   \
-    X(evicted) X(resets) X(cached) X(shared) X(lookups) X(looked_up) X(found)
+    X(n) X(step) X(updated) X(num_preempted) X(num_finished) X(stats_made) X(own_ns) X(allocated) X(freed) X(reused)   \
+    X(revived) X(evicted) X(resets) X(cached) X(shared) X(lookups) X(looked_up) X(found)
 
 /* Those that are counts of a step, in the order of `take` in kvhook/core/state.py, and the columns that they go to. */
 #define CORE_COUNTS(X)                                                                                                 \

@@ -97,6 +97,7 @@ class Spool:
         self._retiring: deque[int] = deque()
         #: What is called when the thread has completed the files, if it is to do that.
         self._then: Callable[[], None] | None = None
+        #: Whether `close` has completed the files.
         self.is_closed = False
         #: Engines whose facts are still to be written to the file that is in use.
         self._meta_due: set[int] = set()

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tests.core.scheduler_here import Driver
+
+
+def kinds_of_tokens(scheduler: Any, scheduled: Mapping[str, int], computed: Mapping[str, int]) -> dict[str, int]:
+    """The tokens of a batch, position by position: computed before and lost, part of the prompt, or generated.
+
+    Args:
+        scheduler: has just put the batch together.
+        scheduled: request id -> tokens of the batch.
+        computed: request id -> how many of its tokens had been computed when it was preempted.
+    """
+    found = {"num_prefill_tokens": 0, "num_recomputed_tokens": 0, "num_decode_tokens": 0}
+    for name, count in scheduled.items():
+        request = scheduler.requests[name]
+        for position in range(request.num_computed_tokens - count, request.num_computed_tokens):
+            if position < computed.get(name, 0):
+                found["num_recomputed_tokens"] += 1
+            elif position < request.num_prompt_tokens:
+                found["num_prefill_tokens"] += 1
+            else:
+                found["num_decode_tokens"] += 1
+    return found
 
 
 class Books:
@@ -54,23 +76,11 @@ class Books:
         preempted = [name for name in before if name not in {r.request_id for r in scheduler.running}]
         for name in preempted:
             self._computed[name] = max(self._computed.get(name, 0), before[name])
-        split = {"num_prefill_tokens": 0, "num_recomputed_tokens": 0, "num_decode_tokens": 0}
-        for name, count in tokens.items():
-            request = scheduler.requests[name]
-            end = request.num_computed_tokens
-            # each position is of one kind: computed before and lost, part of the prompt, or generated
-            for position in range(end - count, end):
-                if position < self._computed.get(name, 0):
-                    split["num_recomputed_tokens"] += 1
-                elif position < request.num_prompt_tokens:
-                    split["num_prefill_tokens"] += 1
-                else:
-                    split["num_decode_tokens"] += 1
         used = [b for b in self._usable() if b.ref_cnt]
         free = [b for b in self._usable() if not b.ref_cnt]
         return {
             "num_scheduled_tokens": sum(tokens.values()),
-            **split,
+            **kinds_of_tokens(scheduler, tokens, self._computed),
             "num_scheduled_reqs": len(tokens),
             "num_preempted_reqs": len(preempted),
             "num_running_reqs": len(scheduler.running),

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.core.books import kinds_of_tokens
 from tests.core.conftest import Recording
 
 Make = Callable[..., Recording]
@@ -81,7 +82,7 @@ class Batches:
         for name in running - {r.request_id for r in scheduler.running}:
             self.computed[name] = max(self.computed.get(name, 0), before[name])
         row = {
-            **self.kinds(output.num_scheduled_tokens),
+            **kinds_of_tokens(scheduler, output.num_scheduled_tokens, self.computed),
             "step": len(self.rows),
             "num_scheduled_tokens": output.total_num_scheduled_tokens,
             "num_preempted_reqs": len(running - {r.request_id for r in scheduler.running}),
@@ -95,20 +96,6 @@ class Batches:
         self.rows.append(row)
         # what a model runner finds is known when the batch has been put together
         self.flying.append((row, output, self.driver.result_of(output)))
-
-    def kinds(self, scheduled: dict[str, int]) -> dict[str, int]:
-        """The tokens of a batch, position by position: computed before and lost, part of the prompt, or generated."""
-        found = {"num_prefill_tokens": 0, "num_recomputed_tokens": 0, "num_decode_tokens": 0}
-        for name, count in scheduled.items():
-            request = self.driver.scheduler.requests[name]
-            for position in range(request.num_computed_tokens - count, request.num_computed_tokens):
-                if position < self.computed.get(name, 0):
-                    found["num_recomputed_tokens"] += 1
-                elif position < request.num_prompt_tokens:
-                    found["num_prefill_tokens"] += 1
-                else:
-                    found["num_decode_tokens"] += 1
-        return found
 
     def update(self) -> None:
         row, output, result = self.flying.popleft()
